@@ -1,0 +1,755 @@
+"""Qwen2.5-VL from torch up: vision tower, M-RoPE, decoder over packs, KV cache, value head.
+
+A pack is one row of T tokens that holds several documents back to back. There is no padding and no
+mask: attention runs document by document, everything else token by token. Images enter as patches,
+leave the tower as one row per 2x2 patches, and are written over the embeddings of their
+<|image_pad|> tokens.
+
+    ids (T,) ──embed──▶ x (T, C) ◀──slots── visual(patches (S, 1176)) (S/4, C)
+    x ──28 blocks, attention within each document──▶ hidden (T, C)
+    hidden ──rows (R,)──▶ logits | log-probs and entropies | values
+
+The names of the parameters are those of the hub's files (`visual.*`, `model.layers.*`,
+`lm_head.weight`), so that loading and saving is a copy. The file knows nothing of GPUs, optimisers
+or RL: FSDP, dtype and recomputation are applied from outside. Equal to transformers'
+Qwen2_5_VLForConditionalGeneration to float rounding, logits and gradients (tests/test_model.py).
+
+Sources: Qwen2.5-VL (arXiv 2502.13923, sec. 2.1), M-RoPE: Qwen2-VL (arXiv 2409.12191, sec. 2.1).
+Dimensions: T tokens of a pack, N rows of a KV cache, B images, S patches, R rows wanted, H heads, K
+KV heads, D head dim, C width, V vocabulary.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
+HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
+SHARD_BYTES = 4 << 30  # one safetensors file of a saved checkpoint
+INDEX = "model.safetensors.index.json"  # which of several files holds which weight
+COMPANIONS = (  # a model directory's tokenizer, chat template, image and sampling settings
+    "*token*.json vocab.json merges* chat_template* *processor_config.json generation_config.json"
+)
+
+Grid = tuple[int, int, int]  # time, height, width of an image, in patches
+
+# ------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Fields as in the hub's `vision_config`: sizes in patches, widths in features."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112  # pixels
+    in_chans: int = 3
+    hidden_act: str = "silu"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields as in the hub's `config.json`; defaults are what 3B and 7B share."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    mrope_section: tuple[int, ...]  # frequencies that turn with time, row, column
+    vision: VisionConfig
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 128_000
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    bos_token_id: int = 151643
+    eos_token_id: int = 151645
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vision_token_id: int = 151654
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+
+    def __post_init__(self):
+        v, width, heads = self.vision, self.hidden_size, self.num_attention_heads
+        kv, sections = self.num_key_value_heads, self.mrope_section
+        merged = v.patch_size * v.spatial_merge_size  # pixels
+        wrong = {
+            f"hidden_size {width} is no multiple of num_attention_heads {heads}": width % heads,
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}": heads % kv,
+            f"mrope_section {sections} is not 3 counts that add up to {width / heads / 2:g}": (
+                (len(sections), 2 * sum(sections)) != (3, self.head_dim)
+            ),
+            "use_sliding_window: attention covers the whole document": self.use_sliding_window,
+            f"hidden_act {self.hidden_act} is not silu": self.hidden_act != "silu",
+            f"vision hidden_act {v.hidden_act} is not silu": v.hidden_act != "silu",
+            f"out_hidden_size {v.out_hidden_size} is not {width}": v.out_hidden_size != width,
+            f"vision num_heads {v.num_heads}: {v.hidden_size} is no multiple of 4 times as many": (
+                v.hidden_size % (4 * v.num_heads)
+            ),
+            f"window_size {v.window_size} is no multiple of {merged}": v.window_size % merged,
+        }
+        if found := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(f"not supported: {'; '.join(found)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def vision_token_ids(self) -> tuple[int, ...]:
+        """What a sampler must never emit: no picture would stand behind it."""
+        ends = (self.vision_start_token_id, self.vision_end_token_id)
+        return (*ends, self.vision_token_id, self.image_token_id, self.video_token_id)
+
+
+def read_config(directory: str | Path) -> Config:
+    """`config.json`, in the hub's flat layout or in transformers' nested one (`text_config`).
+
+    Raises FileNotFoundError or ValueError, naming the file and the key.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a model directory has config.json, *.safetensors, tokenizer.json"
+        )
+    raw = json.loads(path.read_text())
+    if (kind := raw.get("model_type")) != "qwen2_5_vl":
+        raise ValueError(f"{path}: model_type is {kind!r}; this code runs qwen2_5_vl only")
+    # The top level says whether the head is tied: text_config may repeat a default instead.
+    tie = {k: v for k, v in raw.items() if k == "tie_word_embeddings"}
+    flat = raw | raw.get("text_config", {}) | tie
+    rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) not in ("mrope", "default"):
+        raise ValueError(f"{path}: rope {rope} is not supported; Qwen2.5-VL's type is mrope")
+    try:
+        flat["vision"] = VisionConfig(**_own(VisionConfig, flat["vision_config"]))
+        return Config(**_own(Config, flat | rope))  # rope: mrope_section, in newer files rope_theta
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _own(cls, raw: dict) -> dict:
+    names = {f.name for f in fields(cls)}
+    known = {k: v for k, v in raw.items() if k in names and v is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+
+
+def config_json(config: Config, dtype: torch.dtype) -> dict:
+    """The hub's flat layout, which transformers and vLLM open."""
+    flat = asdict(config)
+    vision, sections = flat.pop("vision"), flat.pop("mrope_section")
+    return flat | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        "vision_config": vision | {"tokens_per_second": 2},
+    }
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+def mrope_positions(
+    length: int, images: list[tuple[int, tuple[int, int, int]]], merge: int = 2
+) -> Tensor:
+    """M-RoPE (arXiv 2409.12191, sec. 2.1): time, row and column of every token of one document. ->
+    (3, length) int64.
+
+    images: (index of the first image token, (t, h, w) in patches), in order. Text counts 0, 1, 2 on
+    all three axes. An image's tokens share the time of its start and count rows and columns from
+    there; the text after it goes on from the largest of them plus one. So a picture of 20 x 30
+    merged patches takes 600 tokens and 30 positions.
+    """
+    pieces, done, start = [], 0, 0  # done: tokens placed; start: next free position
+    for offset, (t, h, w) in images:
+        text = torch.arange(offset - done) + start
+        start += offset - done
+        time = torch.zeros(t, dtype=torch.int64)  # one picture is one moment
+        grid = torch.cartesian_prod(time, torch.arange(h // merge), torch.arange(w // merge)).T
+        pieces += [text.expand(3, -1), grid + start]
+        done, start = offset + grid.shape[1], start + int(grid.max()) + 1
+    pieces.append((torch.arange(length - done) + start).expand(3, -1))
+    positions = torch.cat(pieces, dim=1)
+    assert positions.shape == (3, length), (
+        f"images end at token {positions.shape[1]} of a document of {length}"
+    )
+    return positions
+
+
+def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, D/2) float32 angles -> cos, sin (T, 1, D). float32: in bf16 positions above 256
+    collapse onto each other.
+    """
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout: feature i turns together with feature i + D/2.
+    (T, H, D).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)  # (dim/2,)
+
+
+# ---------------------------------------------------------------------------------------- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) -> Tensor:
+    """Attention within each document of a pack. q (T, H, D), k and v (T, K, D) -> (T, H, D);
+    `lengths` sum to T.
+
+    One call per run of documents of equal length: windows of a picture and the 16 short rows of a
+    toy pack go together, two long documents go one by one, each with the kernel's own causal mask.
+    A (T, T) mask never exists.
+    """
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        stop = start + count * length
+        heads = [
+            x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        ]  # (count, H|K, length, D)
+        out = F.scaled_dot_product_attention(
+            *heads, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        start = stop
+    assert start == q.shape[0], f"document lengths sum to {start}, the pack has {q.shape[0]} tokens"
+    return torch.cat(outputs)
+
+
+class KVCache:
+    """Keys and values of N rows that grow by one token a step. Rows have lengths of their own:
+    nothing is padded, the room behind a row's end is masked. `take` repeats a prompt's row for
+    its samples, and drops the rows that have finished.
+    """
+
+    def __init__(
+        self, config: Config, rows: int, room: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (rows, config.num_key_value_heads, room, config.head_dim)
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.values = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens held, a row
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, lengths: list[int]):
+        """A packed prefill: document n becomes row n. k, v (T, K, D)."""
+        for row, (keys, values) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
+            self.keys[layer][row, :, : len(keys)] = keys.transpose(0, 1)
+            self.values[layer][row, :, : len(values)] = values.transpose(0, 1)
+
+    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Writes one token a row and attends to all before it. q (N, H, D), k and v (N, K, D) ->
+        (N, H, D).
+        """
+        rows, used = torch.arange(len(q), device=q.device), int(self.lengths.max()) + 1
+        self.keys[layer][rows, :, self.lengths] = k
+        self.values[layer][rows, :, self.lengths] = v
+        seen = torch.arange(used, device=q.device) <= self.lengths[:, None]  # (N, used)
+        # The H/K query heads of a KV head stand as its "queries": grouped attention without
+        # repeating keys.
+        grouped = q.unflatten(1, (k.shape[1], -1))  # (N, K, H/K, D)
+        keys, values = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+        return F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=seen[:, None, None]
+        ).flatten(1, 2)
+
+    def take(self, rows: Tensor):
+        self.keys = [x[rows] for x in self.keys]
+        self.values = [x[rows] for x in self.values]
+        self.lengths = self.lengths[rows]
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(
+            x.dtype
+        )  # squares in bf16 lose 5 bits
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)  # (S, H, D) each
+        q, k = (rotate(y.float(), cos, sin).to(v.dtype) for y in (q, k))
+        return self.proj(attend(q, k, v, lengths, causal=False).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.hidden_size, 1e-6), RMSNorm(c.hidden_size, 1e-6)
+        self.attn = VisionAttention(c)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """The hub stores a Conv3d whose stride is its kernel, which is one matrix product over
+    flattened patches.
+    """
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.proj = nn.Module()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj.weight = nn.Parameter(
+            torch.randn(c.hidden_size, c.in_chans, *kernel) / c.patch_values**0.5
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return patches.to(weight.dtype) @ weight.T  # (S, 1176) -> (S, C)
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches become one token of the decoder."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        wide = c.hidden_size * c.spatial_merge_size**2
+        self.ln_q = RMSNorm(c.hidden_size, 1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, c.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
+
+
+def window_order(
+    grids: list[tuple[int, int, int]], merge: int, side: int
+) -> tuple[Tensor, list[int], list[int]]:
+    """Windowed attention without masks (arXiv 2502.13923, sec. 2.1.1): put the patches of a window
+    next to each other.
+
+    grids: (t, h, w) in patches; side: window side in merged patches. -> order (S/4,) of the merged
+    patches, the windows' lengths and the frames' lengths in patches. Windows at the right and lower
+    edge are smaller, never padded.
+    """
+    order, windows, frames, start = [], [], [], 0
+    for t, h, w in grids:
+        frame, row, column = torch.cartesian_prod(
+            torch.arange(t), torch.arange(h // merge), torch.arange(w // merge)
+        ).T
+        across = -(-(w // merge) // side)
+        down = -(-(h // merge) // side)
+        window = (frame * down + row // side) * across + column // side
+        order.append(window.argsort(stable=True) + start)
+        windows += (window.bincount() * merge**2).tolist()
+        frames += [h * w] * t
+        start += len(window)
+    return torch.cat(order), windows, frames
+
+
+def patch_positions(grids: list[tuple[int, int, int]], merge: int) -> Tensor:
+    """Row and column of every patch, in the order of the patches: merged 2x2 blocks, row by row
+    inside a block. -> (S, 2).
+    """
+    places = []
+    for t, h, w in grids:
+        place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(
+            h // merge, merge, w // merge, merge, 2
+        )
+        places.append(place.transpose(1, 2).reshape(1, h * w, 2).expand(t, -1, -1).flatten(0, 1))
+    return torch.cat(places)
+
+
+class VisionTower(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        self.patch_embed = PatchEmbed(c)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = Merger(c)
+
+    def forward(self, patches: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
+        """patches (S, 1176), grids of the B images -> (S/4, width of the decoder), in the order
+        of the image tokens.
+        """
+        c, device = self.config, patches.device
+        merge = c.spatial_merge_size
+        if (expected := sum(t * h * w for t, h, w in grids)) != len(patches):
+            raise ValueError(f"grids {grids} have {expected} patches, got {len(patches)}")
+        order, windows, frames = window_order(grids, merge, c.window_size // c.patch_size // merge)
+        order = order.to(device)
+        places = patch_positions(grids, merge).to(device)
+        angles = places[..., None] * frequencies(
+            c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device
+        )  # (S, 2, D/4)
+
+        def by_window(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+
+        cos, sin = rotary(by_window(angles.flatten(1)))
+        x = by_window(self.patch_embed(patches))
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, frames if index in c.fullatt_block_indexes else windows)
+        return self.merger(x)[order.argsort()]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.dim = layer, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (T, H|K, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if lengths is None:  # one token a row, everything before it is in the cache
+            return self.o_proj(cache.step(self.layer, q, k, v).flatten(1))
+        if cache is not None:
+            cache.fill(self.layer, k, v, lengths)
+        return self.o_proj(attend(q, k, v, lengths, causal=True).flatten(1))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, lengths: list[int] | None, cache: KVCache | None
+    ) -> Tensor:
+        """x (T, C), positions (3, T) -> hidden (T, C)."""
+        c = self.config
+        # Frequency i turns with the axis that mrope_section gives it: the first 16 with time, 24
+        # with row, 24 with column.
+        axes = torch.arange(3).repeat_interleave(torch.tensor(c.mrope_section)).to(x.device)
+        angles = positions[axes].T * frequencies(
+            c.head_dim, c.rope_theta, x.device
+        )  # (T, D/2) float32
+        cos, sin = (y.to(x.dtype) for y in rotary(angles))
+        for layer in self.layers:
+            x = layer(x, cos, sin, lengths, cache)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+class Qwen25VL(nn.Module):
+    """Policy (head="lm") or critic (head="value": the same network with a 1-wide head and no
+    vocabulary).
+    """
+
+    def __init__(self, config: Config, head: str = "lm"):
+        super().__init__()
+        if head not in ("lm", "value"):
+            raise ValueError(f"head must be 'lm' or 'value', got {head!r}")
+        self.config = config
+        self.visual = VisionTower(config.vision)
+        self.model = Decoder(config)
+        self.lm_head = self.value_head = None
+        if head == "value":
+            self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
+        elif not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        lengths: list[int] | None = None,
+        patches: Tensor | None = None,
+        grids: list[tuple[int, int, int]] = (),
+        slots: Tensor | None = None,
+        sources: Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+    ):
+        """A pack of documents, or one more token for each row of a cache (lengths=None).
+
+        ids (T,), positions (3, T), lengths of the documents; patches (S, 1176) with their grids;
+        row sources[m] of the tower's output is written over token slots[m], so one picture can
+        serve many documents. With a cache, a pack of N documents fills its N rows; without lengths,
+        ids is (N,), one token a row. rows (R,): the tokens whose output is wanted (all, if None).
+        -> critic: values (R,) float32; with targets (R,): log-probs and entropies, (R,) float32
+        each; else logits (R, V) float32.
+        """
+        x = self.model.embed_tokens(ids)
+        if patches is not None:
+            seen = self.visual(patches, grids).to(x.dtype)
+            if len(sources) and int(sources.max()) >= len(seen):
+                raise ValueError(
+                    f"an image token wants vision row {int(sources.max())} of {len(seen)}"
+                )
+            x = x.index_copy(0, slots, seen[sources])
+        hidden = self.model(x, positions, lengths, cache)
+        if cache is not None:
+            cache.lengths += 1 if lengths is None else torch.tensor(lengths, device=ids.device)
+        if rows is not None:
+            hidden = hidden[rows]
+        if self.value_head is not None:
+            # float32: returns differ by less than bf16 resolves once values are near 1
+            return F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
+        if targets is not None:
+            return chunked_logps(hidden, self.head_weight, targets, temperature)
+        return F.linear(hidden, self.head_weight).float()
+
+
+def chunked_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int = HEAD_CHUNK,
+):
+    """Log-prob of each target and entropy of its distribution, without the logits of a long row
+    ever existing.
+
+    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,) float32. `chunk` rows
+    of logits at a time; backward computes them again (7 % of a 7B step, once more) rather than keep
+    32k x 152k x 4 B = 19 GB. Softmax in float32: in bf16 the log-probs are off by 0.02 on average.
+    Entropies carry no gradient (the paper has no entropy bonus, sec. 4.1).
+    """
+
+    def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight).float() / temperature  # (chunk, V)
+        logz = logits.logsumexp(-1)
+        logps = logits.gather(1, targets[:, None]).squeeze(1) - logz
+        with torch.no_grad():
+            entropies = logz - ((logits - logz[:, None]).exp() * logits).sum(-1)
+        return logps, entropies
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    outputs = [
+        checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces
+    ]
+    logps, entropies = zip(*outputs, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+# ------------------------------------------------------------------------------- loading and saving
+
+
+def hub_name(name: str) -> str:
+    """transformers >= 4.52 in memory (`model.visual.*`, `model.language_model.*`) -> the hub's
+    files (`visual.*`, `model.*`).
+    """
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = [
+            directory / name
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
+        if missing := [f.name for f in files if not f.is_file()]:
+            raise FileNotFoundError(
+                f"{index} names {missing}, which are not in {directory}: copy them there"
+            )
+        return files
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"no *.safetensors in {directory}: download the model's weights there"
+        )
+    return files
+
+
+def read_weights(directory: str | Path):
+    """Yields (hub name, tensor) of every weight file, one tensor in memory at a time."""
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                yield hub_name(name), weights.get_tensor(name)
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    head: str = "lm",
+) -> Qwen25VL:
+    """A model directory in either weight layout, sharded or not, as policy (head="lm") or critic
+    (head="value").
+
+    A critic may come from a policy's weights: its value head then keeps its initial values. Every
+    weight of the model must be in the files and every weight of the files must be used; ValueError
+    names those that are not, and wrong shapes.
+    """
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = Qwen25VL(config, head)
+    model = model.to(dtype).to_empty(device=device)
+    wanted, loaded, problems = dict(model.named_parameters()), set(), []
+    for name, tensor in read_weights(directory):
+        other_head = (
+            name == "lm_head.weight"
+            and model.lm_head is None
+            or name == "value_head.weight"
+            and head == "lm"
+        )
+        if name not in wanted:
+            problems += [] if other_head else [f"unexpected {name}"]
+        elif wanted[name].shape != tensor.shape:
+            problems.append(
+                f"{name} is {[*tensor.shape]} in the files, {[*wanted[name].shape]} by config.json"
+            )
+        else:
+            with torch.no_grad():
+                wanted[name].copy_(tensor)
+            loaded.add(name)
+    if head == "value" and "value_head.weight" not in loaded:
+        nn.init.normal_(
+            wanted["value_head.weight"], std=1 / (config.hidden_size + 1)
+        )  # Open-Reasoner-Zero's code
+        loaded.add("value_head.weight")
+    problems += [f"missing {name}" for name in wanted if name not in loaded]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"{directory} does not fit its config.json: {'; '.join(problems[:8])}{more}"
+        )
+    return model
+
+
+def save_weights(
+    weights,
+    config: Config,
+    directory: str | Path,
+    dtype: torch.dtype,
+    like: str | Path | None = None,
+):
+    """Writes (name, tensor) pairs as a Hugging Face directory in the hub's layout, in shards of 4
+    GB.
+
+    like: a model directory whose tokenizer, template and image settings are copied along.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, tensor in weights:
+        tensor = tensor.detach().to("cpu", dtype).contiguous().clone()
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][name], size = tensor, size + tensor.nbytes
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
+    files = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    for shard, file in zip(shards, files, strict=True):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        places = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (directory / "config.json").write_text(json.dumps(config_json(config, dtype), indent=1))
+    if like is not None and Path(like).resolve() != directory.resolve():
+        for pattern in (
+            "*token*.json",
+            "vocab.json",
+            "merges.txt",
+            "chat_template*",
+            "*processor_config.json",
+            "generation_config.json",
+        ):
+            for file in Path(like).glob(pattern):
+                shutil.copy(file, directory / file.name)
+
+
+def save_model(model: Qwen25VL, directory: str | Path, like: str | Path | None = None):
+    """The model as a Hugging Face directory that transformers and vLLM open. A tied head is
+    stored once.
+    """
+    dtype = next(model.parameters()).dtype
+    save_weights(model.named_parameters(), model.config, directory, dtype, like)

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The whole method in miniature, from nothing: a base model, the cold start on text, RL on text and
+# pictures, the average of checkpoints, every stage measured on held-out problems, a report at the end.
+#
+#   bash runs/laptop.sh                       # seed 0 into out/laptop
+#   bash runs/laptop.sh --controls            # also: RL without cold start, GRPO, perception replay
+#   bash runs/laptop.sh --seed 1 --out out/seed1
+#
+# Stages that are finished are kept: the command can be stopped and given again.
+set -euo pipefail
+out=out/laptop seed=0 controls=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --controls) controls=1; shift ;;
+    --seed) seed=$2; shift 2 ;;
+    --out) out=$2; shift 2 ;;
+    *) echo "unknown option $1; there are --controls, --seed N, --out DIR"; exit 2 ;;
+  esac
+done
+source "$(dirname "$0")/setup.sh"
+
+stage() { # name, script and arguments: runs unless the stage has its model
+  local name=$1; shift
+  [ -e "$out/$name/model" ] || { echo "== $name"; torchrun --nproc-per-node 1 "$@" --out "$out/$name" --seed "$seed"; }
+}
+measure() { # name: greedy and sampled answers to held-out problems, and plain reading
+  local model="$out/$1/model" eval="$out/eval/$1"
+  [ -e "$eval/sampled/summary.json" ] && return
+  echo "== measure $1"
+  python eval.py --model "$model" --data "$out/data/test.jsonl" --out "$eval/greedy"
+  python eval.py --model "$model" --data "$out/data/test.jsonl" --out "$eval/sampled" --k 2 --temperature 1
+  python eval.py --model "$model" --data "$out/data/reading.jsonl" --out "$eval/reading" --bench reading
+}
+
+echo "== base"
+python toy.py --out "$out" --seed "$seed"
+measure base
+stage coldstart coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl"
+measure coldstart
+stage rl rl.py --model "$out/coldstart/model" --data "$out/data/train.jsonl"
+measure rl
+if [ ! -e "$out/average/model" ]; then
+  python average.py --models $(ls -d "$out"/rl/checkpoints/*/model | tail -n 3) --out "$out/average/model"
+fi
+measure average
+
+if [ -n "$controls" ]; then
+  stage rl_without_coldstart rl.py --model "$out/base/model" --data "$out/data/train.jsonl"
+  measure rl_without_coldstart
+  stage rl_grpo rl.py --model "$out/coldstart/model" --data "$out/data/train.jsonl" --algorithm grpo
+  measure rl_grpo
+  stage coldstart_replay coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl" --replay "$out/data/sft_replay.jsonl"
+  measure coldstart_replay
+  stage rl_replay rl.py --model "$out/coldstart_replay/model" --data "$out/data/train.jsonl"
+  measure rl_replay
+fi
+python report.py --run "$out"

@@ -1,0 +1,91 @@
+"""A miniature to test the stages on: a small model that answers in a box, and a few rows of every kind.
+
+The model is toy.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`: after
+that some of its samples stop, and some are right, so that rewards, advantages and gradients are not 0.
+"""
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+PROBLEMS, SFT, TEST = 12, 40, 10
+
+
+@dataclass(frozen=True)
+class Mini:
+    """Paths of the miniature."""
+
+    model: str
+    train: str  # RL problems, half of them with a picture, answers 1 to 5
+    text: str  # RL problems without pictures
+    sft: str  # text-only traces
+    replay: str  # rows with pictures
+    test: str
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory) -> Mini:
+    import data
+    import toy
+    from model import Qwen25VL, save_model
+
+    root = tmp_path_factory.mktemp("mini")
+    (root / "images").mkdir()
+    rng = random.Random(0)
+
+    def problems(name: str, count: int, modes: tuple[str, ...]) -> str:
+        rows = [
+            toy.problem_row(rng, f"{name}-{i}", modes[i % len(modes)], False, root, reading=True)
+            for i in range(count)
+        ]
+        return write_rows(root / f"{name}.jsonl", rows)
+
+    train = problems("train", PROBLEMS, ("image", "text"))
+    text = problems("text", 4, ("text",))
+    test = problems("test", TEST, ("image", "text"))
+    sft = write_rows(root / "sft.jsonl", [toy.sft_row(rng, i) for i in range(SFT)])
+    replay = [toy.replay_row(rng, i, root) for i in range(8)]
+
+    directory = root / "model"
+    toy.save_tokenizer(directory)
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Qwen25VL(toy.model_config(len(tokenizer)))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    seen = [p for source in (train, text) for p in data.read_problems(source)]
+    prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings) for p in seen]
+    for _ in range(40):
+        chosen = rng.sample(prompts, 8)
+        answers = [f"answer \\boxed{{ {rng.randint(1, 5)} }}" for _ in chosen]
+        documents = [
+            data.Document(p, data.encode_response(a, tokenizer))
+            for p, a in zip(chosen, answers, strict=True)
+        ]
+        pack = data.pack(documents, sum(map(len, documents)))[0]
+        logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
+        optimizer.zero_grad()
+        (-logps.mean()).backward()
+        optimizer.step()
+    save_model(model, directory)
+    return Mini(
+        str(directory), train, text, sft, write_rows(root / "replay.jsonl", replay), test
+    )

@@ -1,0 +1,455 @@
+r"""Does the matcher pay for right answers only? One group of tests a policy rule, then attacks,
+then an oracle: hypothesis writes one fraction in many ways, and plain Fractions say what is equal.
+
+    pytest tests/test_reward.py
+"""
+
+import threading
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reward
+from reward import Verdict, grade
+
+
+def score(gold, box, **options):
+    return grade(gold, f"so the answer is $\\boxed{{{box}}}$.", **options).score
+
+
+def all_equal(gold, boxes, expected):
+    assert {box: score(gold, box) for box in boxes} == dict.fromkeys(boxes, float(expected))
+
+
+# --- rule 1: which box counts
+
+
+@pytest.mark.parametrize(
+    ("response", "status", "answer"),
+    [
+        (r"I think \boxed{3}. No: \boxed{4}", "match", "4"),
+        (r"first \boxed{4}, which is wrong, hence \boxed{3}", "mismatch", "3"),
+        (r"\boxed{4} and then much text without a box", "match", "4"),
+        (r"\boxed {4}", "match", "4"),
+        (r"\boxed{\boxed{4}}", "match", r"\boxed{4}"),
+        (r"\boxed{\text{not }\boxed{4}}", "mismatch", r"\text{not }\boxed{4}"),
+        ("the answer is 4", "no_box", None),
+        (r"\fbox{4}", "no_box", None),
+        ("", "no_box", None),
+        (r"\boxed{4", "unclosed", None),
+        (r"\boxed{4} no, \boxed{", "unclosed", None),
+        (r"\boxed{4\}", "unclosed", None),
+        (r"\boxed{4} or \boxed{5}", "hedged", "4, 5"),
+        (r"$\boxed{4}$ / $\boxed{5}$", "hedged", "4, 5"),
+        (r"\boxed{4 \text{ or } 5}", "hedged", r"4 \text{ or } 5"),
+        (r"\boxed{}", "unparsed", ""),
+        (r"\boxed{\square}", "unparsed", r"\square"),
+    ],
+)
+def test_the_last_closed_box_counts_and_every_score_has_a_status(response, status, answer):
+    assert grade("4", response) == Verdict(float(status == "match"), status, answer)
+
+
+def test_boxes_joined_by_commas_and_and_are_one_list():
+    assert grade("3, 4", r"The roots are $\boxed{4}$ and $\boxed{3}$.").score == 1
+    assert grade("2,3,5", r"\boxed{2}, \boxed{3}, and \boxed{5}").score == 1
+    assert grade("4", r"\boxed{1}, \boxed{2}, \boxed{3}, \boxed{4}").score == 0
+
+
+def test_escaped_braces_do_not_close_the_box():
+    assert grade(r"\{1,2\}", r"\boxed{\{2,1\}}").answer == r"\{2,1\}"
+    assert grade(r"\frac{1}{2}", r"\boxed{\frac{1}{2}} \}").score == 1
+
+
+# --- rule 2: numbers
+
+
+def test_one_half_in_all_its_spellings():
+    spellings = [
+        ".5",
+        "0.50",
+        "1/2",
+        r"\frac12",
+        r"\dfrac{1}{2}",
+        r"\frac { 2 } { 4 }",
+        "{1 \\over 2}",
+    ]
+    spellings += [r"50\%", "½", r"\left(\frac{1}{2}\right)", r"2^{-1}", r"$\tfrac12$", r"5e-1"]
+    all_equal(r"\frac{1}{2}", spellings, True)
+
+
+def test_close_is_not_equal():
+    all_equal("10000", ["10001", "9999.99999", "1000", "1e5"], False)
+    all_equal(r"\frac13", ["0.33", "0.3333333333333333333", r"\frac{1}{3.0001}"], False)
+    all_equal(r"\frac{1}{2^{120}}", [r"\frac{1}{2^{121}}", "0"], False)
+    all_equal(r"\pi", ["3.14", "22/7", "3.14159265358979"], False)
+
+
+def test_mixed_numbers_are_sums_and_juxtaposed_digits_are_nothing():
+    all_equal("2.5", [r"2\frac{1}{2}", r"2 \frac12", "2 1/2", "2½"], True)
+    all_equal("1", [r"2\frac{1}{2}", "1 0", "1 1"], False)
+    all_equal("12", ["1 2", "21", r"1\frac{2}{1}"], False)
+
+
+def test_thousands_separators_group_by_three_or_not_at_all():
+    all_equal("58500", ["58,500", r"58\,500", r"58{,}500", r"58,\!500"], True)
+    all_equal("1000", ["1,00,0", "1,0,0,0", "(1,000)"], False)
+    all_equal("(1,23)", ["(12,3)", "123"], False)
+    all_equal("1,234", ["1.234", "1234,"], False)
+
+
+def test_leading_zeros_and_signs():
+    all_equal("73", ["073", "+73", "73.", "73.0", "--73"], True)
+    all_equal("-7", ["7", "7-", "- -7"], False)
+    all_equal("-7", ["–7", "−7", "(-7)"], True)
+
+
+def test_precision_rounds_both_sides_and_only_when_asked():
+    assert score("1.2", "1.24", precision=1.0) == 1
+    assert score("1.2", "1.25", precision=1.0) == 0
+    assert score("-0.5", "-0.45", precision=1.0) == 1
+    assert score("1.2", "1.24") == 0
+
+
+# --- rule 3: lists, sets, tuples, intervals
+
+
+def test_lists_and_sets_have_no_order_but_every_item_counts_once():
+    all_equal("1,-2", ["-2, 1", r"\{-2,1\}", r"1 \text{ and } -2", "1; -2"], True)
+    all_equal("1,-2", ["1,2", "1", "1,-2,3", "(1,-2)", "1,1,-2"], False)
+    all_equal("(1,2),(3,4)", ["(3,4), (1,2)", r"\{(3,4),(1,2)\}"], True)
+    all_equal("(1,2),(3,4)", ["(1,4),(3,2)", "1,2,3,4"], False)
+
+
+def test_tuples_and_intervals_have_order_and_ends():
+    all_equal(
+        "(3,-4)", ["(3, -4)", r"\left(\frac{6}{2},-4\right)", "(x,y) = (3,-4)", "P(3,-4)"], True
+    )
+    all_equal("(3,-4)", ["(-4,3)", "3,-4", "[3,-4]", "(3,-4,0)"], False)
+    all_equal("[0,1)", ["[0, 1)", r"\left[0,1.0\right)", r"0 \le x < 1"], True)
+    all_equal("[0,1)", ["(0,1]", "(0,1)", "[0,1]", "[1,0)", "0,1"], False)
+    all_equal(r"(-\infty, 3]", [r"x \leq 3", "3 >= x", r"2x \le 6", "(-∞, 3]"], True)
+    all_equal(r"x > 2", ["x < 2", r"x \ge 2", "y > 2", "2"], False)
+
+
+def test_plus_minus_is_two_numbers():
+    all_equal(r"\pm 2", ["2,-2", "±2", "-2 and 2", r"\{2, -2\}"], True)
+    all_equal(r"\pm 2", ["2", "-2", r"\pm 3"], False)
+    all_equal(r"1 \pm \sqrt{19}", [r"1-\sqrt{19}, 1+\sqrt{19}"], True)
+
+
+def test_names_must_agree_when_there_are_several():
+    all_equal("x=1, y=2", ["y=2, x=1", "(x,y)=(1,2)"], True)
+    all_equal("x=1, y=2", ["x=2, y=1"], False)
+
+
+# --- rule 4: percent and units
+
+
+def test_percent_is_a_hundredth_or_the_unit_of_the_question():
+    all_equal(r"50\%", ["50%", "0.5", "50", r"\frac12", r"50 \text{ percent}"], True)
+    all_equal("25", [r"25\%"], True)
+    all_equal("0.5", ["50", r"0.5\%"], False)
+    all_equal("25", ["0.25", "2500"], False)
+
+
+def test_a_unit_may_be_left_out_but_not_contradicted():
+    all_equal(r"5\text{ cm}", ["5", "5 cm", r"5\ \mathrm{cm}", r"5~\text{centimeters}"], True)
+    all_equal(r"5\text{ cm}", [r"5\text{ m}", r"5\text{ cm}^2", r"50\text{ mm}", "6"], False)
+    all_equal("25", [r"25 \text{ square units}", r"25\text{ cm}^2", r"25^\circ", r"\$25"], True)
+    all_equal(r"\$36", [r"36\text{ cents}", r"36\text{ euros}", "36 million"], False)
+    all_equal(r"60^\circ", ["60", "60°", r"60\text{ degrees}", r"60^{\circ}"], True)
+    all_equal(r"5\text{ apples}", ["5", r"5 \text{ apples}"], True)
+    all_equal(r"\text{minutes}", [r"\text{hours}", "5"], False)
+
+
+# --- rule 5: equations and expressions
+
+
+def test_equations_match_up_to_a_factor_and_tautologies_never():
+    all_equal("x^2+y^2=4", ["y^2 = 4-x^2", "2x^2+2y^2=8"], True)
+    all_equal("y=2x+3", ["2x+3", "2x-y+3=0", "y = 3+2x"], True)
+    all_equal("y=2x+3", ["y=2x-3", "0=0", "y=y", "z=2x+3"], False)
+    all_equal("5", ["x=5", "|AB| = 5", r"\text{area} = 5"], True)
+    all_equal("5", ["5=5", "2+3=5", r"x \text{ is not } = 5", "x=x", "x>4", "5x", "x"], False)
+
+
+def test_expressions_are_compared_as_sums_of_terms():
+    all_equal("(x+1)^2", ["x^2+2x+1", "1+x^2+x+x", "(1+x)(x+1)"], True)
+    all_equal("(x+1)^2", ["x^2+1", "(y+1)^2", "(x-1)^2"], False)
+    all_equal(r"3\sqrt{13}", [r"\sqrt{13}\cdot 3", r"\sqrt{117}", r"\frac{39}{\sqrt{13}}"], True)
+    all_equal(r"3\sqrt{13}", [r"13\sqrt{3}", r"3\sqrt[3]{13}"], False)
+    all_equal(r"\frac{5\pi}{3}", [r"\frac53\pi", "5π/3", r"\pi + \frac{2\pi}{3}"], True)
+    all_equal("252", [r"\binom{10}{5}", r"{10 \choose 5}", r"\frac{10!}{5! \cdot 5!}"], True)
+    all_equal("-1", ["i^2", r"(-1)^{3}", r"\sqrt[3]{-1}"], True)
+    all_equal("x", [r"\sqrt{x^2}", "X"], False)  # |x| is not x
+
+
+# --- rule 6: letters
+
+
+def test_letters_in_the_ways_people_mark_them():
+    good = ["B", "(B)", r"\text{(B)}", r"\textbf{B}", "B.", "B) 12", r"(B)\ \frac12", "B: A cube"]
+    all_equal("B", good + [r"\text{Option B}", r"\text{B. yellow}"], True)
+    bad = [
+        "A",
+        "A, B",
+        "BD",
+        "ABCD",
+        r"\text{not B}",
+        "A or B",
+        "B or C",
+        "A) or B)",
+        "b",
+        "B is wrong",
+    ]
+    all_equal("B", bad + ["B/C", "A: 3, B: 4"], False)
+    all_equal("BD", ["B, D", r"\text{B and D}", "(D), (B)"], True)
+    all_equal("BD", ["B", "D", "ABD"], False)
+
+
+def test_with_choices_a_value_stands_for_the_one_option_it_equals():
+    colours = ("red", "blue", "Yellow", "This cannot be told for certain.")
+    assert score("C", r"\text{yellow}", choices=colours) == 1
+    assert score("D", r"\text{This cannot be told for certain}", choices=colours) == 1
+    assert score("Yellow", "C", choices=colours) == 1
+    assert score("C", "blue", choices=colours) == 0
+    assert score("B", "0.5", choices=(r"\frac13", r"\frac12")) == 1
+    assert score("B", "0.5", choices=("0.50", r"\frac12")) == 0  # two options equal it
+    assert score("C", "4", choices=("2π", "3π", "4π")) == 0
+
+
+def test_an_option_whose_text_is_a_letter_is_not_its_label():
+    letters = ("d", "a", "b", "c")
+    assert score("D", "d", choices=letters) == 0
+    assert score("A", "d", choices=letters) == 1
+    assert score("D", "D", choices=letters) == 1
+
+
+# --- rule 7: golds
+
+
+def test_damaged_golds_are_mended():
+    for gold in ("\x0crac{36}{13}", r"$\frac{36}{13}$", r"\boxed{\frac{36}{13}}", "36/13."):
+        assert score(gold, r"\frac{36}{13}") == 1, gold
+    assert score("69{degrees}", "69") == 1
+    assert score("4\text{ cm}", "4 cm") == 1  # a tab where \t of \text was
+
+
+def test_an_unreadable_gold_is_never_rewarded():
+    for gold in ("", "  ", "$$", "9" * 1200 + "," * 700):
+        assert grade(gold, r"\boxed{5}")[:2] == (0.0, "gold_unparsed")
+        assert score(gold, gold) == 0
+
+
+def test_words_are_equal_without_case_symbols_with_it():
+    all_equal(r"\text{Evelyn}", ["Evelyn", r"\text{evelyn}", r"\mathrm{Evelyn}"], True)
+    all_equal(r"\text{Yes}", ["no", r"\text{Yes/No}", r"\text{yes or no}", "1"], False)
+    all_equal("S", ["s", "5"], False)
+    all_equal("3:30", ["03:30", "3 : 30"], True)
+    all_equal("3:30", ["3.30", "3:30 PM", "1:10", "3/30"], False)
+
+
+# --- attacks
+
+
+ATTACKS = [
+    "__import__('os').system('touch {marker}')",
+    "[5,__import__('os').system('touch {marker}')][0]",
+    "exec(\"open('{marker}','w')\")",
+    "open('{marker}','w').write('5')",
+    "x.__class__.__mro__[-1].__subclasses__()",
+    "quit()",
+    "int('5')",
+    "5 if True else 4",
+    "solve(x-5,x)[0]",
+    "f'5'",
+    "5; import os",
+    "raise SystemExit",
+]
+
+
+def test_code_is_never_run_and_never_paid(tmp_path):
+    marker = tmp_path / "executed"
+    for attack in ATTACKS:
+        assert score("5", attack.replace("{marker}", str(marker))) == 0, attack
+    assert not marker.exists()
+
+
+def test_vague_answers_earn_nothing():
+    vague = ["~", "?", "x", r"\ldots", "5,6,7,8", "[4,6]", r"\mathbb{R}", "NaN", r"\frac00", "5!!"]
+    vague += [
+        r"\text{5 or 6}",
+        r"\text{either 5 or 6}",
+        r"5 \to 6",
+        r"\neq 5",
+        "5_{10}",
+        "5,",
+        "5.5.5",
+    ]
+    vague += ["(5", "5)", "[5]", "|5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}", "1O", "٥"]
+    all_equal("5", vague, False)
+    all_equal("0", [r"\infty-\infty", r"\text{None}", "0/0", "0=0"], False)
+    all_equal("1", ["0^0", "1=1", r"\text{True}"], False)
+
+
+HEAVY = [
+    "9^{9^{9^9}}",
+    "9**9**9**9",
+    "10^{1000000000}",
+    "(10^9)!",
+    r"\binom{10^9}{5}",
+    "9" * 1_900,
+    "1/" * 900 + "1",
+    "(" * 900 + "5" + ")" * 900,
+    "x^" * 290 + "x",
+    r"\sqrt" * 300 + "2",
+    r"\frac" * 300 + "12",
+    "-" * 1_900 + "5",
+    ",".join(["(x+y+z+w+1)^{20}"] * 35),
+    "x=(" + "(x+y+z+w+1)^9,x=(" * 25 + ")" * 26,
+    r"(1+\sqrt{2}+\sqrt{3}+\sqrt5+\sqrt7)^{20}",
+    r"\text{" * 300 + "}" * 300,
+    "1," * 900,
+    "or " * 600,
+    "5" + " " * 1_900,
+    "1e9999",
+]
+
+
+@pytest.mark.parametrize("box", HEAVY, ids=lambda box: box[:16])
+def test_heavy_boxes_cost_milliseconds(box):
+    score("5", "4+x")  # warm
+    start = time.perf_counter()
+    verdict = grade("5", f"\\boxed{{{box}}}")
+    assert time.perf_counter() - start < 0.1  # about 10 ms; the rest is for a busy machine
+    assert verdict.score == (box.strip() == "5")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\\boxed{" * 50_000,
+        "\\boxed{5}," * 50_000,
+        "{" * 1_000_000,
+        "\\boxed{" + "{" * 1_000_000,
+        "\\boxed{" * 500 + "5" + "}" * 500,
+    ],
+    ids=lambda response: response[:10],
+)
+def test_heavy_responses_cost_milliseconds(response):
+    start = time.perf_counter()
+    grade("7", response)
+    assert time.perf_counter() - start < 0.1
+
+
+def test_it_works_off_the_main_thread():
+    verdicts = []
+    work = [threading.Thread(target=lambda: verdicts.append(score("5", "10/2"))) for _ in range(4)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert verdicts == [1.0] * 4
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(
+        alphabet="\\{}()[]frac sqrt boxed text 0123456789.,+-*/^_=<>%$`'\"xyπ½ABor", max_size=80
+    )
+)
+def test_no_text_makes_it_raise(text):
+    for response in (text, f"\\boxed{{{text}}}"):
+        verdict = grade("5", response)
+        assert verdict.status in reward.STATUSES and (verdict.score == 1) == (
+            verdict.status == "match"
+        )
+    assert grade(text, "\\boxed{5}").status in reward.STATUSES
+
+
+# --- the oracle
+
+
+@st.composite
+def spelled_fraction(draw):
+    """(value, text): the value stays a Fraction, the text is one of many ways to write it."""
+    n, d = draw(st.integers(-999, 999)), draw(st.integers(1, 60))
+    value, k = Fraction(n, d), draw(st.integers(1, 9))
+    sign, n = "-" if n < 0 else "", abs(n)
+    spellings = [
+        f"{sign}\\frac{{{n * k}}}{{{d * k}}}",
+        f"{sign}{n}/{d}",
+        f"\\dfrac{{{sign}{n}}}{{{d}}}",
+    ]
+    spellings += [
+        f"{sign}({n * k}/{d * k})",
+        f"{sign}{n} \\cdot {d}^{{-1}}",
+        f"\\({sign}{n} \\div {d}\\)",
+    ]
+    if n > d and n % d:
+        spellings.append(f"{sign}{n // d}\\frac{{{n % d}}}{{{d}}}")
+    if 10**6 % d == 0:
+        spellings += [f"{sign}{n * 10**6 // d}e-6", f"{sign}{n // d}.{n % d * 10**6 // d:06d}"]
+        spellings.append(f"{sign}{Fraction(n, d) * 10**6 * 100 // 1}e-6\\%")
+    return value, draw(st.sampled_from(spellings))
+
+
+@settings(max_examples=400, deadline=None)
+@given(spelled_fraction(), spelled_fraction())
+def test_fractions_match_exactly_when_they_are_equal(one, other):
+    assert score(one[1], one[1]) == 1
+    for gold, answer in ((one, other), (other, one)):
+        if "%" in gold[1] + answer[1]:
+            continue  # a percent may stand for its hundredfold: rule 4, tested by hand
+        assert score(gold[1], answer[1]) == (gold[0] == answer[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(spelled_fraction(), st.data())
+def test_every_spelling_of_a_fraction_is_right(one, data):
+    value = one[0]
+    assert score(f"{value.numerator}/{value.denominator}", one[1]) == 1
+    delta = data.draw(st.sampled_from([Fraction(1, 10**9), Fraction(-1, 7), Fraction(1)]))
+    near = value + delta
+    assert score(f"{near.numerator}/{near.denominator}", one[1].replace("\\%", "")) == (
+        100 * value == near if "%" in one[1] else 0
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 400), st.integers(1, 30), st.integers(0, 400), st.integers(1, 30))
+def test_roots_match_exactly_when_their_squares_do(a, b, c, d):
+    gold, box = f"{b}\\sqrt{{{a}}}", f"{d}\\sqrt{{{c}}}"
+    assert score(gold, box) == (b * b * a == d * d * c)
+
+
+X = 1.7320481  # where expressions are evaluated: no root of anything small
+
+
+@st.composite
+def expression(draw, depth=3):
+    """(text, value at x = X) of a small expression with roots, powers and quotients."""
+    if depth == 0 or draw(st.integers(0, 3)) == 0:
+        n = draw(st.integers(1, 6))
+        return draw(st.sampled_from([(f"{n}", float(n)), ("x", X), (f"\\sqrt{{{n}}}", n**0.5)]))
+    (a, u), (b, v) = draw(expression(depth - 1)), draw(expression(depth - 1))
+    kinds = [(f"({a}+{b})", u + v), (f"({a}-{b})", u - v), (f"{{{a}}} \\cdot {{{b}}}", u * v)]
+    kinds += [(f"({a})^2", u * u), (f"({a})({b})", u * v)]
+    if abs(v) > 1e-6:
+        kinds.append((f"\\frac{{{a}}}{{{b}}}", u / v))
+    if u > 1e-6:
+        kinds.append((f"\\sqrt{{{a}}}", u**0.5))
+    return draw(st.sampled_from(kinds))
+
+
+@settings(max_examples=500, deadline=None)
+@given(expression(), expression())
+def test_expressions_that_match_have_the_same_value(one, other):
+    (a, u), (b, v) = one, other
+    assert not score(a, b) or abs(u - v) < 1e-6 * max(1, abs(u))
+    assert score(f"{a}+{b}", f"{b}+{a}") and score(f"({a})({b})", f"({b})({a})")
+    assert not score(a, f"{a}+1")

@@ -144,6 +144,7 @@ def main(cfg: Config):
     train, valid = split_rows(cfg)
     stream = data.Stream(train, cfg.seed)
     valid = [encode(example, tokenizer, settings) for example in valid]
+    valid = [document for document in valid if len(document) <= cfg.max_tokens]
     steps = math.ceil(cfg.epochs * len(train) / cfg.batch)
 
     model = load_model(cfg.model, device=world.device)
@@ -160,6 +161,7 @@ def main(cfg: Config):
         parallel.load_state(checkpoint, state)
     log = RunLog(out, cfg, steps, world.main, start)
 
+    stopped = False
     with stop_on_signal(world.main) as stop:
         for step in range(start, steps):
             began = time.perf_counter()
@@ -196,9 +198,9 @@ def main(cfg: Config):
                 parallel.save_checkpoint(out, step + 1, state, model, cfg.model)
             if stopped:
                 break
-    if stopped:
+    if stopped and world.main:
         print(stop.advice)
-    else:
+    if not stopped:
         parallel.save_whole(model, out / "model", cfg.model)
     log.close()
     parallel.finish(world)

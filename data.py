@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ MARKUP = (
     "<|endoftext|>",
 )  # in a row's text: a turn that is not there
 MERGE_SIZE = 2  # preprocessor_config.json: 2 x 2 patches become one token
+PATCH_VALUES = 3 * 2 * 14 * 14  # Qwen2.5-VL: colours, frames, rows, columns
 MAX_ASPECT = 200  # transformers' smart_resize
 ROW_FILES = (".jsonl", ".json", ".parquet")
 QUIET_BYTES = 64 << 20  # below this a progress bar is noise
@@ -655,6 +656,14 @@ def filler_pack() -> Pack:
     filler = lay_out([Document(Prompt([0, 0], [0, 0], None, (), ()), [])], [0], MERGE_SIZE)
     filler.members = []  # it stands for no document
     return filler
+
+
+def with_blank_picture(pack: Pack) -> Pack:
+    """For a rank whose pack has no picture where the vision tower is sharded: the others gather its
+    weights together with this one, and would wait forever. No token shows it, its gradient is 0."""
+    if pack.patches is not None:
+        return pack
+    return replace(pack, patches=torch.zeros(MERGE_SIZE**2, PATCH_VALUES), grids=[(1, 2, 2)])
 
 
 # ---- order

@@ -2,16 +2,16 @@
 
     problems.jsonl ─sampler─▶ DIR/records.jsonl ─grade─▶ DIR/summary.json
 
-A record holds the reply, its verdict and how it was drawn, so that a number can be looked into and graded
-again by a better matcher without sampling again. Records are appended as they come: a run that is cut off
-goes on where it stopped, and refuses to mix replies of two protocols. A reply that was cut at the token
-limit is `truncated` and wrong, never graded by what stands in it so far.
+A record holds the reply, its verdict and how it was drawn, so that a number can be looked into and
+graded again by a better matcher without sampling again. Records are appended as they come: a run
+that is cut off goes on where it stopped, and refuses to mix replies of two protocols. A reply that
+was cut at the token limit is `truncated` and wrong, never graded by what stands in it so far.
 
-Accuracy is the mean over problems of the mean over k samples (avg@k; with k = 1 and temperature 0 the
-greedy accuracy). Its standard error is taken over problems, not over samples: the k samples of one
-problem are not independent.
+Accuracy is the mean over problems of the mean over k samples (avg@k; with k = 1 and temperature 0
+the greedy accuracy). Its standard error is taken over problems, not over samples: the k samples of
+one problem are not independent.
 
-    python eval.py --model out/laptop/rl/model --bench toy --data out/laptop/data/test.jsonl --out DIR
+    python eval.py --model out/laptop/rl/model --data out/laptop/data/test.jsonl --out DIR
     python eval.py ... --k 4 --temperature 1        # avg@4 at temperature 1
     python eval.py --regrade DIR --data ...         # grade DIR/records.jsonl again
 """
@@ -101,7 +101,7 @@ def accuracy(records: list[dict]) -> tuple[float, float]:
 
 
 def summarise(records: list[dict], protocol: dict) -> dict:
-    """Accuracy, statuses, lengths and behaviour rates, by kind of problem, with the protocol beside them."""
+    """Accuracy, statuses, lengths and behaviour rates by kind of problem, and the protocol."""
     kinds = {"all": records}
     kinds |= {
         "image": [r for r in records if r["image"]],
@@ -135,8 +135,15 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
+def write_records(path: Path, records: list[dict]):
+    """All records anew; renamed when complete, because a reply costs more than its verdict."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in records))
+    part.replace(path)
+
+
 def claim(out: Path, protocol: dict) -> list[dict]:
-    """Records of an earlier, unfinished run of the same protocol. ValueError if it was another one."""
+    """Records of an earlier, unfinished run. ValueError if its protocol was another one."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "protocol.json"
     if file.exists() and (before := json.loads(file.read_text())) != protocol:
@@ -155,14 +162,14 @@ def sample(cfg: Config, problems: list, out: Path) -> list[dict]:
     records = claim(out, {name: asdict(cfg)[name] for name in PROTOCOL})
     count = Counter(r["id"] for r in records)
     todo = [p for p in problems if count[p.id] < cfg.k]
-    whole = {p.id for p in problems} - {p.id for p in todo}
-    records = [r for r in records if r["id"] in whole]
+    asked, again = {p.id for p in problems}, {p.id for p in todo}
+    records = [r for r in records if r["id"] not in again]  # those outside --limit stay on disk
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokenizer = data.load_tokenizer(cfg.model)
     model = load_model(cfg.model, dtype, device)
     sampler = TorchSampler(model, tokenizer, data.load_image_settings(cfg.model))
-    (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_records(out / "records.jsonl", records)
     with (out / "records.jsonl").open("a") as file:
         for start in progress(range(0, len(todo), CHUNK), cfg.bench):
             part = todo[start : start + CHUNK]
@@ -172,21 +179,21 @@ def sample(cfg: Config, problems: list, out: Path) -> list[dict]:
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
             file.flush()
-    return records
+    return [r for r in records if r["id"] in asked]
 
 
 def main(cfg: Config):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    problems = list(data.read_problems(cfg.data))[: cfg.limit or None]
+    problems = list(data.read_problems(cfg.data))
     out = Path(cfg.regrade or cfg.out)
     if cfg.regrade:
         by_id = {p.id: p for p in problems}
         records = [judged(by_id[r["id"]], r) for r in read_records(out / "records.jsonl")]
-        (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        write_records(out / "records.jsonl", records)
         protocol = json.loads((out / "protocol.json").read_text())
     else:
-        records = sample(cfg, problems, out)
+        records = sample(cfg, problems[: cfg.limit or None], out)
         protocol = {name: asdict(cfg)[name] for name in PROTOCOL}
     summary = summarise(records, protocol)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -194,9 +201,8 @@ def main(cfg: Config):
         if kind in summary:
             s = summary[kind]
             shown = f"{s['accuracy']:.3f} +- {s['standard_error']:.3f}"
-            print(
-                f"{cfg.bench} {kind:5} {shown}  n {s['problems']} x {cfg.k}  {s['tokens']:.0f} tokens"
-            )
+            size = f"n {s['problems']} x {protocol['k']}"
+            print(f"{protocol['bench']} {kind:5} {shown}  {size}  {s['tokens']:.0f} tokens")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ KV heads, D head dim, C width, V vocabulary.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -91,25 +93,27 @@ class Config:
     video_token_id: int = 151656
 
     def __post_init__(self):
-        v, width, heads = self.vision, self.hidden_size, self.num_attention_heads
+        v, width, heads, dim = (
+            self.vision,
+            self.hidden_size,
+            self.num_attention_heads,
+            self.head_dim,
+        )
         kv, sections = self.num_key_value_heads, self.mrope_section
-        merged = v.patch_size * v.spatial_merge_size  # pixels
+        unit = v.patch_size * v.spatial_merge_size  # pixels a token, along one side
         wrong = {
-            f"hidden_size {width} is no multiple of num_attention_heads {heads}": width % heads,
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}": heads % kv,
-            f"mrope_section {sections} is not 3 counts that add up to {width / heads / 2:g}": (
-                (len(sections), 2 * sum(sections)) != (3, self.head_dim)
-            ),
+            f"hidden_size {width} with num_attention_heads {heads}": width % heads,
+            f"num_attention_heads {heads} with num_key_value_heads {kv}": heads % kv,
+            f"mrope_section {sections}, not 3 counts": len(sections) != 3,
+            f"mrope_section {sections} with head_dim {dim}": 2 * sum(sections) != dim,
             "use_sliding_window: attention covers the whole document": self.use_sliding_window,
-            f"hidden_act {self.hidden_act} is not silu": self.hidden_act != "silu",
-            f"vision hidden_act {v.hidden_act} is not silu": v.hidden_act != "silu",
-            f"out_hidden_size {v.out_hidden_size} is not {width}": v.out_hidden_size != width,
-            f"vision num_heads {v.num_heads}: {v.hidden_size} is no multiple of 4 times as many": (
-                v.hidden_size % (4 * v.num_heads)
-            ),
-            f"window_size {v.window_size} is no multiple of {merged}": v.window_size % merged,
+            f"hidden_act {self.hidden_act}, not silu": self.hidden_act != "silu",
+            f"vision hidden_act {v.hidden_act}, not silu": v.hidden_act != "silu",
+            f"vision num_heads {v.num_heads} of {v.hidden_size}": v.hidden_size % (4 * v.num_heads),
+            f"out_hidden_size {v.out_hidden_size}, not {width}": v.out_hidden_size != width,
+            f"window_size {v.window_size}, no multiple of {unit}": v.window_size % unit,
         }
-        if found := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+        if found := [problem for problem, is_so in wrong.items() if is_so]:
             raise ValueError(f"not supported: {'; '.join(found)}")
 
     @property
@@ -137,10 +141,10 @@ def read_config(directory: str | Path) -> Config:
     if (kind := raw.get("model_type")) != "qwen2_5_vl":
         raise ValueError(f"{path}: model_type is {kind!r}; this code runs qwen2_5_vl only")
     # The top level says whether the head is tied: text_config may repeat a default instead.
-    tie = {k: v for k, v in raw.items() if k == "tie_word_embeddings"}
-    flat = raw | raw.get("text_config", {}) | tie
+    flat = raw | raw.get("text_config", {})
+    flat["tie_word_embeddings"] = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
     rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type")) not in ("mrope", "default"):
+    if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
         raise ValueError(f"{path}: rope {rope} is not supported; Qwen2.5-VL's type is mrope")
     try:
         flat["vision"] = VisionConfig(**_own(VisionConfig, flat["vision_config"]))
@@ -171,16 +175,13 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
 # ---------------------------------------------------------------------------------------- positions
 
 
-def mrope_positions(
-    length: int, images: list[tuple[int, tuple[int, int, int]]], merge: int = 2
-) -> Tensor:
-    """M-RoPE (arXiv 2409.12191, sec. 2.1): time, row and column of every token of one document. ->
-    (3, length) int64.
+def mrope_positions(length: int, images: list[tuple[int, Grid]], merge: int = 2) -> Tensor:
+    """M-RoPE (arXiv 2409.12191, sec. 2.1): (time, row, column) of a document's tokens, (3, length).
 
-    images: (index of the first image token, (t, h, w) in patches), in order. Text counts 0, 1, 2 on
-    all three axes. An image's tokens share the time of its start and count rows and columns from
-    there; the text after it goes on from the largest of them plus one. So a picture of 20 x 30
-    merged patches takes 600 tokens and 30 positions.
+    images: (index of the first image token, grid), in order. Text counts 0, 1, 2 on all three axes.
+    An image's tokens share the time of its start and count rows and columns from there; the text
+    after it goes on from the largest of them plus one. So a picture of 20 x 30 merged patches takes
+    600 tokens and 30 positions.
     """
     pieces, done, start = [], 0, 0  # done: tokens placed; start: next free position
     for offset, (t, h, w) in images:
@@ -190,77 +191,58 @@ def mrope_positions(
         grid = torch.cartesian_prod(time, torch.arange(h // merge), torch.arange(w // merge)).T
         pieces += [text.expand(3, -1), grid + start]
         done, start = offset + grid.shape[1], start + int(grid.max()) + 1
+    assert done <= length, f"images end at token {done} of a document of {length}"
     pieces.append((torch.arange(length - done) + start).expand(3, -1))
-    positions = torch.cat(pieces, dim=1)
-    assert positions.shape == (3, length), (
-        f"images end at token {positions.shape[1]} of a document of {length}"
-    )
-    return positions
+    return torch.cat(pieces, dim=1)
 
 
 def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, D/2) float32 angles -> cos, sin (T, 1, D). float32: in bf16 positions above 256
-    collapse onto each other.
-    """
+    """(T, D/2) -> cos, sin (T, 1, D). In float32: bf16 cannot tell positions above 256 apart."""
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout: feature i turns together with feature i + D/2.
-    (T, H, D).
-    """
+    """Rotary embedding of (T, H, D): feature i turns together with feature i + D/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)  # (dim/2,)
+    return 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
 # ---------------------------------------------------------------------------------------- attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) -> Tensor:
-    """Attention within each document of a pack. q (T, H, D), k and v (T, K, D) -> (T, H, D);
-    `lengths` sum to T.
+    """Attention within each document of a pack. q (T, H, D), k and v (T, K, D) -> (T, H, D).
 
     One call per run of documents of equal length: windows of a picture and the 16 short rows of a
     toy pack go together, two long documents go one by one, each with the kernel's own causal mask.
     A (T, T) mask never exists.
     """
-    outputs, start = [], 0
+    assert sum(lengths) == len(q), f"lengths sum to {sum(lengths)}, the pack has {len(q)} tokens"
+    grouped, outputs, start = q.shape[1] != k.shape[1], [], 0
     for length, run in groupby(lengths):
-        count = len(list(run))
-        stop = start + count * length
-        heads = [
-            x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
-        ]  # (count, H|K, length, D)
-        out = F.scaled_dot_product_attention(
-            *heads, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        shape = (len(list(run)), length)  # documents, tokens of each
+        stop = start + shape[0] * length
+        heads = [x[start:stop].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
-    assert start == q.shape[0], f"document lengths sum to {start}, the pack has {q.shape[0]} tokens"
     return torch.cat(outputs)
 
 
 class KVCache:
     """Keys and values of N rows that grow by one token a step. Rows have lengths of their own:
-    nothing is padded, the room behind a row's end is masked. `take` repeats a prompt's row for
-    its samples, and drops the rows that have finished.
+    nothing is padded, the room behind a row's end is masked.
     """
 
-    def __init__(
-        self, config: Config, rows: int, room: int, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (rows, config.num_key_value_heads, room, config.head_dim)
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
+    def __init__(self, c: Config, rows: int, room: int, dtype: torch.dtype, device: torch.device):
+        shape, layers = (rows, c.num_key_value_heads, room, c.head_dim), range(c.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens held, a row
 
     def fill(self, layer: int, k: Tensor, v: Tensor, lengths: list[int]):
@@ -270,25 +252,39 @@ class KVCache:
             self.values[layer][row, :, : len(values)] = values.transpose(0, 1)
 
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Writes one token a row and attends to all before it. q (N, H, D), k and v (N, K, D) ->
-        (N, H, D).
-        """
+        """Writes a token a row and attends to all up to it. q (N, H, D), k and v (N, K, D)."""
         rows, used = torch.arange(len(q), device=q.device), int(self.lengths.max()) + 1
         self.keys[layer][rows, :, self.lengths] = k
         self.values[layer][rows, :, self.lengths] = v
         seen = torch.arange(used, device=q.device) <= self.lengths[:, None]  # (N, used)
-        # The H/K query heads of a KV head stand as its "queries": grouped attention without
-        # repeating keys.
+        # The H/K query heads of a KV head stand as its queries: grouped, and no key is repeated.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (N, K, H/K, D)
         keys, values = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-        return F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=seen[:, None, None]
-        ).flatten(1, 2)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
+        return out.flatten(1, 2)  # (N, H, D)
 
     def take(self, rows: Tensor):
+        """Row i is from now on what row rows[i] was: repeats a prompt for its samples."""
         self.keys = [x[rows] for x in self.keys]
         self.values = [x[rows] for x in self.values]
         self.lengths = self.lengths[rows]
+
+    def keep(self, live: Tensor) -> Tensor:
+        """Drops the rows that have ended: live (N,) bool -> rows (n,), as if by take(rows).
+
+        In place: the last live rows move into the gaps, the others stay. take() would copy the
+        whole cache whenever a row ends.
+        """
+        count = int(live.sum())
+        rows = torch.arange(count, device=live.device)
+        gaps, last = ~live[:count], live[count:].nonzero().squeeze(1) + count
+        rows[gaps] = last
+        for layers in (self.keys, self.values):
+            for layer, held in enumerate(layers):
+                held[:count][gaps] = held[last]
+                layers[layer] = held[:count]
+        self.lengths = self.lengths[rows]
+        return rows
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -300,9 +296,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(
-            x.dtype
-        )  # squares in bf16 lose 5 bits
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # bf16 squares lose 5 bits
+        return self.weight * normed.to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -342,17 +337,14 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The hub stores a Conv3d whose stride is its kernel, which is one matrix product over
-    flattened patches.
-    """
+    """The hub's Conv3d: its stride is its kernel, so it is one product with flattened patches."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.proj = nn.Module()
-        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj.weight = nn.Parameter(
-            torch.randn(c.hidden_size, c.in_chans, *kernel) / c.patch_values**0.5
-        )
+        shape = (c.in_chans, c.temporal_patch_size, c.patch_size, c.patch_size)
+        weight = torch.randn(c.hidden_size, *shape) / math.prod(shape) ** 0.5
+        self.proj.weight = nn.Parameter(weight)
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
@@ -366,31 +358,25 @@ class Merger(nn.Module):
         super().__init__()
         wide = c.hidden_size * c.spatial_merge_size**2
         self.ln_q = RMSNorm(c.hidden_size, 1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, c.out_hidden_size)
-        )
+        narrow = nn.Linear(wide, c.out_hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
 
 
-def window_order(
-    grids: list[tuple[int, int, int]], merge: int, side: int
-) -> tuple[Tensor, list[int], list[int]]:
-    """Windowed attention without masks (arXiv 2502.13923, sec. 2.1.1): put the patches of a window
-    next to each other.
+def window_order(grids: list[Grid], merge: int, side: int) -> tuple[Tensor, list[int], list[int]]:
+    """Windows without masks (arXiv 2502.13923, sec. 2.1.1): the patches of one become neighbours.
 
-    grids: (t, h, w) in patches; side: window side in merged patches. -> order (S/4,) of the merged
-    patches, the windows' lengths and the frames' lengths in patches. Windows at the right and lower
-    edge are smaller, never padded.
+    side: of a window in merged patches. -> order (S/4,) of the merged patches, the windows' lengths
+    and the frames' lengths in patches. Windows at the right and lower edge are smaller, never
+    padded.
     """
     order, windows, frames, start = [], [], [], 0
     for t, h, w in grids:
-        frame, row, column = torch.cartesian_prod(
-            torch.arange(t), torch.arange(h // merge), torch.arange(w // merge)
-        ).T
-        across = -(-(w // merge) // side)
-        down = -(-(h // merge) // side)
+        sides = (t, h // merge, w // merge)
+        frame, row, column = torch.cartesian_prod(*map(torch.arange, sides)).T
+        down, across = (math.ceil(n / side) for n in sides[1:])  # windows
         window = (frame * down + row // side) * across + column // side
         order.append(window.argsort(stable=True) + start)
         windows += (window.bincount() * merge**2).tolist()
@@ -399,16 +385,13 @@ def window_order(
     return torch.cat(order), windows, frames
 
 
-def patch_positions(grids: list[tuple[int, int, int]], merge: int) -> Tensor:
-    """Row and column of every patch, in the order of the patches: merged 2x2 blocks, row by row
-    inside a block. -> (S, 2).
-    """
+def patch_positions(grids: list[Grid], merge: int) -> Tensor:
+    """(S, 2): row and column of every patch. Their order: 2x2 blocks, row by row inside a block."""
     places = []
     for t, h, w in grids:
-        place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(
-            h // merge, merge, w // merge, merge, 2
-        )
-        places.append(place.transpose(1, 2).reshape(1, h * w, 2).expand(t, -1, -1).flatten(0, 1))
+        place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+        place = place.view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
+        places.append(place.reshape(h * w, 2).repeat(t, 1))
     return torch.cat(places)
 
 
@@ -420,25 +403,20 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c)
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
-        """patches (S, 1176), grids of the B images -> (S/4, width of the decoder), in the order
-        of the image tokens.
-        """
-        c, device = self.config, patches.device
-        merge = c.spatial_merge_size
+    def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
+        """patches (S, 1176) of B images -> (S/4, width of the decoder): a row an image token."""
+        c, device, merge = self.config, patches.device, self.config.spatial_merge_size
         if (expected := sum(t * h * w for t, h, w in grids)) != len(patches):
             raise ValueError(f"grids {grids} have {expected} patches, got {len(patches)}")
         order, windows, frames = window_order(grids, merge, c.window_size // c.patch_size // merge)
-        order = order.to(device)
-        places = patch_positions(grids, merge).to(device)
-        angles = places[..., None] * frequencies(
-            c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device
-        )  # (S, 2, D/4)
+        order, places = order.to(device), patch_positions(grids, merge).to(device)
+        turns = frequencies(c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device)
+        angles = (places[..., None] * turns).flatten(1)  # (S, D/2): half by row, half by column
 
         def by_window(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
 
-        cos, sin = rotary(by_window(angles.flatten(1)))
+        cos, sin = rotary(by_window(angles))
         x = by_window(self.patch_embed(patches))
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames if index in c.fullatt_block_indexes else windows)
@@ -448,18 +426,17 @@ class VisionTower(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.layer, self.dim = layer, c.head_dim  # layer: which of the cache's tensors are its own
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None, cache: KVCache | None
     ) -> Tensor:
-        q, k, v = (
-            p(x).unflatten(1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (T, H|K, D)
+        split = (-1, self.dim)
+        q, k, v = (p(x).unflatten(1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if lengths is None:  # one token a row, everything before it is in the cache
             return self.o_proj(cache.step(self.layer, q, k, v).flatten(1))
@@ -496,12 +473,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """x (T, C), positions (3, T) -> hidden (T, C)."""
         c = self.config
-        # Frequency i turns with the axis that mrope_section gives it: the first 16 with time, 24
-        # with row, 24 with column.
+        # Each frequency turns with one axis: the first 16 with time, 24 with row, 24 with column.
         axes = torch.arange(3).repeat_interleave(torch.tensor(c.mrope_section)).to(x.device)
-        angles = positions[axes].T * frequencies(
-            c.head_dim, c.rope_theta, x.device
-        )  # (T, D/2) float32
+        angles = positions[axes].T * frequencies(c.head_dim, c.rope_theta, x.device)  # (T, D/2)
         cos, sin = (y.to(x.dtype) for y in rotary(angles))
         for layer in self.layers:
             x = layer(x, cos, sin, lengths, cache)
@@ -512,9 +486,7 @@ class Decoder(nn.Module):
 
 
 class Qwen25VL(nn.Module):
-    """Policy (head="lm") or critic (head="value": the same network with a 1-wide head and no
-    vocabulary).
-    """
+    """Policy (head="lm") or critic (head="value": 1 wide instead of the vocabulary)."""
 
     def __init__(self, config: Config, head: str = "lm"):
         super().__init__()
@@ -539,7 +511,7 @@ class Qwen25VL(nn.Module):
         positions: Tensor,
         lengths: list[int] | None = None,
         patches: Tensor | None = None,
-        grids: list[tuple[int, int, int]] = (),
+        grids: list[Grid] = (),
         slots: Tensor | None = None,
         sources: Tensor | None = None,
         cache: KVCache | None = None,
@@ -559,10 +531,8 @@ class Qwen25VL(nn.Module):
         x = self.model.embed_tokens(ids)
         if patches is not None:
             seen = self.visual(patches, grids).to(x.dtype)
-            if len(sources) and int(sources.max()) >= len(seen):
-                raise ValueError(
-                    f"an image token wants vision row {int(sources.max())} of {len(seen)}"
-                )
+            if len(sources) and (last := int(sources.max())) >= len(seen):
+                raise ValueError(f"an image token wants vision row {last} of {len(seen)}")
             x = x.index_copy(0, slots, seen[sources])
         hidden = self.model(x, positions, lengths, cache)
         if cache is not None:
@@ -583,9 +553,8 @@ def chunked_logps(
     targets: Tensor,
     temperature: float = 1.0,
     chunk: int = HEAD_CHUNK,
-):
-    """Log-prob of each target and entropy of its distribution, without the logits of a long row
-    ever existing.
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of its distribution; a long row's logits never exist.
 
     hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,) float32. `chunk` rows
     of logits at a time; backward computes them again (7 % of a 7B step, once more) rather than keep
@@ -598,13 +567,12 @@ def chunked_logps(
         logz = logits.logsumexp(-1)
         logps = logits.gather(1, targets[:, None]).squeeze(1) - logz
         with torch.no_grad():
-            entropies = logz - ((logits - logz[:, None]).exp() * logits).sum(-1)
+            every = logits - logz[:, None]
+            entropies = -(every.exp() * every).sum(-1)
         return logps, entropies
 
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    outputs = [
-        checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces
-    ]
+    once_more = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+    outputs = map(once_more, hidden.split(chunk), targets.split(chunk))
     logps, entropies = zip(*outputs, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
@@ -613,9 +581,7 @@ def chunked_logps(
 
 
 def hub_name(name: str) -> str:
-    """transformers >= 4.52 in memory (`model.visual.*`, `model.language_model.*`) -> the hub's
-    files (`visual.*`, `model.*`).
-    """
+    """transformers >= 4.52 in memory (`model.visual.*`, `model.language_model.*`) -> the files."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     return name.replace("model.language_model.", "model.", 1)
@@ -623,27 +589,18 @@ def hub_name(name: str) -> str:
 
 def weight_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = [
-            directory / name
-            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
-        if missing := [f.name for f in files if not f.is_file()]:
-            raise FileNotFoundError(
-                f"{index} names {missing}, which are not in {directory}: copy them there"
-            )
+    if (index := directory / INDEX).is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(name for name in names if not (directory / name).is_file()):
+            raise FileNotFoundError(f"{index} names {missing}, which are not there: copy them")
+        return sorted(directory / name for name in names)
+    if files := sorted(directory.glob("*.safetensors")):
         return files
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"no *.safetensors in {directory}: download the model's weights there"
-        )
-    return files
+    raise FileNotFoundError(f"no *.safetensors in {directory}: download the model's weights there")
 
 
-def read_weights(directory: str | Path):
-    """Yields (hub name, tensor) of every weight file, one tensor in memory at a time."""
+def read_weights(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(hub name, tensor) of every weight file, one tensor in memory at a time."""
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():
@@ -656,100 +613,86 @@ def load_model(
     device: str | torch.device = "cpu",
     head: str = "lm",
 ) -> Qwen25VL:
-    """A model directory in either weight layout, sharded or not, as policy (head="lm") or critic
-    (head="value").
+    """A model directory in either weight layout, as policy (head="lm") or critic (head="value").
 
-    A critic may come from a policy's weights: its value head then keeps its initial values. Every
-    weight of the model must be in the files and every weight of the files must be used; ValueError
-    names those that are not, and wrong shapes.
+    A critic may come from a policy's weights: its value head then starts as in Open-Reasoner-Zero's
+    code, N(0, 1/(C+1)). Every weight of the model must be in the files and every weight of the
+    files must be used; ValueError names those that are not, and wrong shapes.
     """
     config = read_config(directory)
     with torch.device("meta"):
         model = Qwen25VL(config, head)
     model = model.to(dtype).to_empty(device=device)
-    wanted, loaded, problems = dict(model.named_parameters()), set(), []
+    missing, problems, tied = dict(model.named_parameters()), [], None
+    unused = {"lm_head.weight", "value_head.weight"} - set(missing)  # of the head that is not here
     for name, tensor in read_weights(directory):
-        other_head = (
-            name == "lm_head.weight"
-            and model.lm_head is None
-            or name == "value_head.weight"
-            and head == "lm"
-        )
-        if name not in wanted:
-            problems += [] if other_head else [f"unexpected {name}"]
-        elif wanted[name].shape != tensor.shape:
-            problems.append(
-                f"{name} is {[*tensor.shape]} in the files, {[*wanted[name].shape]} by config.json"
-            )
-        else:
-            with torch.no_grad():
-                wanted[name].copy_(tensor)
-            loaded.add(name)
-    if head == "value" and "value_head.weight" not in loaded:
-        nn.init.normal_(
-            wanted["value_head.weight"], std=1 / (config.hidden_size + 1)
-        )  # Open-Reasoner-Zero's code
-        loaded.add("value_head.weight")
-    problems += [f"missing {name}" for name in wanted if name not in loaded]
+        weight = missing.pop(name, None)
+        if weight is not None and weight.shape == tensor.shape:
+            weight.data.copy_(tensor)
+        elif weight is not None:
+            shapes = f"{[*tensor.shape]} in the files, {[*weight.shape]} by config.json"
+            problems.append(f"{name} is {shapes}")
+        elif name == "lm_head.weight" and config.tie_word_embeddings:
+            tied = tensor.to(device, dtype)
+        elif name not in unused:
+            problems.append(f"unexpected {name}")
+    if tied is not None and not torch.equal(tied, model.model.embed_tokens.weight):
+        problems.append("lm_head.weight differs from the embedding that config.json ties it to")
+    if head == "value" and (weight := missing.pop("value_head.weight", None)) is not None:
+        nn.init.normal_(weight, std=1 / (config.hidden_size + 1))
+    problems += [f"missing {name}" for name in missing]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"{directory} does not fit its config.json: {'; '.join(problems[:8])}{more}"
-        )
+        raise ValueError(f"{directory} does not fit config.json: {'; '.join(problems[:8])}{more}")
     return model
 
 
+def shards(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict]:
+    """{name: tensor} of at most SHARD_BYTES: what saving a model takes of the host's memory."""
+    shard, size = {}, 0
+    for name, tensor in weights:
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name], size = tensor, size + tensor.nbytes
+    yield shard
+
+
 def save_weights(
-    weights,
+    weights: Iterable[tuple[str, Tensor]],
     config: Config,
     directory: str | Path,
     dtype: torch.dtype,
     like: str | Path | None = None,
 ):
-    """Writes (name, tensor) pairs as a Hugging Face directory in the hub's layout, in shards of 4
-    GB.
+    """Writes (name, tensor) pairs as a Hugging Face directory in the hub's layout.
 
     like: a model directory whose tokenizer, template and image settings are copied along.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in weights:
-        tensor = tensor.detach().to("cpu", dtype).contiguous().clone()
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards, size = [*shards, {}], 0
-        shards[-1][name], size = tensor, size + tensor.nbytes
     for old in directory.glob("model*.safetensors*"):
         old.unlink()
-    files = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    for shard, file in zip(shards, files, strict=True):
+    places, size = {}, 0
+    for number, shard in enumerate(shards(weights, dtype), start=1):
+        file = f"model-{number:05}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        places = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        places |= dict.fromkeys(shard, file)
+        size += sum(tensor.nbytes for tensor in shard.values())
+    if number == 1:
+        (directory / file).rename(directory / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
     (directory / "config.json").write_text(json.dumps(config_json(config, dtype), indent=1))
     if like is not None and Path(like).resolve() != directory.resolve():
-        for pattern in (
-            "*token*.json",
-            "vocab.json",
-            "merges.txt",
-            "chat_template*",
-            "*processor_config.json",
-            "generation_config.json",
-        ):
+        for pattern in COMPANIONS.split():
             for file in Path(like).glob(pattern):
                 shutil.copy(file, directory / file.name)
 
 
 def save_model(model: Qwen25VL, directory: str | Path, like: str | Path | None = None):
-    """The model as a Hugging Face directory that transformers and vLLM open. A tied head is
-    stored once.
-    """
+    """As a directory that transformers and vLLM open. A tied head is stored once."""
     dtype = next(model.parameters()).dtype
     save_weights(model.named_parameters(), model.config, directory, dtype, like)

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import Qwen25VL, save_weights
+
+# One process saves and loads alone here, and means to.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 @dataclass(frozen=True)
@@ -198,10 +202,16 @@ def save_checkpoint(run: Path, step: int, pairs: dict, policy: Qwen25VL, like: s
 
 
 def save_whole(policy: Qwen25VL, directory: Path, like: str | Path):
-    """The policy as one Hugging Face directory, written by rank 0 from the shards of all."""
+    """The policy as one Hugging Face directory, written by rank 0 from the shards of all.
+
+    Written beside and renamed: a directory under its own name is a complete one.
+    """
+    directory, part = Path(directory), Path(f"{directory}.part")
     weights = whole_weights(policy)
     if is_main():
-        save_weights(weights, policy.config, directory, torch.float32, like)
+        save_weights(weights, policy.config, part, torch.float32, like)
+        shutil.rmtree(directory, ignore_errors=True)
+        part.rename(directory)
     else:
         for _ in weights:  # takes part in the gathering
             pass

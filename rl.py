@@ -86,8 +86,13 @@ class Config:
             raise ValueError(f"algorithm must be ppo or grpo, got {self.algorithm}")
         if self.value_init not in ("orz", "paper"):
             raise ValueError(f"value_init must be orz or paper, got {self.value_init}")
-        if len(self.lengths) != len(self.length_from) or self.length_from[0] != 0:
-            raise ValueError(f"lengths {self.lengths} need as many length_from, the first 0")
+        if min(self.steps, self.samples, self.critic_steps) < 1:
+            raise ValueError("steps, samples and critic_steps must be positive")
+        if self.problems < self.critic_steps:
+            raise ValueError(f"problems {self.problems} < critic_steps {self.critic_steps}")
+        rising = sorted(self.length_from)
+        if len(self.lengths) != len(rising) or [*self.length_from] != rising or rising[:1] != [0]:
+            raise ValueError(f"lengths {self.lengths} need as many length_from, rising from 0")
         if self.prompt_tokens + max(self.lengths) > self.pack_tokens:
             raise ValueError(f"pack_tokens {self.pack_tokens} < prompt_tokens + longest response")
         if self.algorithm == "grpo" and self.samples < 2:
@@ -101,10 +106,10 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) of one response. (R,) ->
     (R,), (R,).
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; past the end V = A = 0, also
-    where the response was cut: a cut is a failure, not a state with a future. -> advantages, and
-    the critic's targets A + V. values[t] is read at the state *before* token t. With gamma = lam =
-    1 and one reward R at the end (OVR, sec. 4.1): A_t = R - V_t, target R.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; past the end V = A = 0,
+    also where the response was cut: a cut is a failure, not a state with a future. -> advantages,
+    and the critic's targets A + V. values[t] is read at the state *before* token t. With gamma =
+    lam = 1 and one reward R at the end (OVR, sec. 4.1): A_t = R - V_t, target R.
     """
     advantages, after, advantage = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
@@ -190,15 +195,21 @@ def plan(rollouts: list[Rollout], cfg: Config, world) -> list[tuple[list[data.Pa
     Every rollout is in exactly one pack; pack.members index `rollouts`. All ranks get equally many
     packs.
     """
-    problems, parts = len(rollouts) // cfg.samples, []
+    mine, parts = len(rollouts) // cfg.samples, []
+    (problems,) = parallel.sums(world, mine)
     for part in range(cfg.critic_steps):
-        low, high = (problems * k // cfg.critic_steps * cfg.samples for k in (part, part + 1))
+        # Problem i of this rank is problem rank + size * i of the batch: any number of ranks cuts
+        # the batch at the same places, so that the critic takes the same steps.
+        cuts = (int(problems) * k // cfg.critic_steps - world.rank for k in (part, part + 1))
+        low, high = (-(-cut // world.size) * cfg.samples for cut in cuts)
         documents = [r.document for r in rollouts[low:high]]
         packs = data.pack(documents, cfg.pack_tokens) if documents else []
         for pack in packs:
             pack.members = [low + i for i in pack.members]
         most = int(parallel.largest(world, len(packs)))
         packs += [data.filler_pack()] * (most - len(packs))
+        if cfg.train_vision and world.size > 1:  # the tower is sharded: every rank has to run it
+            packs = [data.with_blank_picture(pack) for pack in packs]
         (tokens,) = parallel.sums(world, sum(len(pack.rows) for pack in packs))
         parts.append((packs, tokens))
     return parts
@@ -360,6 +371,8 @@ def rows_of(step: int, rollouts: list[Rollout], verdicts: list, scores: list[flo
 
 def main(cfg: Config):
     world = parallel.start(cfg.threads)
+    if cfg.problems < world.size:
+        raise ValueError(f"problems {cfg.problems} < {world.size} ranks: one would have none")
     out = Path(cfg.out)
     toy.ensure(world, cfg.model, cfg.data)
     start, checkpoint = parallel.claim(out, cfg)
@@ -380,6 +393,7 @@ def main(cfg: Config):
     if world.main and dropped:
         print(f"{dropped} problems left out: prompts over {cfg.prompt_tokens} tokens")
 
+    stopped = False
     with stop_on_signal(world.main) as stop:
         for step in range(start, cfg.steps):
             # 1. ask: P problems, text and pictures mixed; every rank takes its share
@@ -428,16 +442,16 @@ def main(cfg: Config):
             )
             # 6. tell: the log, a checkpoint, and the sampler
             sampler.sync(parallel.whole_weights(policy))
-            log.log(step, metrics, show=SHOWN)
+            log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:
                 parallel.save_checkpoint(out, step + 1, pair, policy, cfg.model)
             if stopped:
                 break
-    if stopped:
+    if stopped and world.main:
         print(stop.advice)
-    else:
+    if not stopped:
         parallel.save_whole(policy, out / "model", cfg.model)
     log.close()
     parallel.finish(world)

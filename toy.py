@@ -29,6 +29,7 @@ import random
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -87,10 +88,8 @@ class Config:
     train: int = 4096  # RL problems, half of them pictures
     sft: int = 8192  # cold-start traces, text only
     test: int = 512  # held-out problems, half of them pictures
-    align_steps: int = (
-        60  # steps of 64 pictures: image tokens name their digits, stands in for CLIP
-    )
-    steps: int = 900  # steps of `batch` documents
+    align_steps: int = 80  # steps of 64 pictures, in which image tokens learn to name digits
+    steps: int = 1000  # steps of `batch` documents
     batch: int = 32  # documents a step
     lr: float = 3e-3  # peak, cosine to zero
     threads: int = 0  # CPU threads, 0 for all
@@ -200,14 +199,12 @@ def draw(
     down = len(digits) // across
     canvas = np.zeros((down * CELL, across * CELL, 3), dtype=np.float32)
     for place, (digit, colour) in enumerate(zip(digits, colours, strict=True)):
-        mask = np.roll(rng.choice(GLYPHS[digit]), (rng.randint(-2, 2), rng.randint(-2, 2)), (0, 1))[
-            ..., None
-        ]
-        cell = (
-            rng.uniform(190, 250) * (1 - mask) + np.array(COLOURS[colour], dtype=np.float32) * mask
-        )
+        shift = rng.randint(-2, 2), rng.randint(-2, 2)
+        mask = np.roll(rng.choice(GLYPHS[digit]), shift, (0, 1))[..., None]
+        ink = np.array(COLOURS[colour], dtype=np.float32)
+        cell = rng.uniform(190, 250) * (1 - mask) + ink * mask
         row, column = divmod(place, across)
-        canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
+        canvas.reshape(down, CELL, across, CELL, 3)[row, :, column] = cell
     canvas += np.random.default_rng(rng.getrandbits(32)).normal(0, noise, canvas.shape)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
@@ -247,7 +244,17 @@ def reading(rng: random.Random) -> tuple[str, list[int]]:
     return f"what is at {CELLS[cell]} ?", [cell]
 
 
-def trace(grid: list[int], asked: str, cells: list[int], rng: random.Random) -> str:
+def posed(looks: str, asked: str, rng: random.Random) -> str:
+    """Grid and question in either order, sometimes among words that mean nothing."""
+    parts = [looks, asked] if rng.random() < 0.5 else [asked, looks]
+    if rng.random() < 0.4:
+        parts.insert(rng.randrange(3), " ".join(rng.choices(FILLERS, k=rng.randint(1, 8))))
+    return " ".join(parts)
+
+
+def trace(
+    grid: list[int], names: Sequence[str], asked: str, cells: list[int], rng: random.Random
+) -> str:
     """R1 in the miniature: goal, plan, cell by cell with the sum so far, slips caught at once or
     by a check at the end.
     """
@@ -263,21 +270,21 @@ def trace(grid: list[int], asked: str, cells: list[int], rng: random.Random) -> 
     for cell in cells:
         wrong = rng.choice([d for d in DIGITS if d != grid[cell]])
         if cell == slip_at:
-            words.append(f"{CELLS[cell]} {wrong} = {total + wrong}")
+            words.append(f"{names[cell]} {wrong} = {total + wrong}")
             if not late:
-                name, digit = CELLS[cell], grid[cell]
+                name, digit = names[cell], grid[cell]
                 words.append(f"wait , that is not right . {total} . look at {name} again :")
                 words.append(f"{name} {digit} = {total + digit}")
             total += wrong if late else grid[cell]
         else:
             total += grid[cell]
-            words.append(f"{CELLS[cell]} {grid[cell]} = {total}")
+            words.append(f"{names[cell]} {grid[cell]} = {total}")
     if late or rng.random() < 0.4:
         words.append("let me check . read again :")
         again = 0
         for cell in cells:
             again += grid[cell]
-            words.append(f"{CELLS[cell]} {grid[cell]} = {again}")
+            words.append(f"{names[cell]} {grid[cell]} = {again}")
         words.append(
             f"{again} is the same . good ."
             if again == total
@@ -336,12 +343,14 @@ def base_example(rng: random.Random) -> data.Example:
     if kind >= 0.55:
         asked, cells = question(rng)
         return data.Example(
-            "base", f"{looks} {asked}", direct(sum(grid[c] for c in cells)), tuple(images)
+            "base", posed(looks, asked, rng), direct(sum(grid[c] for c in cells)), tuple(images)
         )
     if rng.random() < 0.3:
         asked, (cell,) = reading(rng)
-        return data.Example("base", f"{looks} {asked}", direct(grid[cell]), tuple(images))
-    return data.Example("base", f"{looks} describe the grid", description(grid, rng), tuple(images))
+        return data.Example("base", posed(looks, asked, rng), direct(grid[cell]), tuple(images))
+    return data.Example(
+        "base", posed(looks, "describe the grid", rng), description(grid, rng), tuple(images)
+    )
 
 
 def ledger(rng: random.Random) -> tuple[str, str]:
@@ -364,10 +373,15 @@ def sft_row(rng: random.Random, index: int) -> dict:
     """A problem in words and a trace that solves it. No picture in any of them."""
     grid = random_grid(rng)
     asked, cells = reading(rng) if rng.random() < 0.12 else question(rng)
-    prompt = f"{written([str(d) for d in grid])} {asked}"
+    prompt, names = posed(written([str(d) for d in grid]), asked, rng), CELLS
+    if rng.random() < 0.25:  # another kind of problem: the habits must not hang on grids
+        names = rng.sample(FILLERS, 6)
+        cells = rng.sample(range(6), rng.randint(2, 6))
+        asked = "what is the sum ?"
+        prompt = posed(" ".join(f"{names[c]} {grid[c]}" for c in cells), asked, rng)
     answer = sum(grid[c] for c in cells)
     row = {"id": f"sft-{index}", "source": "toy/text", "prompt": prompt, "answer": str(answer)}
-    return row | {"response": trace(grid, asked, cells, rng)}
+    return row | {"response": trace(grid, names, asked, cells, rng)}
 
 
 def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
@@ -376,7 +390,11 @@ def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
     """
     grid, mode = random_grid(rng), rng.choice(("image", "text"))
     looks, images = shown(grid, mode, rng)
-    row = {"id": f"replay-{index}", "source": "toy/replay", "prompt": f"{looks} describe the grid"}
+    row = {
+        "id": f"replay-{index}",
+        "source": "toy/replay",
+        "prompt": posed(looks, "describe the grid", rng),
+    }
     row["images"] = save_images(images, folder, f"replay-{index}")
     return row | {"response": description(grid, rng)}
 
@@ -391,7 +409,7 @@ def problem_row(
     return {
         "id": name,
         "source": f"toy/{'reading' if ask is reading else mode}",
-        "prompt": f"{looks} {asked}",
+        "prompt": posed(looks, asked, rng),
         "images": save_images(images, folder, name),
         "answer": str(sum(grid[c] for c in cells)),
         "grid": dict(zip(CELLS, grid, strict=True)),
@@ -461,9 +479,8 @@ def align(model: Qwen25VL, tokenizer, cfg: Config, settings):
     optimizer = torch.optim.AdamW(tower, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     words_of = model.model.embed_tokens.weight.detach()  # they stay: the tower comes to them
     for step in progress(range(cfg.align_steps), "align"):
-        optimizer.param_groups[0]["lr"] = (
-            3e-3 * min(1, (step + 1) / 10) * (1 - step / cfg.align_steps)
-        )
+        rate = min(1, (step + 1) / 10) * (1 - step / cfg.align_steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
         patches, grids, seen, shades = [], [], [], []
         for _ in range(64):
             grid, colour = random_grid(rng), [rng.choice(list(COLOURS)) for _ in CELLS]

@@ -1,7 +1,8 @@
-"""A miniature to test the stages on: a small model that answers in a box, and a few rows of every kind.
+"""A miniature to test the stages on: a small model that answers in a box, a few rows of each kind.
 
-The model is toy.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`: after
-that some of its samples stop, and some are right, so that rewards, advantages and gradients are not 0.
+The model is toy.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`:
+after that its samples differ in length, most stop, and some are right, so that rewards, advantages
+and gradients are not 0.
 """
 
 import json
@@ -51,10 +52,13 @@ def mini(tmp_path_factory) -> Mini:
     rng = random.Random(0)
 
     def problems(name: str, count: int, modes: tuple[str, ...]) -> str:
-        rows = [
-            toy.problem_row(rng, f"{name}-{i}", modes[i % len(modes)], False, root, reading=True)
-            for i in range(count)
-        ]
+        rows = []
+        for i in range(count):  # the digit of one cell: a guess is right one time in five
+            row = toy.problem_row(rng, f"{name}-{i}", modes[i % len(modes)], False, root)
+            cell = rng.choice(sorted(row["grid"]))
+            grid = row["prompt"].split("what")[0]
+            rows.append(row | {"prompt": f"{grid}what is at {cell} ?"})
+            rows[-1]["answer"] = str(row["grid"][cell])
         return write_rows(root / f"{name}.jsonl", rows)
 
     train = problems("train", PROBLEMS, ("image", "text"))
@@ -75,17 +79,15 @@ def mini(tmp_path_factory) -> Mini:
     prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings) for p in seen]
     for _ in range(40):
         chosen = rng.sample(prompts, 8)
-        answers = [f"answer \\boxed{{ {rng.randint(1, 5)} }}" for _ in chosen]
-        documents = [
-            data.Document(p, data.encode_response(a, tokenizer))
-            for p, a in zip(chosen, answers, strict=True)
-        ]
+        documents = []
+        for prompt in chosen:
+            thought = rng.choice(["", "", "so it is good . ", "wait , let me look again : "])
+            answer = f"{thought}answer \\boxed{{ {rng.randint(1, 5)} }}"
+            documents.append(data.Document(prompt, data.encode_response(answer, tokenizer)))
         pack = data.pack(documents, sum(map(len, documents)))[0]
         logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
         optimizer.zero_grad()
         (-logps.mean()).backward()
         optimizer.step()
     save_model(model, directory)
-    return Mini(
-        str(directory), train, text, sft, write_rows(root / "replay.jsonl", replay), test
-    )
+    return Mini(str(directory), train, text, sft, write_rows(root / "replay.jsonl", replay), test)

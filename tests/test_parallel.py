@@ -1,0 +1,356 @@
+"""parallel.py: two gloo processes give the numbers of one, wherever the pictures lie.
+
+    pytest tests/test_parallel.py       # starts itself under torchrun, twice
+
+The second start trains the vision tower, so that its blocks are sharded, with all pictures on one
+rank: a rank that left the tower out would leave the other one waiting for ever.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import coldstart
+import data
+import parallel
+import rl
+from model import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = parallel.World(0, 1, torch.device("cpu"))
+LIMIT = 100  # seconds; a start takes about 10
+
+
+def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
+    small = dict(model=mini["model"], data=mini["sft"], replay=mini["replay"], out=str(out))
+    small |= dict(epochs=0.5, batch=7, valid=8, valid_every=1, pack_tokens=300, max_tokens=300)
+    return coldstart.Config(**small | dict(threads=1) | changed)  # 3 steps
+
+
+def rl_config(mini: dict, out, **changed) -> rl.Config:
+    small = dict(model=mini["model"], data=mini["train"], out=str(out), steps=2, problems=6)
+    small |= dict(samples=4, lengths=(12,), length_from=(0,), pack_tokens=100, prompt_tokens=64)
+    return rl.Config(**small | dict(threads=1, warmup=2, save_every=100) | changed)
+
+
+def in_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """In place of data.permutation: pictures and text alternate, so each rank has one kind."""
+    return np.arange(n)
+
+
+def stop_after(monkeypatch_target, steps: int):
+    """Ctrl-C in the given step, sent to the last rank only."""
+    told = parallel.clip_gradients
+    calls = []
+
+    def clip_gradients(*arguments):
+        calls.append(None)
+        if len(calls) == steps and int(os.environ.get("RANK", 0)) + 1 == int(
+            os.environ.get("WORLD_SIZE", 1)
+        ):
+            signal.raise_signal(signal.SIGINT)
+        return told(*arguments)
+
+    monkeypatch_target.clip_gradients = clip_gradients
+    return told
+
+
+# ------------------------------------------------------------------ what runs under torchrun
+
+
+def picture_and_text(mini: dict, world) -> list[data.Pack]:
+    """One pack of a problem with a picture, one without."""
+    tokenizer, settings = (
+        data.load_tokenizer(mini["model"]),
+        data.load_image_settings(mini["model"]),
+    )
+    packs = []
+    for problem in data.read_problems(mini["train"])[:2]:
+        prompt = data.encode_prompt(problem.prompt, problem.images, tokenizer, settings)
+        packs += data.pack([data.Document(prompt, [20, 30, 2])], 100)
+    return packs
+
+
+def gradients(mini: dict, world, train_vision: bool, head: str) -> dict:
+    """Of the summed output over both packs: rank r has the r-th, one process has both."""
+    torch.manual_seed(0)
+    model = load_model(mini["model"], head=head)
+    for weight in model.visual.parameters():
+        weight.requires_grad_(train_vision)
+    model = parallel.shard(model, world)
+    packs = picture_and_text(mini, world)[world.rank :: world.size]
+    if train_vision:
+        packs = [data.with_blank_picture(pack) for pack in packs]
+    with torch.no_grad():  # as judge() does before the critic learns
+        for pack in packs:
+            model(**pack.inputs, rows=pack.rows)
+    for pack in packs:
+        targets = {"targets": pack.targets} if head == "lm" else {}
+        out = model(**pack.inputs, rows=pack.rows, **targets)
+        out = out[0] if head == "lm" else out
+        (out.sum() * world.size).backward()
+    norm = parallel.clip_gradients(model, 1e9)
+    whole = {}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            grad = weight.grad
+            whole[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    weights = {name: weight.clone() for name, weight in parallel.whole_weights(model)}
+    kinds = {n: type(p).__name__ for n, p in model.named_parameters()}
+    return {"gradients": whole, "norm": norm, "weights": weights, "kinds": kinds}
+
+
+def small_things(world) -> dict:
+    r = world.rank
+    return {
+        "sums": parallel.sums(world, 2**53 - 1 if r else 1, 0.5 + r, 3),
+        "largest": [parallel.largest(world, x) for x in (r, -r, 0.25 * (1 - r), bool(r))],
+        "means": parallel.means(
+            world, {"a": (3.0 + r, 2), "one": (5.0 * r, r), "nobody": (0.0, 0)}
+        ),
+    }
+
+
+def worker(job: str, folder: Path):
+    mini = json.loads((folder / "mini.json").read_text())
+    world = parallel.start(1)
+    parallel.finish = lambda world: None  # the group is used again by the next run
+    data.permutation = in_order
+    if job == "frozen":
+        found = {"small": small_things(world)}
+        found["lm"] = gradients(mini, world, False, "lm")
+        coldstart.main(coldstart_config(mini, folder / "coldstart"))
+        rl.main(rl_config(mini, folder / "rl"))
+        rl.main(rl_config(mini, folder / "grpo", algorithm="grpo"))
+        original = stop_after(parallel, 1)  # goes on where one process stopped, and stops again
+        coldstart.main(coldstart_config(mini, folder / "moved"))
+        parallel.clip_gradients = original
+    else:
+        found = {"value": gradients(mini, world, True, "value")}
+        rl.main(rl_config(mini, folder / "rl_vision", train_vision=True, save_every=1))
+    torch.save(found, folder / f"{job}-{world.rank}.pt")
+    world.wait()
+
+
+# ------------------------------------------------------------------ the tests
+
+
+def two_ranks(job: str, folder: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [__file__, job, str(folder)]
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        env=os.environ | ours,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"two ranks hang after {LIMIT} s:\n{output[-4000:]}")
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def folder_of(tmp_path_factory, name: str, mini) -> Path:
+    folder = tmp_path_factory.mktemp(name)
+    (folder / "mini.json").write_text(json.dumps(asdict(mini)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(mini, tmp_path_factory):
+    """Folder of the two-process runs with a frozen tower; `moved` was begun by one process."""
+    folder = folder_of(tmp_path_factory, "frozen", mini)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "permutation", in_order)
+        patch.setattr(parallel, "clip_gradients", parallel.clip_gradients)
+        stop_after(parallel, 1)
+        coldstart.main(coldstart_config(asdict(mini), folder / "moved"))
+    (folder / "output.txt").write_text(two_ranks("frozen", folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(mini, tmp_path_factory):
+    """Folder of the two-process runs with a sharded tower."""
+    folder = folder_of(tmp_path_factory, "sharded", mini)
+    two_ranks("sharded", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(mini, tmp_path_factory):
+    """Folder of the same runs by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "permutation", in_order)
+        coldstart.main(coldstart_config(asdict(mini), folder / "coldstart"))
+        rl.main(rl_config(asdict(mini), folder / "rl"))
+        rl.main(rl_config(asdict(mini), folder / "grpo", algorithm="grpo"))
+        rl.main(rl_config(asdict(mini), folder / "rl_vision", train_vision=True))
+    return folder
+
+
+def metrics_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+def assert_same_metrics(one: Path, other: Path, names: tuple[str, ...]):
+    mine, theirs = metrics_of(one), metrics_of(other)
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys() and set(names) <= a.keys()
+        for name in a.keys() - {"logp_diff_mean", "logp_diff_max", "sampler_kl", "ratio_max"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=2e-6), (a["step"], name)
+    for row in mine + theirs:
+        assert row.get("logp_diff_max", 0) < 1e-5
+
+
+def assert_same_weights(one: Path, other: Path, lr: float):
+    """Adam's steps have the size of lr whatever the gradient: where that is 0 but for rounding, so
+    may be their sign. Hence a look at the typical difference, not the largest."""
+    mine, theirs = (load_file(run / "model/model.safetensors") for run in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].shape == theirs[name].shape
+        assert (mine[name] - theirs[name]).abs().mean() < 1e-3 * lr, name
+    assert sum((mine[n] - theirs[n]).abs().sum() for n in mine) < 1e-4 * lr * sum(
+        w.numel() for w in mine.values()
+    )
+
+
+def test_in_one_cpu_process_every_function_is_the_identity(mini):
+    model = load_model(mini.model)
+    assert parallel.shard(model, ALONE) is model
+    assert parallel.sums(ALONE, 1, 2.5) == (1, 2.5) and parallel.largest(ALONE, 7) == 7
+    assert parallel.means(ALONE, {"a": (3, 2), "nobody": (0, 0)}) == {"a": 1.5}
+    for (name, weight), (same, own) in zip(
+        parallel.whole_weights(model), model.named_parameters(), strict=True
+    ):
+        assert name == same and weight.data_ptr() == own.data_ptr()
+
+
+def test_the_norm_is_that_before_clipping(mini):
+    model = load_model(mini.model)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    count = sum(w.numel() for w in model.parameters())
+    assert parallel.clip_gradients(model, 1.0) == pytest.approx(count**0.5, rel=1e-5)
+    assert parallel.clip_gradients(model, 1e9) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_sums_maxima_and_means_are_over_all_ranks_and_counts_are_exact(frozen):
+    for rank in (0, 1):
+        found = torch.load(frozen / f"frozen-{rank}.pt", weights_only=False)["small"]
+        assert found["sums"] == (2**53, 2.0, 6.0)
+        assert found["largest"] == [1, 0, 0.25, 1]
+        assert found["means"] == {"a": 7 / 4, "one": 5.0}
+
+
+@pytest.mark.parametrize("job, head, train_vision", [("frozen", "lm", 0), ("sharded", "value", 1)])
+def test_two_ranks_give_the_gradient_of_one_process_with_the_picture_on_one_rank(
+    mini, request, job, head, train_vision
+):
+    folder = request.getfixturevalue(job)
+    mine = gradients(asdict(mini), ALONE, bool(train_vision), head)
+    ranks = [torch.load(folder / f"{job}-{r}.pt", weights_only=False)[head] for r in (0, 1)]
+    for found in ranks:
+        assert found["norm"] == pytest.approx(mine["norm"], rel=1e-5)
+        assert found["gradients"].keys() == mine["gradients"].keys()
+        for name, grad in mine["gradients"].items():
+            torch.testing.assert_close(found["gradients"][name], grad, atol=1e-5, rtol=1e-4)
+        assert found["weights"].keys() == mine["weights"].keys()
+        assert all(torch.equal(w, found["weights"][n]) for n, w in mine["weights"].items())
+        for name, kind in found["kinds"].items():
+            whole = name.startswith("visual.") and not train_vision
+            assert ("DTensor" in kind) != whole or kind == "Parameter", (name, kind)
+    tower = [n for n in mine["gradients"] if n.startswith("visual.")]
+    assert bool(tower) == bool(train_vision)
+
+
+def test_a_blank_picture_changes_no_number_and_gives_the_tower_a_gradient_of_0(mini):
+    model = load_model(mini.model)
+    picture, text = picture_and_text(asdict(mini), ALONE)
+    assert data.with_blank_picture(picture) is picture
+    for pack in (text, data.filler_pack()):
+        blank = data.with_blank_picture(pack)
+        assert blank.patches is not None and len(blank.slots) == 0
+        mine = model(**pack.inputs, rows=pack.rows, targets=pack.targets)[0]
+        other = model(**blank.inputs, rows=blank.rows, targets=blank.targets)[0]
+        assert torch.equal(mine, other)
+        model.zero_grad()
+        other.sum().backward()
+        assert all((w.grad == 0).all() for w in model.visual.parameters())
+
+
+def test_the_cold_start_gives_the_numbers_of_one_process(frozen, alone):
+    names = ("loss", "grad_norm", "valid_loss", "tokens", "lr", "too_long")
+    assert_same_metrics(frozen / "coldstart", alone / "coldstart", names)
+    assert_same_weights(frozen / "coldstart", alone / "coldstart", lr=1e-3)
+    assert len(metrics_of(alone / "coldstart")) == 3
+
+
+@pytest.mark.parametrize("run", ["rl", "grpo"])
+def test_rl_gives_the_numbers_of_one_process(frozen, alone, run):
+    names = ("reward", "policy_loss", "grad_norm", "entropy", "tokens", "length")
+    names += ("value_loss", "critic_grad_norm", "explained_variance") if run == "rl" else ()
+    assert_same_metrics(frozen / run, alone / run, names)
+    assert_same_weights(frozen / run, alone / run, lr=1.5e-4)
+    assert metrics_of(alone / run)[0]["reward"] > 0
+
+
+def test_pictures_on_one_rank_text_on_the_other_do_not_hang_a_sharded_tower(sharded, alone):
+    names = ("policy_loss", "grad_norm", "value_loss", "critic_grad_norm", "reward_image")
+    assert_same_metrics(sharded / "rl_vision", alone / "rl_vision", names)
+    assert_same_weights(sharded / "rl_vision", alone / "rl_vision", lr=1.5e-4)
+    before = metrics_of(alone / "rl")[0]["grad_norm"]
+    assert metrics_of(alone / "rl_vision")[0]["grad_norm"] > before  # the tower's share
+
+
+def test_a_run_moves_between_one_and_two_processes(mini, frozen, alone, monkeypatch):
+    """Step 0 by one process, step 1 by two, the rest by one: the state is read by any number."""
+    monkeypatch.setattr(data, "permutation", in_order)
+    folders = sorted((frozen / "moved/checkpoints").iterdir())
+    assert [f.name for f in folders] == ["step_000001", "step_000002"]
+    assert (folders[1] / "state").is_dir() and not (frozen / "moved/model").exists()
+    coldstart.main(coldstart_config(asdict(mini), frozen / "moved"))
+    names = ("loss", "grad_norm", "valid_loss")
+    assert_same_metrics(frozen / "moved", alone / "coldstart", names)
+    assert_same_weights(frozen / "moved", alone / "coldstart", lr=1e-3)
+
+
+def test_one_line_a_step_is_printed_and_by_one_rank_only(frozen):
+    output = (frozen / "output.txt").read_text()
+    assert output.count("step 1/3 ") == 2 and output.count("step 0/2 ") == 2
+    assert output.count("to resume:") == 1
+
+
+def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "start", lambda threads: replace(ALONE, size=9))
+    with pytest.raises(ValueError, match="problems 6 < 9 ranks"):
+        rl.main(rl_config(asdict(mini), tmp_path))
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    worker(sys.argv[1], Path(sys.argv[2]))
+    print(f"{sys.argv[1]} took {time.perf_counter() - began:.1f} s")

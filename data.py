@@ -659,8 +659,11 @@ def filler_pack() -> Pack:
 
 
 def with_blank_picture(pack: Pack) -> Pack:
-    """For a rank whose pack has no picture where the vision tower is sharded: the others gather its
-    weights together with this one, and would wait forever. No token shows it, its gradient is 0."""
+    """A pack that runs the vision tower even without a picture of its own; no token shows this one.
+
+    Where the tower is trained: the ranks gather its shards together, and one that left it out would
+    keep the others waiting for ever. Its gradient is 0, as if it had been left out.
+    """
     if pack.patches is not None:
         return pack
     return replace(pack, patches=torch.zeros(MERGE_SIZE**2, PATCH_VALUES), grids=[(1, 2, 2)])

@@ -343,8 +343,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Module()
         shape = (c.in_chans, c.temporal_patch_size, c.patch_size, c.patch_size)
-        weight = torch.randn(c.hidden_size, *shape) / math.prod(shape) ** 0.5
-        self.proj.weight = nn.Parameter(weight)
+        start = torch.randn(c.hidden_size, *shape) / math.prod(shape) ** 0.5
+        self.proj.weight = nn.Parameter(start)
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
@@ -358,8 +358,8 @@ class Merger(nn.Module):
         super().__init__()
         wide = c.hidden_size * c.spatial_merge_size**2
         self.ln_q = RMSNorm(c.hidden_size, 1e-6)
-        narrow = nn.Linear(wide, c.out_hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), narrow)
+        out = nn.Linear(wide, c.out_hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
@@ -368,9 +368,8 @@ class Merger(nn.Module):
 def window_order(grids: list[Grid], merge: int, side: int) -> tuple[Tensor, list[int], list[int]]:
     """Windows without masks (arXiv 2502.13923, sec. 2.1.1): the patches of one become neighbours.
 
-    side: of a window in merged patches. -> order (S/4,) of the merged patches, the windows' lengths
-    and the frames' lengths in patches. Windows at the right and lower edge are smaller, never
-    padded.
+    side: of a window in merged patches. -> order (S/4,) of the merged patches, lengths in patches
+    of the windows (smaller at the right and lower edge, never padded) and of the frames.
     """
     order, windows, frames, start = [], [], [], 0
     for t, h, w in grids:
@@ -587,21 +586,17 @@ def hub_name(name: str) -> str:
     return name.replace("model.language_model.", "model.", 1)
 
 
-def weight_files(directory: str | Path) -> list[Path]:
-    directory = Path(directory)
-    if (index := directory / INDEX).is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(name for name in names if not (directory / name).is_file()):
-            raise FileNotFoundError(f"{index} names {missing}, which are not there: copy them")
-        return sorted(directory / name for name in names)
-    if files := sorted(directory.glob("*.safetensors")):
-        return files
-    raise FileNotFoundError(f"no *.safetensors in {directory}: download the model's weights there")
-
-
 def read_weights(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(hub name, tensor) of every weight file, one tensor in memory at a time."""
-    for file in weight_files(directory):
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if (index := Path(directory) / INDEX).is_file():
+        names = json.loads(index.read_text())["weight_map"].values()
+        files = [Path(directory) / name for name in sorted({*names})]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{index} names {missing}, which are not there: copy them")
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {directory}: download the weights there")
+    for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():
                 yield hub_name(name), weights.get_tensor(name)

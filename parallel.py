@@ -218,6 +218,12 @@ def save_whole(policy: Qwen25VL, directory: Path, like: str | Path):
     wait()
 
 
+def newest(run: str | Path) -> tuple[int, Path | None]:
+    """(next step, state) of the newest complete checkpoint of a run; (0, None) if there is none."""
+    found = sorted(Path(run).glob("checkpoints/step_*/state"))
+    return (int(found[-1].parent.name[5:]), found[-1]) if found else (0, None)
+
+
 def claim(run: str | Path, config) -> tuple[int, Path | None]:
     """Where a run begins: (0, None), or the step after its newest checkpoint and that checkpoint.
 
@@ -227,9 +233,9 @@ def claim(run: str | Path, config) -> tuple[int, Path | None]:
     run = Path(run)
     if (run / "model").is_dir():
         raise FileExistsError(f"{run} holds a finished run: choose another --out, or remove it")
-    found = sorted(run.glob("checkpoints/step_*/state"))
-    if not found:
-        return 0, None
+    start, state = newest(run)
+    if state is None:
+        return start, state
     before = json.loads((run / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [f"{k} {before.get(k)!r} -> {now[k]!r}" for k in now if before.get(k) != now[k]]
@@ -237,4 +243,4 @@ def claim(run: str | Path, config) -> tuple[int, Path | None]:
         raise FileExistsError(
             f"{run} was started with other settings ({'; '.join(changed)}): choose another --out"
         )
-    return int(found[-1].parent.name[5:]), found[-1]
+    return start, state

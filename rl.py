@@ -77,6 +77,7 @@ class Config:
     prompt_tokens: int = 512  # longer prompts are left out, with a count
     log_rollouts: int = 16  # decoded rollouts a step in rollouts.jsonl
     save_every: int = 20  # steps between checkpoints (average.py wants several)
+    trace: bool = False  # print one picture problem through the six steps, then stop
     seed: int = 0
     threads: int = 0  # CPU threads a process; 0 shares the cores out
     wandb: str = ""  # project name; empty: off
@@ -208,7 +209,7 @@ def plan(rollouts: list[Rollout], cfg: Config, world) -> list[tuple[list[data.Pa
             pack.members = [low + i for i in pack.members]
         most = int(parallel.largest(world, len(packs)))
         packs += [data.filler_pack()] * (most - len(packs))
-        if cfg.train_vision and world.size > 1:  # the tower is sharded: every rank has to run it
+        if cfg.train_vision:  # ranks gather the tower together, and Adam wants a 0, not no gradient
             packs = [data.with_blank_picture(pack) for pack in packs]
         (tokens,) = parallel.sums(world, sum(len(pack.rows) for pack in packs))
         parts.append((packs, tokens))
@@ -221,18 +222,33 @@ def gather(per_rollout: list[Tensor], pack: data.Pack) -> Tensor:
 
 
 @torch.no_grad()
-def judge(critic, packs: list[data.Pack], count: int, device) -> list[Tensor]:
+def judge(critic, parts, count: int, device) -> list[Tensor]:
     """V(s_t) before each response token, by rollout."""
     values = [torch.zeros(0)] * count
-    for pack in packs:
+    for pack in (pack for packs, _ in parts for pack in packs):
         moved = pack.to(device)
         found = critic(**moved.inputs, rows=moved.rows).cpu()
-
         owner = torch.arange(len(pack.lengths)).repeat_interleave(torch.tensor(pack.lengths))
         sizes = owner[pack.loss_mask].bincount(minlength=len(pack.lengths)).tolist()
-        for i, part in zip(pack.members, found.split(sizes), strict=False):
+        for i, part in zip(pack.members, found.split(sizes), strict=False):  # a filler has none
             values[i] = part
     return values
+
+
+def advantages_of(values: list[Tensor], scores: list[float], cfg: Config, world):
+    """PPO: the score is the last token's reward. -> normalised advantages, returns, by rollout."""
+    judged = []
+    for value, score in zip(values, scores, strict=True):
+        rewards = torch.zeros(len(value))
+        rewards[-1] = score
+        judged.append(gae(rewards, value, cfg.gamma, cfg.lam))
+    return normalise([a for a, _ in judged], world), [r for _, r in judged]
+
+
+def spread(advantages: Tensor, rollouts: list[Rollout]) -> list[Tensor]:
+    """GRPO: one advantage a rollout, the same for each of its tokens. (P, G) -> N x (R,)."""
+    pairs = zip(advantages.flatten(), rollouts, strict=True)
+    return [advantage.expand(len(r.response_ids)) for advantage, r in pairs]
 
 
 def normalise(advantages: list[Tensor], world) -> list[Tensor]:
@@ -327,6 +343,11 @@ def learn_policy(
     }
 
 
+def verdict_of(rollout: Rollout):
+    p = rollout.problem
+    return grade(p.answer, rollout.text, choices=p.choices, precision=p.precision)
+
+
 def describe(rollouts: list[Rollout], verdicts: list, scores: list[float], world) -> dict:
     """Means over the rollouts of all ranks; pictures and text apart where it matters."""
     pairs = {}
@@ -369,13 +390,39 @@ def rows_of(step: int, rollouts: list[Rollout], verdicts: list, scores: list[flo
     ]
 
 
+def print_trace(rollouts, verdicts, scores, values, advantages, cfg: Config, tokenizer):
+    """One picture problem through the six steps with the numbers of this batch."""
+    groups = [range(i, i + cfg.samples) for i in range(0, len(rollouts), cfg.samples)]
+    seen = [g for g in groups if rollouts[g[0]].problem.images]
+    group = next((g for g in seen if len({scores[i] for i in g}) > 1), seen[0])
+    first = rollouts[group[0]]
+    problem, prompt = first.problem, first.prompt
+    print(f"1 ask     {problem.id}: {problem.prompt!r}, reference {problem.answer}")
+    print(f"          {len(prompt.ids)} tokens, pictures of (t, h, w) patches {prompt.grids}")
+    print(f"2 answer  {cfg.samples} tries at temperature {cfg.temperature:g}")
+    for i in group:
+        print(f"          #{rollouts[i].sample}  {rollouts[i].text}")
+    print("3 grade")
+    for i in group:
+        print(f"          #{rollouts[i].sample}  {verdicts[i].status}, reward {scores[i]:g}")
+    best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
+    for i in dict.fromkeys((best, worst)):
+        print(f"4 judge   #{rollouts[i].sample}, reward {scores[i]:g}")
+        print("          token           log p   value V  advantage A   5 learn")
+        for t, token in enumerate(rollouts[i].response_ids):
+            a, v = advantages[i][t].item(), values[i][t].item() if values else math.nan
+            push = "likelier" if a > 0 else "less likely" if a < 0 else "-"
+            word = tokenizer.decode([token])
+            print(f"          {word:14} {rollouts[i].logps[t]:6.2f} {v:9.2f} {a:12.2f}   {push}")
+
+
 def main(cfg: Config):
     world = parallel.start(cfg.threads)
     if cfg.problems < world.size:
         raise ValueError(f"problems {cfg.problems} < {world.size} ranks: one would have none")
     out = Path(cfg.out)
     toy.ensure(world, cfg.model, cfg.data)
-    start, checkpoint = parallel.claim(out, cfg)
+    start, checkpoint = parallel.newest(out) if cfg.trace else parallel.claim(out, cfg)
     tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
     problems, dropped = data.filter_long(
         data.read_problems(cfg.data),
@@ -386,73 +433,55 @@ def main(cfg: Config):
     pair = load_pair(cfg, world)
     if checkpoint:
         parallel.load_state(checkpoint, pair)
-    policy, policy_optimizer = pair["policy"]
+    policy = pair["policy"][0]
     sampler = TorchSampler(load_model(cfg.model, device=world.device), tokenizer, settings)
     sampler.sync(parallel.whole_weights(policy))
-    log = RunLog(out, cfg, cfg.steps, world.main, start)
+    log = None if cfg.trace else RunLog(out, cfg, cfg.steps, world.main, start)
     if world.main and dropped:
         print(f"{dropped} problems left out: prompts over {cfg.prompt_tokens} tokens")
 
     stopped = False
     with stop_on_signal(world.main) as stop:
-        for step in range(start, cfg.steps):
+        for step in range(start, start + 1 if cfg.trace else cfg.steps):
             # 1. ask: P problems, text and pictures mixed; every rank takes its share
             asked = stream.batch(step, cfg.problems)[world.rank :: world.size]
             # 2. answer: G tries each, by the policy as it is now
             budget = length_budget(step, cfg.lengths, cfg.length_from)
-            rollouts = sampler.generate(
-                asked, cfg.samples, budget, cfg.temperature, seed=(cfg.seed, step)
-            )
+            seed = (cfg.seed, step)
+            rollouts = sampler.generate(asked, cfg.samples, budget, cfg.temperature, seed)
             # 3. grade: 1 if the boxed answer matches, else 0; a response that was cut is wrong
-            verdicts = [
-                grade(
-                    r.problem.answer,
-                    r.text,
-                    choices=r.problem.choices,
-                    precision=r.problem.precision,
-                )
-                for r in rollouts
-            ]
+            verdicts = [verdict_of(r) for r in rollouts]
             scores = [v.score * r.stopped for v, r in zip(verdicts, rollouts, strict=True)]
             # 4. judge every token: how much better than expected?
             parts = plan(rollouts, cfg, world)
             metrics = describe(rollouts, verdicts, scores, world) | {"length_budget": budget}
-            if cfg.algorithm == "grpo":
-                groups = group_advantages(torch.tensor(scores).view(-1, cfg.samples)).flatten()
-                lengths = [len(r.response_ids) for r in rollouts]
-                advantages = [a.expand(n) for a, n in zip(groups, lengths, strict=True)]
-            else:
-                critic, critic_optimizer = pair["critic"]
-                packs = [pack for packs, _ in parts for pack in packs]
-                values = judge(critic, packs, len(rollouts), world.device)
-                rewards = [torch.zeros(len(v)) for v in values]
-                for reward, score in zip(rewards, scores, strict=True):
-                    reward[-1] = score
-                judged = [
-                    gae(r, v, cfg.gamma, cfg.lam) for r, v in zip(rewards, values, strict=True)
-                ]
-                advantages = normalise([a for a, _ in judged], world)
-                returns = [r for _, r in judged]
+            if cfg.algorithm == "ppo":
+                values = judge(pair["critic"][0], parts, len(rollouts), world.device)
+                advantages, returns = advantages_of(values, scores, cfg, world)
                 metrics |= critic_metrics(values, returns, world)
-                # 5. learn: the critic in 4 steps ...
-                metrics |= learn_critic(critic, critic_optimizer, parts, returns, cfg, step, world)
-            # ... the policy in 1
-            metrics |= learn_policy(
-                policy, policy_optimizer, parts, rollouts, advantages, cfg, step, world
-            )
+            else:
+                values, scored = None, torch.tensor(scores).view(-1, cfg.samples)
+                advantages = spread(group_advantages(scored), rollouts)
+            if cfg.trace:
+                print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
+                return
+            # 5. learn: the critic in 4 steps, the policy in 1
+            if cfg.algorithm == "ppo":
+                metrics |= learn_critic(*pair["critic"], parts, returns, cfg, step, world)
+            metrics |= learn_policy(*pair["policy"], parts, rollouts, advantages, cfg, step, world)
             # 6. tell: the log, a checkpoint, and the sampler
             sampler.sync(parallel.whole_weights(policy))
-            log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
+            log.log(step, metrics, show=SHOWN)
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:
                 parallel.save_checkpoint(out, step + 1, pair, policy, cfg.model)
             if stopped:
                 break
-    if stopped and world.main:
-        print(stop.advice)
     if not stopped:
         parallel.save_whole(policy, out / "model", cfg.model)
+    elif world.main:
+        print(stop.advice)
     log.close()
     parallel.finish(world)
 

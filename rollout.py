@@ -51,7 +51,7 @@ class Rollout:
 def row_generator(seed: tuple[int, ...], problem_id: str, sample: int) -> torch.Generator:
     """Randomness addressed by (seed, problem, sample): the same in any batch, on any rank."""
     key = "/".join(map(str, (*seed, problem_id, sample))).encode()
-    return torch.Generator().manual_seed(zlib.crc32(key) << 32 | zlib.crc32(key[::-1]))
+    return torch.Generator().manual_seed(zlib.crc32(key))  # torch uses 32 bits of a seed
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
@@ -140,6 +140,7 @@ class TorchSampler:
         ]
         uniforms = torch.stack(draws, dim=1).to(device)  # (max_tokens, N)
         rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
+        stops = torch.tensor(sorted(self.stops), device=device)
         ids, logps = [], []  # of each step, (N,) with -1 where the rollout has ended
         for step in range(max_tokens):
             token = draw_tokens(logits, uniforms[step, rows], temperature, self.forbidden)
@@ -148,13 +149,12 @@ class TorchSampler:
             )
             ids.append(torch.full((len(rollouts),), -1).index_copy(0, rows.cpu(), token.cpu()))
             logps.append(torch.zeros(len(rollouts)).index_copy(0, rows.cpu(), logp.cpu()))
-            live = ~torch.isin(token, torch.tensor(sorted(self.stops), device=device))
+            live = ~torch.isin(token, stops)
             if not live.any() or step == max_tokens - 1:
                 break
             if not live.all():
-                keep = live.nonzero().squeeze(1)
-                rows, token, positions = rows[keep], token[keep], positions[keep]
-                cache.take(keep)
+                kept = cache.keep(live)
+                rows, token, positions = rows[kept], token[kept], positions[kept]
             logits = self.model(token, positions.expand(3, -1), cache=cache)
             positions = positions + 1
         ids, logps = torch.stack(ids, dim=1).tolist(), torch.stack(logps, dim=1).tolist()

@@ -29,7 +29,6 @@ import random
 import subprocess
 import sys
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -89,7 +88,7 @@ class Config:
     sft: int = 8192  # cold-start traces, text only
     test: int = 512  # held-out problems, half of them pictures
     align_steps: int = 80  # steps of 64 pictures, in which image tokens learn to name digits
-    steps: int = 1000  # steps of `batch` documents
+    steps: int = 1200  # steps of `batch` documents
     batch: int = 32  # documents a step
     lr: float = 3e-3  # peak, cosine to zero
     threads: int = 0  # CPU threads, 0 for all
@@ -245,16 +244,17 @@ def reading(rng: random.Random) -> tuple[str, list[int]]:
 
 
 def posed(looks: str, asked: str, rng: random.Random) -> str:
-    """Grid and question in either order, sometimes among words that mean nothing."""
-    parts = [looks, asked] if rng.random() < 0.5 else [asked, looks]
-    if rng.random() < 0.4:
+    """Grid and question in either order, at times among words that mean nothing.
+
+    A habit learnt on prompts that all look alike hangs on their length, and fails on pictures.
+    """
+    parts = [looks, asked] if rng.random() < 0.7 else [asked, looks]
+    if rng.random() < 0.6:
         parts.insert(rng.randrange(3), " ".join(rng.choices(FILLERS, k=rng.randint(1, 8))))
     return " ".join(parts)
 
 
-def trace(
-    grid: list[int], names: Sequence[str], asked: str, cells: list[int], rng: random.Random
-) -> str:
+def trace(grid: list[int], asked: str, cells: list[int], rng: random.Random) -> str:
     """R1 in the miniature: goal, plan, cell by cell with the sum so far, slips caught at once or
     by a check at the end.
     """
@@ -264,27 +264,27 @@ def trace(
         words.append(f"i need {target} ." + " so i need each digit ." * (len(cells) > 1))
     if len(cells) > 1 and rng.random() < 0.6:
         words.append("first list cells , then add up .")
-    slip_at = rng.choice(cells) if rng.random() < 0.3 else None
-    late = slip_at is not None and rng.random() < 0.3  # found by the check only
+    slip_at = rng.choice(cells) if rng.random() < 0.25 else None
+    late = slip_at is not None and rng.random() < 0.2  # found by the check only
     total = 0
     for cell in cells:
         wrong = rng.choice([d for d in DIGITS if d != grid[cell]])
         if cell == slip_at:
-            words.append(f"{names[cell]} {wrong} = {total + wrong}")
+            words.append(f"{CELLS[cell]} {wrong} = {total + wrong}")
             if not late:
-                name, digit = names[cell], grid[cell]
+                name, digit = CELLS[cell], grid[cell]
                 words.append(f"wait , that is not right . {total} . look at {name} again :")
                 words.append(f"{name} {digit} = {total + digit}")
             total += wrong if late else grid[cell]
         else:
             total += grid[cell]
-            words.append(f"{names[cell]} {grid[cell]} = {total}")
+            words.append(f"{CELLS[cell]} {grid[cell]} = {total}")
     if late or rng.random() < 0.4:
         words.append("let me check . read again :")
         again = 0
         for cell in cells:
             again += grid[cell]
-            words.append(f"{names[cell]} {grid[cell]} = {again}")
+            words.append(f"{CELLS[cell]} {grid[cell]} = {again}")
         words.append(
             f"{again} is the same . good ."
             if again == total
@@ -330,36 +330,39 @@ def description(grid: list[int], rng: random.Random) -> str:
 
 
 def base_example(rng: random.Random) -> data.Example:
-    """Reading (55 %), sums without reasoning (15 %), addition (30 %): what a pretrained model
-    brings along.
-    """
+    """Reading (55 %), sums guessed at once (12 %), addition (33 %): the skills of a base model."""
     grid, kind = random_grid(rng), rng.random()
-    if kind >= 0.85:
+    if kind < 0.10:
         a, b = rng.randint(0, 30), rng.randint(0, 9)
         return data.Example("base", f"what is {a} + {b} ?", str(a + b))
-    if kind >= 0.70:
+    if kind < 0.33:
         return data.Example("base", *ledger(rng))
     looks, images = shown(grid, rng.choice(("text", "image", "image", "mixed", "mixed")), rng)
-    if kind >= 0.55:
-        asked, cells = question(rng)
-        return data.Example(
-            "base", posed(looks, asked, rng), direct(sum(grid[c] for c in cells)), tuple(images)
-        )
-    if rng.random() < 0.3:
+    asked, cells = question(rng)
+    answer = direct(sum(grid[c] for c in cells))
+    if kind < 0.67:
+        asked, answer = "describe the grid", description(grid, rng)
+    elif kind < 0.88:
         asked, (cell,) = reading(rng)
-        return data.Example("base", posed(looks, asked, rng), direct(grid[cell]), tuple(images))
-    return data.Example(
-        "base", posed(looks, "describe the grid", rng), description(grid, rng), tuple(images)
-    )
+        answer = direct(grid[cell])
+    return data.Example("base", posed(looks, asked, rng), answer, tuple(images))
 
 
-def ledger(rng: random.Random) -> tuple[str, str]:
-    """Entries with the running total: `page 4 note 5 add up` -> `page 4 = 4 note 5 = 9`."""
-    names = rng.sample(FILLERS, rng.randint(2, 6))
-    numbers = [rng.choice(DIGITS) for _ in names]
-    entries = [f"{name} {n}" for name, n in zip(names, numbers, strict=True)]
-    totals = [f"{e} = {t}" for e, t in zip(entries, accumulate(numbers), strict=True)]
-    return f"{' '.join(entries)} add up", " ".join(totals)
+def ledger(rng: random.Random) -> tuple[str, str, tuple]:
+    """Entries with the running total: `page 4 note 5 add up` -> `page 4 = 4 note 5 = 9`.
+
+    Names are words or cells in any order; a number may be a picture of its own.
+    """
+    count, seen = rng.randint(2, 6), rng.random() < 0.5
+    names = rng.sample(CELLS if rng.random() < 0.5 else FILLERS, count)
+    numbers, entries, images = rng.choices(DIGITS, k=count), [], []
+    for name, number in zip(names, numbers, strict=True):
+        drawn = seen and rng.random() < 0.5
+        entries.append(f"{name} <image>" if drawn else f"{name} {number}")
+        images += [draw([number], [rng.choice(list(COLOURS))], 1, rng)] if drawn else []
+    lines = zip(names, numbers, accumulate(numbers), strict=True)
+    totals = [f"{name} {number} = {total}" for name, number, total in lines]
+    return f"{' '.join(entries)} add up", " ".join(totals), tuple(images)
 
 
 def direct(number: int) -> str:
@@ -373,15 +376,10 @@ def sft_row(rng: random.Random, index: int) -> dict:
     """A problem in words and a trace that solves it. No picture in any of them."""
     grid = random_grid(rng)
     asked, cells = reading(rng) if rng.random() < 0.12 else question(rng)
-    prompt, names = posed(written([str(d) for d in grid]), asked, rng), CELLS
-    if rng.random() < 0.25:  # another kind of problem: the habits must not hang on grids
-        names = rng.sample(FILLERS, 6)
-        cells = rng.sample(range(6), rng.randint(2, 6))
-        asked = "what is the sum ?"
-        prompt = posed(" ".join(f"{names[c]} {grid[c]}" for c in cells), asked, rng)
+    prompt = posed(written([str(d) for d in grid]), asked, rng)
     answer = sum(grid[c] for c in cells)
     row = {"id": f"sft-{index}", "source": "toy/text", "prompt": prompt, "answer": str(answer)}
-    return row | {"response": trace(grid, names, asked, cells, rng)}
+    return row | {"response": trace(grid, asked, cells, rng)}
 
 
 def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
@@ -393,7 +391,7 @@ def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
     row = {
         "id": f"replay-{index}",
         "source": "toy/replay",
-        "prompt": posed(looks, "describe the grid", rng),
+        "prompt": f"{looks} describe the grid",
     }
     row["images"] = save_images(images, folder, f"replay-{index}")
     return row | {"response": description(grid, rng)}

@@ -128,6 +128,7 @@ def referee_inputs(doc):
 def distance(a, b):
     """The largest difference, as a share of the largest value."""
     assert a.shape == b.shape, f"{a.shape} {b.shape}"
+    assert a.isfinite().all() and b.isfinite().all()
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-9)).item()
 
 
@@ -255,11 +256,10 @@ def with_same_weights(ours, theirs):
 
 
 def assert_same_function(ours, theirs, ours_of, theirs_of, limit=1e-4):
-    """Outputs, gradients of the weights, and of the input if it is a leaf that wants one."""
+    """Outputs to a tenth of the limit, gradients of all weights to the limit."""
     result = ours_of()
     upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
     grads = gradients(ours, (result * upstream).sum())
-    ours.zero_grad()  # to None: there is room for one set
     wanted = theirs_of()
     assert distance(result, wanted) < limit / 10
     assert_same_gradients(grads, gradients(theirs, (wanted * upstream).sum()), limit)
@@ -683,7 +683,7 @@ def test_a_missing_shard_is_named(tmp_path, ours, monkeypatch):
     monkeypatch.setattr(model, "SHARD_BYTES", 200_000)
     save_model(ours, tmp_path)
     (tmp_path / "model-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002.safetensors"):
+    with pytest.raises(FileNotFoundError, match="json names .*model-00002.safetensors"):
         load_model(tmp_path)
 
 

@@ -1,0 +1,96 @@
+"""The promises that stand outside the code: imports point one way, the README tells the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FILES = {path.stem: path for path in ROOT.glob("*.py")}
+# what each file may import of the project; `toy` makes the inputs that the stages default to
+MAY_IMPORT = {
+    "model": set(),
+    "reward": set(),
+    "behaviors": set(),
+    "runlog": set(),
+    "average": {"model"},
+    "data": {"model"},
+    "parallel": {"model", "data"},
+    "rollout": {"model", "data", "runlog"},
+    "toy": {"model", "data", "runlog"},
+    "eval": {"model", "data", "rollout", "reward", "behaviors", "runlog"},
+    "report": {"behaviors", "reward", "toy"},
+    "coldstart": {"model", "data", "parallel", "runlog", "toy"},
+    "rl": {"model", "data", "parallel", "runlog", "toy", "rollout", "reward", "behaviors"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_point_one_way(name):
+    assert imported(FILES[name]) & set(FILES) <= MAY_IMPORT[name]
+
+
+def test_the_model_imports_torch_safetensors_and_the_standard_library_alone():
+    assert imported(FILES["model"]) - set(sys.stdlib_module_names) == {"torch", "safetensors"}
+
+
+@pytest.mark.parametrize("name", ["reward", "behaviors"])
+def test_what_reads_text_does_not_load_torch(name):
+    code = f"import {name}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_every_file_opens_with_a_docstring_that_tells_its_story(name):
+    story = ast.get_docstring(ast.parse(FILES[name].read_text()))
+    assert story and 5 <= len(story.splitlines()) <= 40
+
+
+def test_the_map_in_the_readme_names_every_file_with_its_number_of_lines():
+    rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", README, flags=re.M))
+    truth = {name: str(len(path.read_text().splitlines())) for name, path in FILES.items()}
+    assert rows == truth
+
+
+def test_every_script_that_the_readme_runs_is_there():
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+    scripts = set(re.findall(r"(?:runs/)?\w+\.(?:py|sh)", blocks))
+    assert scripts and not [s for s in scripts if not (ROOT / s).exists()]
+
+
+def test_every_option_that_the_readme_gives_exists():
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+    for line in blocks.replace("\\\n", " ").splitlines():
+        script = re.search(r"(\w+)\.py", line)
+        for option in re.findall(r"--([a-z][\w-]*)", line.split("#")[0].split(".py")[-1]):
+            text = FILES[script[1]].read_text()
+            assert re.search(rf"^    {option.replace('-', '_')}: ", text, flags=re.M), (
+                line,
+                option,
+            )
+
+
+def test_every_link_inside_the_project_leads_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README)
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("name", ["toy", "coldstart", "rl", "eval", "average", "report"])
+def test_help_explains_the_settings(name):
+    command = [sys.executable, str(FILES[name]), "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "--out" in result.stdout or "--run" in result.stdout

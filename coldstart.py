@@ -47,9 +47,9 @@ class Config:
     data: str = "out/laptop/data/sft.jsonl"  # rows {"prompt", "response"}: JSONL, parquet, Hub id
     replay: str = ""  # more rows mixed in (perception, to prevent forgetting); paper: none
     out: str = "out/laptop/coldstart"  # run directory
-    epochs: float = 2.0  # passes over the rows; paper: 5
-    batch: int = 32  # sequences a step, over all ranks; paper: 640
-    pack_tokens: int = 8192  # tokens a pack, which is a micro-batch; paper: 65,536
+    epochs: float = 1.0  # passes over the rows; paper: 5
+    batch: int = 64  # sequences a step, over all ranks; paper: 640
+    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; paper: 65,536
     max_tokens: int = 4096  # longer rows are left out, with a count; paper: 65,536
     lr: float = 1e-3  # peak; paper: 2e-4
     lr_end: float = 1e-4  # cosine ends here; ours: a tenth of the peak

@@ -73,7 +73,7 @@ class Config:
     clip: float = 1.0  # gradient norm; Open-Reasoner-Zero
     value_init: str = "orz"  # N(0, 1/(d+1)) as in ORZ's code; "paper": U(-sqrt 5, sqrt 5)
     train_vision: bool = False  # the paper is silent; the tower is frozen as in stage 1
-    pack_tokens: int = 8192  # tokens a pack, which is a micro-batch
+    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch
     prompt_tokens: int = 512  # longer prompts are left out, with a count
     log_rollouts: int = 16  # decoded rollouts a step in rollouts.jsonl
     save_every: int = 20  # steps between checkpoints (average.py wants several)
@@ -393,7 +393,7 @@ def rows_of(step: int, rollouts: list[Rollout], verdicts: list, scores: list[flo
 def print_trace(rollouts, verdicts, scores, values, advantages, cfg: Config, tokenizer):
     """One picture problem through the six steps with the numbers of this batch."""
     groups = [range(i, i + cfg.samples) for i in range(0, len(rollouts), cfg.samples)]
-    seen = [g for g in groups if rollouts[g[0]].problem.images]
+    seen = [g for g in groups if rollouts[g[0]].problem.images] or groups
     group = next((g for g in seen if len({scores[i] for i in g}) > 1), seen[0])
     first = rollouts[group[0]]
     problem, prompt = first.problem, first.prompt
@@ -463,15 +463,16 @@ def main(cfg: Config):
                 values, scored = None, torch.tensor(scores).view(-1, cfg.samples)
                 advantages = spread(group_advantages(scored), rollouts)
             if cfg.trace:
-                print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
-                return
+                if world.main:
+                    print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
+                return parallel.finish(world)
             # 5. learn: the critic in 4 steps, the policy in 1
             if cfg.algorithm == "ppo":
                 metrics |= learn_critic(*pair["critic"], parts, returns, cfg, step, world)
             metrics |= learn_policy(*pair["policy"], parts, rollouts, advantages, cfg, step, world)
             # 6. tell: the log, a checkpoint, and the sampler
             sampler.sync(parallel.whole_weights(policy))
-            log.log(step, metrics, show=SHOWN)
+            log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:

@@ -54,11 +54,15 @@ def mini(tmp_path_factory) -> Mini:
     def problems(name: str, count: int, modes: tuple[str, ...]) -> str:
         rows = []
         for i in range(count):  # the digit of one cell: a guess is right one time in five
-            row = toy.problem_row(rng, f"{name}-{i}", modes[i % len(modes)], False, root)
+            mode = modes[i % len(modes)]
+            row = toy.problem_row(rng, f"{name}-{i}", "image", False, root)
             cell = rng.choice(sorted(row["grid"]))
-            grid = row["prompt"].split("what")[0]
-            rows.append(row | {"prompt": f"{grid}what is at {cell} ?"})
-            rows[-1]["answer"] = str(row["grid"][cell])
+            looks = "<image>"
+            if mode == "text":
+                looks = " ".join(f"{place} {digit}" for place, digit in row["grid"].items())
+                row["images"] = []
+            row |= {"prompt": f"{looks} what is at {cell} ?", "answer": str(row["grid"][cell])}
+            rows.append(row | {"source": f"mini/{mode}"})
         return write_rows(root / f"{name}.jsonl", rows)
 
     train = problems("train", PROBLEMS, ("image", "text"))

@@ -322,17 +322,19 @@ def test_judge_gae_normalise_and_learn_give_the_exact_gradient_of_a_batch(lam, p
     cfg = config(samples=1, problems=27, clip=1e9, lam=lam, lengths=(4,), length_from=(0,))
     cfg = replace(cfg, prompt_tokens=2, pack_tokens=pack_tokens)
     parts = rl.plan(rollouts, cfg, ALONE)
-    values = rl.judge(critic, [p for packs, _ in parts for p in packs], 27, "cpu")
+    values = rl.judge(critic, parts, 27, "cpu")
     judged = []
     for sequence, value in zip(drawn, values, strict=True):
         assert value.tolist() == [known[sequence[:t]] for t in range(len(sequence))]
-        rewards = torch.zeros(len(sequence), dtype=torch.float64)
-        rewards[-1] = REWARD[sequence]
-        judged.append(rl.gae(rewards, value, cfg.gamma, cfg.lam)[0])
-    advantages = rl.normalise(judged, ALONE)
+        rewards = [0.0] * (len(sequence) - 1) + [REWARD[sequence]]
+        judged += naive_gae(rewards, value.tolist(), 1.0, lam)
+    advantages, returns = rl.advantages_of(values, [REWARD[s] for s in drawn], cfg, ALONE)
+    if lam == 1:
+        for sequence, targets in zip(drawn, returns, strict=True):
+            assert targets.tolist() == pytest.approx([REWARD[sequence]] * len(sequence))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     found = rl.learn_policy(policy, optimizer, parts, rollouts, advantages, cfg, 0, ALONE)
-    tokens, deviation = sum(map(len, drawn)), torch.cat(judged).std(correction=0)
+    tokens, deviation = sum(map(len, drawn)), table(judged).std(correction=0)
     wanted = -exact * 27 / tokens / deviation
     assert found["tokens"] == tokens and found["logp_diff_max"] < 1e-7
     torch.testing.assert_close(policy.theta.grad, wanted, atol=1e-7, rtol=0)  # std + 1e-8
@@ -365,7 +367,7 @@ class CountingSGD(torch.optim.SGD):
 
 
 UPDATE = dict(problems=8, samples=2, critic_lr=0.05, lr=0.05, warmup=0, clip=1e9, lam=1.0)
-PACKS = [(40, 16), (64, 6), (100, 4), (4096, 1)]  # tokens a pack, and at least so many packs
+PACKS = [(36, 16), (64, 6), (100, 4), (4096, 1)]  # tokens a pack, and at least so many packs
 
 
 def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None) -> tuple:
@@ -380,7 +382,7 @@ def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None) -> 
     nn.init.normal_(critic.value_head.weight, std=0.1)
     slow, fast = (CountingSGD(m.parameters(), lr=1.0) for m in (policy, critic))
     parts = rl.plan(rollouts, cfg, ALONE)
-    values = rl.judge(critic, [p for ps, _ in parts for p in ps], len(rollouts), "cpu")
+    values = rl.judge(critic, parts, len(rollouts), "cpu")
     returns = [
         a * 0 + float(r.problem.answer) / 5 for a, r in zip(advantages, rollouts, strict=True)
     ]
@@ -506,7 +508,7 @@ def test_nan_in_every_slot_that_is_not_trained_changes_nothing(pack_tokens):
     filled = [(packs + [data.filler_pack()], tokens) for packs, tokens in parts]  # as a short rank
     policy, critic = Poisoned(rollouts), Poisoned(rollouts)
     slow, fast = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (policy, critic))
-    values = rl.judge(critic, [p for packs, _ in filled for p in packs], 8, "cpu")
+    values = rl.judge(critic, filled, 8, "cpu")
     judged = []
     for i, (value, rollout) in enumerate(zip(values, rollouts, strict=True)):
         assert value.tolist() == pytest.approx([-1.0 - i / 100] * len(rollout.response_ids))
@@ -636,6 +638,27 @@ def test_a_run_does_not_go_on_under_other_settings(mini, tmp_path):
 def test_data_without_pictures_run_as_well(mini, tmp_path):
     row = metrics_of(run(config(model=mini.model, data=mini.text, out=str(tmp_path), steps=1)))[0]
     assert "reward_text" in row and "reward_image" not in row
+
+
+def test_grpo_gives_each_token_its_groups_advantage(batch):
+    rollouts, _ = batch
+    groups = torch.arange(16.0).view(8, 2)
+    spread = rl.spread(groups, rollouts)
+    assert [a.tolist() for a in spread] == [
+        [float(i)] * len(r.response_ids) for i, r in enumerate(rollouts)
+    ]
+
+
+@pytest.mark.parametrize("algorithm, source", [("ppo", "train"), ("grpo", "text")])
+def test_a_trace_shows_the_six_steps_and_leaves_nothing_behind(
+    mini, tmp_path, capsys, algorithm, source
+):
+    rows = getattr(mini, source)
+    rl.main(config(model=mini.model, data=rows, out=str(tmp_path), algorithm=algorithm, trace=True))
+    screen = capsys.readouterr().out
+    for step in ("1 ask", "2 answer", "3 grade", "4 judge", "5 learn"):
+        assert step in screen
+    assert not list(tmp_path.iterdir())
 
 
 def test_grpo_needs_no_critic(mini, tmp_path):

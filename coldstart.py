@@ -1,8 +1,6 @@
-"""Stage 1, the linguistic cold start: supervised fine-tuning of the language model on text-only
-reasoning.
+"""Stage 1, the linguistic cold start: the language model is fine-tuned on text-only reasoning.
 
-    rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(response token) / global
-    token count
+    rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
 
 Only the LLM trains; vision tower and merger keep every bit (OVR, sec. 3.1). The aggressive pair of
 large batch and large learning rate is the paper's: it is meant to break the instruct model's
@@ -13,8 +11,7 @@ How it departs from a textbook SFT script:
   1  No padding: documents lie back to back in packs of a token budget, attention stays inside each.
   2  One denominator: the number of trained tokens of the whole step, over all packs and all ranks,
      known before backward. The gradient is the same however the batch is cut.
-  3  The order of the data is a function of (seed, step): a resumed run is the same run, bit for
-  bit.
+  3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
 
     torchrun coldstart.py                          # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 coldstart.py       # the same numbers from two processes

@@ -4,7 +4,7 @@
     model = shard(model, world)            # FSDP2 from outside: each block, then the root
     total, = sums(world, tokens)           # before backward: one global denominator
     norm = clip_gradients(model, 1.0)
-    save_state(dir, model=..., ...)        # distributed checkpoint, in place only when complete
+    save_checkpoint(run, step, ...)        # under its name only when complete
 
 With one CPU process every function here is the identity, so a laptop runs the plain model and a
 reader may skip the file. With several, each rank holds a slice of every weight, gathers a block's
@@ -71,10 +71,15 @@ def start(threads: int = 0) -> World:
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1 for more than one process; one alone would then leave cores
     # idle
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    torch.set_num_threads(threads or max(1, cores() // here))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return World(rank, size, device)
+
+
+def cores() -> int:
+    """CPU cores that this process may use (macOS knows no affinity)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_main() -> bool:

@@ -12,14 +12,12 @@ Six steps, again and again:
 How it departs from textbook PPO, all by the paper:
   1  No KL term and no reference model; no entropy bonus.
   2  GAE with gamma = lambda = 1: A_t = R - V(s_t), and the critic's target is R at every token.
-  3  Strictly on-policy: one policy step for each batch. The ratio is exactly 1, so that the clip
-  never
+  3  Strictly on-policy: one policy step for each batch. The ratio is exactly 1, so the clip never
      acts (any epsilon gives the same run) and no pass for old log-probs is needed.
   4  Policy and critic are two networks, both from the cold-start model.
   5  Advantages are normalised over all tokens of the batch.
   6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped. The
-  budget is
-     a penalty that the curriculum relaxes.
+     budget is a penalty that the curriculum relaxes.
 `--algorithm grpo` replaces the critic by the mean of the n tries, in one `if`.
 
     torchrun rl.py                                 # the miniature: minutes on a laptop
@@ -58,7 +56,7 @@ class Config:
     problems: int = 64  # unique prompts a step, over all ranks; paper: 512
     samples: int = 4  # tries a prompt; paper: 16
     lengths: tuple[int, ...] = (112, 144)  # tokens of a response; paper: 24k, 32k, 48k
-    length_from: tuple[int, ...] = (0, 60)  # first step of each length; paper: 0, 300, 700
+    length_from: tuple[int, ...] = (0, 50)  # first step of each length; paper: 0, 300, 700
     temperature: float = 1.0  # of sampling and of the log-probs; paper: 1, top-p 1
     lr: float = 1.5e-4  # policy; paper: 1e-6
     critic_lr: float = 1e-3  # paper: 5e-6

@@ -4,10 +4,10 @@ A picture of 84 x 56 pixels shows 2 x 3 cells, one digit each, in some colour, s
 cell, under noise. Its text twin writes the same grid out. The questions are sums: one look does not
 answer them, reasoning step by step does.
 
-    picture: <image> what is the sum of the grid ?        text: A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ;
-    what is the ... base model says:          answer \\boxed{ 14 }
-    (a guess) cold start teaches, on text only: <think> ... A1 4 = 4 A2 5 = 9 A3 1 = 10 ... </think>
-    answer \\boxed{ 17 }
+    picture     <image> what is the sum of row A ?
+    text twin   A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ; what is the sum of row A ?
+    base        answer \\boxed{ 12 }                                             (it guesses)
+    cold start  <think> ... A1 4 = 4 A2 5 = 9 A3 1 = 10 </think> answer \\boxed{ 10 }
 
 Traces hold the four habits of the paper: a goal from which to work backwards, a plan, slips that
 are noticed and undone by a second look, a check at the end. Whether a model trained on text traces
@@ -67,6 +67,7 @@ WORDS = (
 ).split()
 TORCHRUN = ("RANK", "WORLD_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_")
 FILLERS = "table paper small line here there next to on in one by side page with note mark".split()
+NOISE = [*FILLERS, *WORDS[WORDS.index("what") :]]  # any word, but for the format of an answer
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -90,7 +91,7 @@ class Config:
     align_steps: int = 80  # steps of 64 pictures, in which image tokens learn to name digits
     steps: int = 1200  # steps of `batch` documents
     batch: int = 32  # documents a step
-    lr: float = 3e-3  # peak, cosine to zero
+    lr: float = 3e-3  # AdamW, peak, cosine to zero
     threads: int = 0  # CPU threads, 0 for all
 
 
@@ -226,15 +227,12 @@ def written(words: list[str]) -> str:
     return " ".join([*named[:3], ";", *named[3:], ";"])
 
 
-def question(rng: random.Random) -> tuple[str, list[int]]:
-    """A question and the cells that it asks for."""
-    return rng.choice(
-        [
-            ("what is the sum of the grid ?", [0, 1, 2, 3, 4, 5]),
-            ("what is the sum of row A ?", [0, 1, 2]),
-            ("what is the sum of row B ?", [3, 4, 5]),
-        ]
-    )
+def question(rng: random.Random, grids: float = 1 / 3) -> tuple[str, list[int]]:
+    """A sum to find and the cells that it takes: the whole grid, or one of its rows."""
+    if rng.random() < grids:
+        return "what is the sum of the grid ?", [0, 1, 2, 3, 4, 5]
+    row = rng.choice("AB")
+    return f"what is the sum of row {row} ?", [i for i, c in enumerate(CELLS) if c[0] == row]
 
 
 def reading(rng: random.Random) -> tuple[str, list[int]]:
@@ -316,36 +314,39 @@ def shown(grid: list[int], mode: str, rng: random.Random) -> tuple[str, list[Ima
 
 
 def description(grid: list[int], rng: random.Random) -> str:
-    """All cells in random order, some with words and numbers between them: a reading must not
-    hang on what precedes it.
+    """All cells in random order, most often with words and numbers between them that mean nothing.
+
+    So the base model learns to read a cell after anything at all. One that reads only after a tidy
+    list stops to see as soon as the cold start gives it new things to say.
     """
-    noise = rng.random() < 0.5
+    noise = rng.random() < 0.7
     words = []
     for cell in rng.sample(range(6), 6):
         words += [CELLS[cell], str(grid[cell])]
-        if noise and rng.random() < 0.7:
-            words += ["=", str(rng.randint(0, LARGEST))] if rng.random() < 0.5 else []
-            words += rng.choices([*FILLERS, *".,:"], k=rng.randint(0, 4))
+        if noise and rng.random() < 0.6:
+            words += ["=", str(rng.randint(0, 30))] if rng.random() < 0.6 else []
+            words += rng.choices(NOISE, k=rng.randint(0, 4))
     return " ".join(words)
 
 
 def base_example(rng: random.Random) -> data.Example:
-    """Reading (55 %), sums guessed at once (12 %), addition (33 %): the skills of a base model."""
+    """The skills of a base model: reading (64 %), adding (24 %), sums guessed at once (12 %)."""
     grid, kind = random_grid(rng), rng.random()
-    if kind < 0.10:
-        a, b = rng.randint(0, 30), rng.randint(0, 9)
-        return data.Example("base", f"what is {a} + {b} ?", str(a + b))
-    if kind < 0.33:
-        return data.Example("base", *ledger(rng))
+    if kind < 0.04:
+        a, b = rng.randint(0, 30), rng.choice(DIGITS)
+        return data.Example("addition", f"what is {a} + {b} ?", str(a + b))
+    if kind < 0.24:
+        return data.Example("ledger", *ledger(rng))
     looks, images = shown(grid, rng.choice(("text", "image", "image", "mixed", "mixed")), rng)
-    asked, cells = question(rng)
-    answer = direct(sum(grid[c] for c in cells))
-    if kind < 0.67:
-        asked, answer = "describe the grid", description(grid, rng)
+    if kind < 0.68:
+        name, asked, answer = "description", "describe the grid", description(grid, rng)
     elif kind < 0.88:
         asked, (cell,) = reading(rng)
-        answer = direct(grid[cell])
-    return data.Example("base", posed(looks, asked, rng), answer, tuple(images))
+        name, answer = "reading", direct(grid[cell])
+    else:
+        asked, cells = question(rng)
+        name, answer = "guess", direct(sum(grid[c] for c in cells))
+    return data.Example(name, posed(looks, asked, rng), answer, tuple(images))
 
 
 def ledger(rng: random.Random) -> tuple[str, str, tuple]:
@@ -354,10 +355,12 @@ def ledger(rng: random.Random) -> tuple[str, str, tuple]:
     Names are words or cells in any order; a number may be a picture of its own.
     """
     count, seen = rng.randint(2, 6), rng.random() < 0.5
+    carried = rng.randint(0, 5 * (6 - count)) if rng.random() < 0.5 else 0  # sums up to 30 alike
     names = rng.sample(CELLS if rng.random() < 0.5 else FILLERS, count)
     numbers, entries, images = rng.choices(DIGITS, k=count), [], []
+    numbers[0] += carried
     for name, number in zip(names, numbers, strict=True):
-        drawn = seen and rng.random() < 0.5
+        drawn = seen and number in DIGITS and rng.random() < 0.5
         entries.append(f"{name} <image>" if drawn else f"{name} {number}")
         images += [draw([number], [rng.choice(list(COLOURS))], 1, rng)] if drawn else []
     lines = zip(names, numbers, accumulate(numbers), strict=True)
@@ -375,7 +378,7 @@ def direct(number: int) -> str:
 def sft_row(rng: random.Random, index: int) -> dict:
     """A problem in words and a trace that solves it. No picture in any of them."""
     grid = random_grid(rng)
-    asked, cells = reading(rng) if rng.random() < 0.12 else question(rng)
+    asked, cells = reading(rng) if rng.random() < 0.12 else question(rng, grids=0.5)
     prompt = posed(written([str(d) for d in grid]), asked, rng)
     answer = sum(grid[c] for c in cells)
     row = {"id": f"sft-{index}", "source": "toy/text", "prompt": prompt, "answer": str(answer)}
@@ -518,9 +521,9 @@ def train_base(cfg: Config, directory: Path):
     rng = random.Random(f"{cfg.seed}/base")
     for step in range(cfg.steps):
         lr = cfg.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        documents = [encode(base_example(rng), tokenizer, settings) for _ in range(cfg.batch)]
+        optimizer.param_groups[0]["lr"] = lr
+        examples = [base_example(rng) for _ in range(cfg.batch)]
+        documents = [encode(example, tokenizer, settings) for example in examples]
         pack = data.pack(documents, sum(map(len, documents)))[0]
         logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
         loss = -logps.mean()

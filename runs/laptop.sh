@@ -5,23 +5,27 @@
 #   bash runs/laptop.sh                       # seed 0 into out/laptop
 #   bash runs/laptop.sh --controls            # also: RL without cold start, GRPO, perception replay
 #   bash runs/laptop.sh --seed 1 --out out/seed1
+#   bash runs/laptop.sh --ranks 1             # one process a stage; default 2, the same numbers
 #
 # Stages that are finished are kept: the command can be stopped and given again.
 set -euo pipefail
-out=out/laptop seed=0 controls=
+out=out/laptop seed=0 controls= ranks=2
 while [ $# -gt 0 ]; do
   case $1 in
     --controls) controls=1; shift ;;
     --seed) seed=$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
-    *) echo "unknown option $1; there are --controls, --seed N, --out DIR"; exit 2 ;;
+    --ranks) ranks=$2; shift 2 ;;
+    *) echo "unknown option $1; there are --controls, --seed N, --out DIR, --ranks N"; exit 2 ;;
   esac
 done
 source "$(dirname "$0")/setup.sh"
 
 stage() { # name, script and arguments: runs unless the stage has its model
   local name=$1; shift
-  [ -e "$out/$name/model" ] || { echo "== $name"; torchrun --nproc-per-node 1 "$@" --out "$out/$name" --seed "$seed"; }
+  [ -e "$out/$name/model" ] && return
+  echo "== $name"
+  torchrun --standalone --nproc-per-node "$ranks" "$@" --out "$out/$name" --seed "$seed"
 }
 measure() { # name: greedy and sampled answers to held-out problems, and plain reading
   local model="$out/$1/model" eval="$out/eval/$1"

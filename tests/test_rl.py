@@ -20,6 +20,7 @@ import parallel
 import rl
 import runlog
 from model import load_model
+from reward import Verdict
 from rollout import Rollout
 
 ALONE = parallel.World(0, 1, torch.device("cpu"))
@@ -523,6 +524,27 @@ def test_nan_in_every_slot_that_is_not_trained_changes_nothing(pack_tokens):
     assert (policy.table.grad[trained] != 0).all()
 
 
+class Rates(torch.optim.SGD):
+    """Notes its learning rate at every step."""
+
+    def step(self, closure=None):
+        self.seen = [*getattr(self, "seen", []), self.param_groups[0]["lr"]]
+
+
+def test_the_critic_warms_up_over_its_own_steps_and_the_policy_over_its():
+    prompt, problem = data.Prompt([0], [0], None, (), ()), data.Problem("p", "?", "!")
+    rollouts = [Rollout(problem, i, prompt, [60], [-1.0], True) for i in range(4)]
+    cfg = config(samples=1, warmup=8, lr=1.0, critic_lr=10.0)
+    parts, ones = rl.plan(rollouts, cfg, ALONE), [torch.ones(1)] * 4
+    policy, critic = Poisoned(rollouts), Poisoned(rollouts)
+    slow, fast = (Rates(m.parameters(), lr=99.0) for m in (policy, critic))
+    for step in range(3):
+        rl.learn_critic(critic, fast, parts, ones, cfg, step, ALONE)
+        rl.learn_policy(policy, slow, parts, rollouts, ones, cfg, step, ALONE)
+    assert fast.seen == [10 * k / 8 for k in range(1, 9)] + [10.0] * 4
+    assert slow.seen == [1 / 8, 2 / 8, 3 / 8]
+
+
 # ---- whole runs
 
 
@@ -561,6 +583,15 @@ def test_a_run_tells_what_it_did_and_the_sampler_agrees_with_the_trainer(mini, u
     assert load_model(uninterrupted / "model").lm_head is not None
 
 
+def test_a_response_that_was_cut_is_wrong_even_if_it_was_right_so_far(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "grade", lambda *a, **k: Verdict(1.0, "match", "7"))
+    out = run(config(model=mini.model, data=mini.train, out=str(tmp_path), steps=1))
+    told = [json.loads(line) for line in (out / "rollouts.jsonl").open()]
+    assert {r["score"]: r["stop"] for r in told} == {1.0: True, 0.0: False}
+    row = metrics_of(out)[0]
+    assert row["reward"] == pytest.approx(1 - row["truncated"])
+
+
 def interrupt(monkeypatch, how: str):
     """In step 1: Ctrl-C; in step 3: the machine dies. The names of the two ways to be cut off."""
     told = rl.rows_of
@@ -590,6 +621,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
         else:
             rl.main(cfg)
             assert "to resume" in capsys.readouterr().out
+    assert [f.name for f in (tmp_path / "cut/checkpoints").iterdir()] == ["step_000002"]
     assert not (tmp_path / "cut/model").exists()
     torch.manual_seed(12345)  # nothing may hang on the global state of a process
     resumed = run(cfg)

@@ -47,8 +47,9 @@ STAGES = {  # order of every table and figure: directory -> (name, what it is, c
     "coldstart": ("Cold start", "fine-tuned on reasoning, in text alone", "#3f83d6"),
     "rl": ("Cold start + RL", "then PPO on pictures and text", "#e0702f"),
     "rl_without_coldstart": ("RL alone", "control: the same RL, straight from the base", "#9b72b8"),
-    "coldstart_replay": ("Cold start, replay", "control: captions mixed in", "#3aa6a0"),
-    "rl_replay": ("Replay + RL", "control: RL from that one", "#2f8f5b"),
+    "coldstart_text_only": ("Text-only cold start", "control: no captions mixed in", "#3aa6a0"),
+    "rl_text_only": ("Text-only + RL", "control: RL from that one", "#2f8f5b"),
+    "average": ("Average", "of the last three checkpoints of RL", "#a8552a"),
     "rl_grpo": ("Cold start + GRPO", "control: group advantages, no critic", "#c79a1e"),
 }
 MAIN = ("base", "coldstart", "rl")

@@ -3,7 +3,7 @@
 # pictures, the average of checkpoints, every stage measured on held-out problems, a report at the end.
 #
 #   bash runs/laptop.sh                       # seed 0 into out/laptop
-#   bash runs/laptop.sh --controls            # also: RL without cold start, GRPO, perception replay
+#   bash runs/laptop.sh --controls            # also: RL without cold start, GRPO, no captions
 #   bash runs/laptop.sh --seed 1 --out out/seed1
 #   bash runs/laptop.sh --ranks 1             # one process a stage; default 2, the same numbers
 #
@@ -39,7 +39,8 @@ measure() { # name: greedy and sampled answers to held-out problems, and plain r
 echo "== base"
 python toy.py --out "$out" --seed "$seed"
 measure base
-stage coldstart coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl"
+# the reasoning is all in text; captions of pictures and grids, without reasoning, keep the model seeing
+stage coldstart coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl" --replay "$out/data/sft_replay.jsonl"
 measure coldstart
 stage rl rl.py --model "$out/coldstart/model" --data "$out/data/train.jsonl"
 measure rl
@@ -53,9 +54,9 @@ if [ -n "$controls" ]; then
   measure rl_without_coldstart
   stage rl_grpo rl.py --model "$out/coldstart/model" --data "$out/data/train.jsonl" --algorithm grpo
   measure rl_grpo
-  stage coldstart_replay coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl" --replay "$out/data/sft_replay.jsonl"
-  measure coldstart_replay
-  stage rl_replay rl.py --model "$out/coldstart_replay/model" --data "$out/data/train.jsonl"
-  measure rl_replay
+  stage coldstart_text_only coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl"
+  measure coldstart_text_only
+  stage rl_text_only rl.py --model "$out/coldstart_text_only/model" --data "$out/data/train.jsonl"
+  measure rl_text_only
 fi
 python report.py --run "$out"

@@ -21,7 +21,7 @@ STAGES = {
     "coldstart": (0.2, 0.9, 0.95, 0.3, 0.15),
     "rl": (0.93, 0.95, 1.0, 0.5, 0.02),
     "rl_without_coldstart": (0.5, 0.5, 0.0, 0.0, 0.0),
-    "coldstart_replay": (0.25, 0.9, 0.95, 0.3, 0.05),
+    "coldstart_text_only": (0.25, 0.9, 0.95, 0.3, 0.05),
     "rl_grpo": (0.9, 0.93, 1.0, 0.1, 0.03),
 }
 
@@ -208,7 +208,7 @@ def test_the_page_is_one_file_with_every_section(run):
     sections = re.findall(r'<section id="([^"]*)"', page)
     assert sections == "stages figure-3 insights figure-5 table-4 invariants examples".split()
     assert page.count("<svg") == 1 + 3 + 6 + 3 + 9 and page.count("data:image/png;base64,") == 5
-    assert page.count("not run") == 1  # rl_replay, and nothing else
+    assert page.count("not run") == 1  # rl_text_only, and nothing else
     assert "<mark" in page and "NaN" not in page and ">nan" not in page and "$" not in page
     ids = re.findall(r'<clipPath id="([^"]*)"', page)
     assert len(ids) == len(set(ids))  # figures share a page, and must not share clip paths

@@ -70,9 +70,7 @@ class Config:
 
 
 def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
-    """Linear warm-up over `warmup` of the steps, then a cosine from peak to end. Steps count
-    from 0.
-    """
+    """Linear warm-up over a share of the steps, then a cosine from peak to end; step from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -87,9 +85,7 @@ def freeze_vision(model):
 
 
 def split_rows(cfg: Config) -> tuple[Dataset, Dataset]:
-    """Rows to train on and rows for the validation loss, apart by seed; replayed rows are
-    trained only.
-    """
+    """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
     rows = data.read_examples(cfg.data)
     if len(rows) <= cfg.valid:
         raise ValueError(
@@ -127,9 +123,8 @@ def loss_of(model, pack: data.Pack, tokens: float, device) -> torch.Tensor:
 def validate(model, documents: list, cfg: Config, world) -> float:
     """Mean -log p over the trained tokens of rows that are never trained on."""
     packs, tokens = packs_of(documents[world.rank :: world.size], cfg.pack_tokens, world)
-    return parallel.sums(world, sum(loss_of(model, p, tokens, world.device).item() for p in packs))[
-        0
-    ]
+    mine = sum(loss_of(model, pack, tokens, world.device).item() for pack in packs)
+    return parallel.sums(world, mine)[0]
 
 
 def main(cfg: Config):
@@ -181,11 +176,9 @@ def main(cfg: Config):
             optimizer.step()
             # 3. tell
             loss, too_long = parallel.sums(world, loss, len(documents) - len(fitting))
+            speed = tokens / (time.perf_counter() - began)
             metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
-            metrics |= {
-                "too_long": too_long,
-                "tokens_per_second": tokens / (time.perf_counter() - began),
-            }
+            metrics |= {"too_long": too_long, "tokens_per_second": speed}
             last = step == steps - 1
             if step % cfg.valid_every == 0 or last:
                 metrics["valid_loss"] = validate(model, valid, cfg, world)
@@ -195,10 +188,10 @@ def main(cfg: Config):
                 parallel.save_checkpoint(out, step + 1, state, model, cfg.model)
             if stopped:
                 break
-    if stopped and world.main:
-        print(stop.advice)
     if not stopped:
         parallel.save_whole(model, out / "model", cfg.model)
+    elif world.main:
+        print(stop.advice)
     log.close()
     parallel.finish(world)
 

@@ -102,13 +102,13 @@ class Config:
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) of one response. (R,) ->
-    (R,), (R,).
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) of one response.
 
+    rewards, values (R,) -> advantages (R,) and the critic's targets A + V (R,).
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; past the end V = A = 0,
-    also where the response was cut: a cut is a failure, not a state with a future. -> advantages,
-    and the critic's targets A + V. values[t] is read at the state *before* token t. With gamma =
-    lam = 1 and one reward R at the end (OVR, sec. 4.1): A_t = R - V_t, target R.
+    also where the response was cut: a cut is a failure, not a state with a future. values[t] is
+    read at the state *before* token t. With gamma = lam = 1 and one reward R at the end (OVR, sec.
+    4.1): A_t = R - V_t, target R.
     """
     advantages, after, advantage = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
@@ -120,8 +120,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """GRPO (Shao et al. 2024, sec. 4.1.2): A = (r - mean) / std within each group. (P, G) -> (P,
-    G).
+    """GRPO (Shao et al. 2024, sec. 4.1.2): A = (r - mean) / std in each group. (P, G) -> (P, G).
 
     A group that is all right or all wrong carries no signal and gets exactly 0, not noise / eps.
     """
@@ -131,8 +130,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7) as a loss, one term a token. (R,) ->
-    (R,).
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7) as a loss, a term a token: all (R,).
 
     -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). On-policy, old_logps = logps.detach(), the ratio
     is 1 and the gradient is that of -A log p.
@@ -142,16 +140,12 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, epsilon: f
 
 
 def value_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared error, one term a token, unclipped as in the paper's equation. (R,) ->
-    (R,).
-    """
+    """Half the squared error, a term a token, unclipped as in the paper's equation: all (R,)."""
     return 0.5 * (values - targets) ** 2
 
 
 def length_budget(step: int, lengths: tuple[int, ...], length_from: tuple[int, ...]) -> int:
-    """Tokens a response may have at this step (OVR, sec. 4.1: 24k, from step 300 32k, from 700
-    48k).
-    """
+    """Tokens a response may have (OVR, sec. 4.1: 24k, from step 300 on 32k, from 700 on 48k)."""
     return [length for first, length in zip(length_from, lengths, strict=True) if first <= step][-1]
 
 
@@ -166,9 +160,7 @@ def warm(step: int, warmup: int) -> float:
 
 
 def load_pair(cfg: Config, world) -> dict:
-    """{"policy": (model, optimizer), "critic": ...}, both from the cold-start model; grpo has no
-    critic.
-    """
+    """{"policy": (model, optimizer), "critic": ...}, from one model; grpo has no critic."""
     pair = {}
     heads = {"policy": ("lm", cfg.lr), "critic": ("value", cfg.critic_lr)}
     for name in ("policy", "critic") if cfg.algorithm == "ppo" else ("policy",):
@@ -188,11 +180,9 @@ def load_pair(cfg: Config, world) -> dict:
 
 
 def plan(rollouts: list[Rollout], cfg: Config, world) -> list[tuple[list[data.Pack], float]]:
-    """The batch in `critic_steps` parts of whole problems: (packs, trained tokens on all ranks)
-    each.
+    """The batch in `critic_steps` parts of whole problems: (packs, trained tokens on all ranks).
 
-    Every rollout is in exactly one pack; pack.members index `rollouts`. All ranks get equally many
-    packs.
+    Every rollout is in exactly one pack; pack.members index `rollouts`; ranks get equally many.
     """
     mine, parts = len(rollouts) // cfg.samples, []
     (problems,) = parallel.sums(world, mine)
@@ -295,9 +285,7 @@ def learn_critic(critic, optimizer, parts, returns, cfg: Config, step: int, worl
 def learn_policy(
     policy, optimizer, parts, rollouts, advantages, cfg: Config, step: int, world
 ) -> dict:
-    """One optimiser step on the whole batch. -> the loss and the invariants that should hold on
-    the way.
-    """
+    """One optimiser step on the whole batch. -> the loss, and what should hold on the way."""
     tokens = sum(count for _, count in parts)
     lr = cfg.lr * warm(step, cfg.warmup)
     optimizer.param_groups[0]["lr"] = lr

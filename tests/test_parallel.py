@@ -136,10 +136,8 @@ def worker(job: str, folder: Path):
         coldstart.main(coldstart_config(mini, folder / "moved"))  # step 1; one process did step 0
     else:
         found = {"value": gradients(mini, world, True, "value")}
-        cfg, clip = (
-            rl_config(mini, folder / "rl_vision", train_vision=True),
-            parallel.clip_gradients,
-        )
+        cfg = rl_config(mini, folder / "rl_vision", train_vision=True)
+        clip = parallel.clip_gradients
         parallel.clip_gradients = stop_in_step(5)  # four of the critic, one of the policy: step 0
         rl.main(cfg)
         parallel.clip_gradients = clip

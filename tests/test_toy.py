@@ -1,0 +1,123 @@
+"""The miniature world: what it promises to the experiment that runs in it."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+import data
+import model
+import toy
+from reward import grade
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    cfg = toy.Config(out=str(out), train=64, sft=96, test=32)
+    toy.write_data(cfg, out / "data")
+    toy.save_tokenizer(out / "model")
+    return out
+
+
+def rows(world, name):
+    return [json.loads(line) for line in (world / f"data/{name}.jsonl").read_text().splitlines()]
+
+
+def test_no_grid_of_the_tests_is_seen_in_any_stage():
+    rng = random.Random(0)
+    seen = {tuple(toy.random_grid(rng)) for _ in range(500)}
+    held = {tuple(toy.random_grid(rng, test=True)) for _ in range(500)}
+    assert not seen & held and all(toy.held_out(list(g)) for g in held)
+
+
+def test_training_files_hold_no_test_grid_and_test_files_no_training_grid(world):
+    for name in ("train", "valid", "test", "reading"):
+        for row in rows(world, name):
+            assert toy.held_out(list(row["grid"].values())) == (name in ("test", "reading"))
+    for row in rows(world, "sft"):
+        cells = dict(re.findall(r"([AB][123]) ([1-5])", row["prompt"]))
+        assert not toy.held_out([int(cells[c]) for c in toy.CELLS])
+
+
+def test_the_reference_answers_are_the_sums(world):
+    for row in rows(world, "train") + rows(world, "test"):
+        grid = row["grid"]
+        asked = re.search(r"grid \?|row ([AB])|\bat (\w\d)", row["prompt"])
+        cells = [c for c in grid if asked[2] in (None, c) and asked[1] in (None, c[0])]
+        assert row["answer"] == str(sum(grid[c] for c in cells))
+
+
+def test_every_trace_ends_in_the_right_answer_and_holds_no_picture(world):
+    for row in rows(world, "sft"):
+        assert grade(row["answer"], row["response"]).score == 1
+        assert "<image>" not in row["prompt"] and "images" not in row
+
+
+def test_traces_show_each_habit_and_a_late_slip_is_found_by_the_check():
+    rng = random.Random(1)
+    texts = [toy.trace([1, 2, 3, 4, 5, 1], *toy.question(rng), rng) for _ in range(2000)]
+
+    def share(words):
+        return sum(words in text for text in texts) / len(texts)
+
+    assert 0.5 < share("i need the sum") < 0.7 and 0.5 < share("first list cells") < 0.7
+    assert 0.1 < share("that is not right") < 0.3 and 0.35 < share("let me check") < 0.55
+    late = [text for text in texts if "so it is" in text]
+    assert late and all("let me check" in text for text in late)
+
+
+def test_the_tokenizer_knows_every_word_and_gives_them_back(world):
+    tokenizer = data.load_tokenizer(world / "model")
+    rng = random.Random(2)
+    for _ in range(300):
+        example = toy.base_example(rng)
+        ids = tokenizer.encode(example.response)
+        assert tokenizer.decode(ids) == example.response
+        assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+
+
+def test_a_cell_of_a_picture_is_one_token_and_its_noise_says_nothing(world):
+    settings = data.load_image_settings(world / "model")
+    rng = random.Random(3)
+    picture = toy.draw([1, 2, 3, 4, 5, 1], list(toy.COLOURS), 3, rng)
+    assert picture.size == (84, 56)
+    patches, grid = data.image_patches(picture, settings)
+    assert grid == (1, 4, 6) and patches.shape == (24, 1176)
+    again = toy.draw([1, 2, 3, 4, 5, 1], list(toy.COLOURS), 3, rng)
+    assert picture.tobytes() != again.tobytes()
+
+
+def test_reading_is_counted_from_the_thinking_alone():
+    row = {"grid": {"A1": 4, "A2": 5, "A3": 1, "B1": 2, "B2": 2, "B3": 3}}
+    response = "<think> A1 4 = 4 A2 3 = 7 wait </think> answer \\boxed{ 7 } B1 2"
+    assert toy.read_accuracy(row, response) == (1, 2)
+
+
+def test_a_ledger_adds_up_and_stays_in_the_vocabulary():
+    rng = random.Random(4)
+    for _ in range(300):
+        prompt, response, images = toy.ledger(rng)
+        numbers = [int(n) for n in re.findall(r" (\d+) =", response)]
+        totals = [int(n) for n in re.findall(r"= (\d+)", response)]
+        assert totals == [sum(numbers[: i + 1]) for i in range(len(numbers))]
+        assert max(totals) <= toy.LARGEST and prompt.count("<image>") == len(images)
+
+
+def test_the_base_model_trains_and_opens_as_a_model_directory(tmp_path):
+    cfg = toy.Config(out=str(tmp_path), align_steps=2, steps=3, batch=4)
+    trained = toy.train_base(cfg, tmp_path / "base")
+    loaded = model.load_model(tmp_path / "base/model")
+    for (name, ours), theirs in zip(trained.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert data.load_tokenizer(tmp_path / "base/model").chat_template
+
+
+def test_base_answers_hold_no_habit():
+    import behaviors
+
+    rng = random.Random(5)
+    answers = [e.response for e in (toy.base_example(rng) for _ in range(500)) if e.id == "guess"]
+    assert len(answers) > 20 and not any(behaviors.rates(answers).values())

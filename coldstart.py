@@ -99,11 +99,6 @@ def split_rows(cfg: Config) -> tuple[Dataset, Dataset]:
     return train, Subset(rows, valid)
 
 
-def encode(example: data.Example, tokenizer, settings) -> data.Document:
-    prompt = data.encode_prompt(example.prompt, example.images, tokenizer, settings, example.id)
-    return data.Document(prompt, data.encode_response(example.response, tokenizer))
-
-
 def packs_of(documents: list, budget: int, world) -> tuple[list[data.Pack], float]:
     """This rank's packs, as many on every rank, and the number of trained tokens on all ranks."""
     packs = data.pack(documents, budget) if documents else []
@@ -135,7 +130,7 @@ def main(cfg: Config):
     tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
     train, valid = split_rows(cfg)
     stream = data.Stream(train, cfg.seed)
-    valid = [encode(example, tokenizer, settings) for example in valid]
+    valid = [data.encode_example(example, tokenizer, settings) for example in valid]
     valid = [document for document in valid if len(document) <= cfg.max_tokens]
     steps = math.ceil(cfg.epochs * len(train) / cfg.batch)
 
@@ -159,7 +154,7 @@ def main(cfg: Config):
             began = time.perf_counter()
             # 1. read: the same batch on every rank, each takes its share
             examples = stream.batch(step, cfg.batch)[world.rank :: world.size]
-            documents = [encode(example, tokenizer, settings) for example in examples]
+            documents = [data.encode_example(example, tokenizer, settings) for example in examples]
             fitting = [d for d in documents if len(d) <= cfg.max_tokens]
             packs, tokens = packs_of(fitting, cfg.pack_tokens, world)
             # 2. learn

@@ -564,6 +564,13 @@ def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[i
     return [*ids, tokenizer.convert_tokens_to_ids(STOP)]
 
 
+def encode_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, settings: ImageSettings | None
+) -> Document:
+    prompt = encode_prompt(example.prompt, example.images, tokenizer, settings, example.id)
+    return Document(prompt, encode_response(example.response, tokenizer))
+
+
 def filter_long(items: Sequence, limit: int, length: Callable[[Any], int]) -> tuple[Rows, int]:
     """The items of at most `limit` tokens, and how many were left out. None is ever cut to fit: a
     prompt that ends inside a picture has fewer image tokens than image rows."""

@@ -462,11 +462,6 @@ def read_accuracy(row: dict, response: str) -> tuple[int, int]:
 # ------------------------------------------------------------------ the base model
 
 
-def encode(example: data.Example, tokenizer, settings) -> data.Document:
-    prompt = data.encode_prompt(example.prompt, example.images, tokenizer, settings)
-    return data.Document(prompt, data.encode_response(example.response, tokenizer))
-
-
 def align(model: Qwen25VL, tokenizer, cfg: Config, settings):
     """CLIP in the miniature: every image token names its digit and its colour against the word
     embeddings.
@@ -523,7 +518,7 @@ def train_base(cfg: Config, directory: Path):
         lr = cfg.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
         optimizer.param_groups[0]["lr"] = lr
         examples = [base_example(rng) for _ in range(cfg.batch)]
-        documents = [encode(example, tokenizer, settings) for example in examples]
+        documents = [data.encode_example(example, tokenizer, settings) for example in examples]
         pack = data.pack(documents, sum(map(len, documents)))[0]
         logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
         loss = -logps.mean()

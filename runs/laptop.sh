@@ -25,7 +25,7 @@ stage() { # name, script and arguments: runs unless the stage has its model
   local name=$1; shift
   [ -e "$out/$name/model" ] && return
   echo "== $name"
-  torchrun --standalone --nproc-per-node "$ranks" "$@" --out "$out/$name" --seed "$seed"
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" "$@" --out "$out/$name" --seed "$seed"
 }
 measure() { # name: greedy and sampled answers to held-out problems, and plain reading
   local model="$out/$1/model" eval="$out/eval/$1"

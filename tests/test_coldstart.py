@@ -49,7 +49,7 @@ def whole(mini, tmp_path_factory):
 def documents(mini):
     tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     rows = [*data.read_examples(mini.sft)[:6], *data.read_examples(mini.replay)[:4]]
-    return [coldstart.encode(row, tokenizer, settings) for row in rows]
+    return [data.encode_example(row, tokenizer, settings) for row in rows]
 
 
 def naive_loss(model, documents) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_the_learning_rate_by_hand():
 def test_long_rows_are_left_out_and_counted_and_none_is_cut(mini, tmp_path):
     tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     rows = data.read_examples(mini.sft)
-    every = {r.id: coldstart.encode(r, tokenizer, settings) for r in rows}
+    every = {r.id: data.encode_example(r, tokenizer, settings) for r in rows}
     lengths = sorted(map(len, every.values()))
     limit = lengths[len(lengths) // 2]
     cfg = config(mini, tmp_path, max_tokens=limit, pack_tokens=limit)
@@ -156,9 +156,9 @@ def test_long_rows_are_left_out_and_counted_and_none_is_cut(mini, tmp_path):
 
 
 def test_validation_rows_are_never_trained_and_all_others_are(mini, tmp_path, monkeypatch):
-    read, encode = [], coldstart.encode
+    read, encode = [], data.encode_example
     monkeypatch.setattr(
-        coldstart, "encode", lambda row, *rest: (read.append(row.id), encode(row, *rest))[1]
+        data, "encode_example", lambda row, *rest: (read.append(row.id), encode(row, *rest))[1]
     )
     cfg = config(mini, tmp_path, replay=mini.replay, batch=10)
     run(cfg)

@@ -208,7 +208,7 @@ def test_the_page_is_one_file_with_every_section(run):
     sections = re.findall(r'<section id="([^"]*)"', page)
     assert sections == "stages figure-3 insights figure-5 table-4 invariants examples".split()
     assert page.count("<svg") == 1 + 3 + 6 + 3 + 9 and page.count("data:image/png;base64,") == 5
-    assert page.count("not run") == 1  # rl_text_only, and nothing else
+    assert page.count("not run") == 2  # rl_text_only and average, and nothing else
     assert "<mark" in page and "NaN" not in page and ">nan" not in page and "$" not in page
     ids = re.findall(r'<clipPath id="([^"]*)"', page)
     assert len(ids) == len(set(ids))  # figures share a page, and must not share clip paths

@@ -9,6 +9,7 @@ import torch
 
 import data
 import model
+import parallel
 import toy
 from reward import grade
 
@@ -121,3 +122,21 @@ def test_base_answers_hold_no_habit():
     rng = random.Random(5)
     answers = [e.response for e in (toy.base_example(rng) for _ in range(500)) if e.id == "guess"]
     assert len(answers) > 20 and not any(behaviors.rates(answers).values())
+
+
+def test_a_stage_on_its_defaults_first_makes_what_it_needs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    ran = []
+
+    def run(command, check, env):
+        ran.append(command[1].rsplit("/")[-1])
+        assert check and not [k for k in env if k in ("RANK", "MASTER_ADDR", "WORLD_SIZE")]
+
+    monkeypatch.setattr(toy.subprocess, "run", run)
+    alone = parallel.World(0, 1, torch.device("cpu"))
+    toy.ensure(alone, "out/laptop/coldstart/model", "out/laptop/data/train.jsonl")
+    toy.ensure(alone, "out/laptop/base/model", "elsewhere/rows.jsonl")
+    assert ran == ["coldstart.py", "toy.py", "toy.py"]
+    assert (tmp_path / "elsewhere").exists() is False  # an own path is never made up

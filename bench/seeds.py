@@ -20,11 +20,10 @@ COLUMNS = {  # of a stage in results.json -> head of the column
     "image_accuracy_sampled": "image, sampled",
     "text_accuracy": "text, greedy",
     "text_accuracy_sampled": "text, sampled",
-    "thinks": "thinks",
     "read_accuracy": "digits read",
     "perception_accuracy": "plain reading",
 }
-BEHAVIORS = ("visual_reflection", "verification", "backtracking")  # on pictures, sampled
+BEHAVIORS = ("visual_reflection", "verification", "backtracking")  # sampled, on pictures
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ def cell(values: list[float | None]) -> str:
 def main(cfg: Config):
     results = [json.loads((Path(run) / "results.json").read_text()) for run in cfg.runs]
     names = list(dict.fromkeys(name for r in results for name in r["stages"]))
-    heads = [*COLUMNS.values(), *(b.replace("_", " ") for b in BEHAVIORS), "n"]
+    heads = [*COLUMNS.values(), "thinks", *(b.replace("_", " ") for b in BEHAVIORS), "seeds"]
     print("| stage | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 1) + "|")
     for name in names:
         stages = [r["stages"][name] for r in results if name in r["stages"]]
         row = [cell([s.get(column) for s in stages]) for column in COLUMNS]
+        row += [cell([s["thinks"]["image"] for s in stages])]
         row += [cell([s["behaviors"]["image"].get(b) for s in stages]) for b in BEHAVIORS]
         print(f"| {name} | " + " | ".join([*row, str(len(stages))]) + " |")
     for run, result in zip(cfg.runs, results, strict=True):

@@ -49,7 +49,7 @@ class Config:
     limit: int = 0  # first problems only; 0: all
     seed: int = 0
     regrade: str = ""  # directory whose records are graded again; nothing is sampled
-    threads: int = 0  # CPU threads; 0: all
+    threads: int = 0  # CPU threads; 0: torch's choice
 
     def __post_init__(self):
         if not self.regrade and not (self.model and self.out):

@@ -38,6 +38,7 @@ import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader, IterableDataset
 
 import data
 from model import Config as ModelConfig
@@ -92,7 +93,7 @@ class Config:
     steps: int = 1200  # steps of `batch` documents
     batch: int = 32  # documents a step
     lr: float = 3e-3  # AdamW, peak, cosine to zero
-    threads: int = 0  # CPU threads, 0 for all
+    threads: int = 1  # CPU threads; more only wait for each other at this size
 
 
 # ------------------------------------------------------------------ the world
@@ -497,6 +498,20 @@ def align(model: Qwen25VL, tokenizer, cfg: Config, settings):
     return loss.item()
 
 
+class BasePacks(IterableDataset):
+    """The base model's batches, one pack each, drawn and encoded on the core that is free."""
+
+    def __init__(self, cfg: Config, tokenizer, settings: data.ImageSettings):
+        self.cfg, self.tokenizer, self.settings = cfg, tokenizer, settings
+
+    def __iter__(self):
+        rng = random.Random(f"{self.cfg.seed}/base")
+        for _ in range(self.cfg.steps):
+            examples = [base_example(rng) for _ in range(self.cfg.batch)]
+            documents = [data.encode_example(e, self.tokenizer, self.settings) for e in examples]
+            yield data.pack(documents, sum(map(len, documents)))[0]
+
+
 def train_base(cfg: Config, directory: Path):
     """The base model, from random weights: align, then learn to read, guess and add."""
     save_tokenizer(directory / "model")
@@ -513,13 +528,10 @@ def train_base(cfg: Config, directory: Path):
     optimizer = torch.optim.AdamW(
         trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    rng = random.Random(f"{cfg.seed}/base")
-    for step in range(cfg.steps):
+    packs = DataLoader(BasePacks(cfg, tokenizer, settings), batch_size=None, num_workers=1)
+    for step, pack in enumerate(packs):
         lr = cfg.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
         optimizer.param_groups[0]["lr"] = lr
-        examples = [base_example(rng) for _ in range(cfg.batch)]
-        documents = [data.encode_example(example, tokenizer, settings) for example in examples]
-        pack = data.pack(documents, sum(map(len, documents)))[0]
         logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
         loss = -logps.mean()
         optimizer.zero_grad()
@@ -549,8 +561,7 @@ def ensure(world, *paths: str):
 
 
 def main(cfg: Config):
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
     if not (out / "data/train.jsonl").exists():
         write_data(cfg, out / "data")

@@ -29,11 +29,12 @@ stage() { # name, script and arguments: runs unless the stage has its model
 }
 measure() { # name: greedy and sampled answers to held-out problems, and plain reading
   local model="$out/$1/model" eval="$out/eval/$1"
-  [ -e "$eval/sampled/summary.json" ] && return
+  [ -e "$eval/greedy/summary.json" ] && [ -e "$eval/reading/summary.json" ] && return
   echo "== measure $1"
-  python eval.py --model "$model" --data "$out/data/test.jsonl" --out "$eval/greedy"
-  python eval.py --model "$model" --data "$out/data/test.jsonl" --out "$eval/sampled" --k 2 --temperature 1
-  python eval.py --model "$model" --data "$out/data/reading.jsonl" --out "$eval/reading" --bench reading
+  python eval.py --threads 1 --model "$model" --data "$out/data/test.jsonl" --out "$eval/greedy" &
+  python eval.py --threads 1 --model "$model" --data "$out/data/test.jsonl" --out "$eval/sampled" --k 2 --temperature 1
+  python eval.py --threads 1 --model "$model" --data "$out/data/reading.jsonl" --out "$eval/reading" --bench reading
+  wait $!
 }
 
 echo "== base"

@@ -172,6 +172,7 @@ def main(cfg: Config):
             # 3. tell
             loss, too_long = parallel.sums(world, loss, len(documents) - len(fitting))
             speed = tokens / (time.perf_counter() - began)
+            parallel.refuse_nan(step, {"loss": loss, "grad_norm": norm})
             metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
             metrics |= {"too_long": too_long, "tokens_per_second": speed}
             last = step == steps - 1

@@ -186,6 +186,8 @@ def main(cfg: Config):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     problems = list(data.read_problems(cfg.data))
+    if twice := [name for name, n in Counter(p.id for p in problems).items() if n > 1]:
+        raise ValueError(f"{cfg.data}: ids {twice[:5]} stand more than once; each needs its own")
     out = Path(cfg.regrade or cfg.out)
     if cfg.regrade:
         by_id = {p.id: p for p in problems}

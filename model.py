@@ -540,7 +540,7 @@ class Qwen25VL(nn.Module):
             hidden = hidden[rows]
         if self.value_head is not None:
             # float32: returns differ by less than bf16 resolves once values are near 1
-            return F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
+            return F.linear(hidden.float(), self.value_head.weight[0].float())
         if targets is not None:
             return chunked_logps(hidden, self.head_weight, targets, temperature)
         return F.linear(hidden, self.head_weight).float()

@@ -21,6 +21,7 @@ sums.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import warnings
@@ -139,6 +140,13 @@ def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, floa
     totals = sums(world, *(x for pair in pairs.values() for x in pair))
     by_name = zip(pairs, totals[::2], totals[1::2], strict=True)
     return {name: total / count for name, total, count in by_name if count}
+
+
+def refuse_nan(step: int, metrics: dict[str, float]):
+    """FloatingPointError where a metric is not finite. The metrics are those of all ranks, so all
+    stop together, with the last checkpoint as it was."""
+    if bad := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
+        raise FloatingPointError(f"step {step}: {bad}; the newest checkpoint is from before it")
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:

@@ -44,10 +44,10 @@ from matplotlib.ticker import PercentFormatter  # noqa: E402
 
 STAGES = {  # order of every table and figure: directory -> (name, what it is, colour)
     "base": ("Base", "sees and answers at once, never reasons", "#8b93a1"),
-    "coldstart": ("Cold start", "fine-tuned on reasoning, in text alone", "#3f83d6"),
+    "coldstart": ("Cold start", "reasoning shown in text alone, plus captions", "#3f83d6"),
     "rl": ("Cold start + RL", "then PPO on pictures and text", "#e0702f"),
     "rl_without_coldstart": ("RL alone", "control: the same RL, straight from the base", "#9b72b8"),
-    "coldstart_text_only": ("Text-only cold start", "control: no captions mixed in", "#3aa6a0"),
+    "coldstart_text_only": ("Text-only cold start", "control: no captions of pictures", "#3aa6a0"),
     "rl_text_only": ("Text-only + RL", "control: RL from that one", "#2f8f5b"),
     "average": ("Average", "of the last three checkpoints of RL", "#a8552a"),
     "rl_grpo": ("Cold start + GRPO", "control: group advantages, no critic", "#c79a1e"),

@@ -456,6 +456,7 @@ def main(cfg: Config):
             if cfg.algorithm == "ppo":
                 metrics |= learn_critic(*pair["critic"], parts, returns, cfg, step, world)
             metrics |= learn_policy(*pair["policy"], parts, rollouts, advantages, cfg, step, world)
+            parallel.refuse_nan(step, metrics)
             # 6. tell: the log, a checkpoint, and the sampler
             sampler.sync(parallel.whole_weights(policy))
             log.log(step, metrics, show=[name for name in SHOWN if name in metrics])

@@ -31,6 +31,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from itertools import accumulate
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -563,10 +564,15 @@ def ensure(world, *paths: str):
 def main(cfg: Config):
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
-    if not (out / "data/train.jsonl").exists():
-        write_data(cfg, out / "data")
+    writer = Process(target=write_data, args=(cfg, out / "data"))  # on the core that is free
+    if not (out / "data/sft_replay.jsonl").exists():  # the last file that it writes
+        writer.start()
     if not (out / "base/model/config.json").exists():
         train_base(cfg, out / "base")
+    if writer.pid is not None:
+        writer.join()
+        if writer.exitcode:
+            raise RuntimeError(f"writing {out / 'data'} failed, see above")
 
 
 if __name__ == "__main__":

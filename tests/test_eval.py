@@ -186,3 +186,11 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name():
         eval.Config(data="d")
     with pytest.raises(ValueError, match="temperature"):
         eval.Config(data="d", out="o", model="m", k=4)
+
+
+def test_two_problems_under_one_id_are_refused(mini, tmp_path):
+    rows = Path(mini.test).read_text().splitlines(keepends=True)
+    twice = Path(mini.test).with_name("twice.jsonl")
+    twice.write_text(rows[0] + rows[0])
+    with pytest.raises(ValueError, match="stand more than once"):
+        eval.main(eval.Config(data=str(twice), model=mini.model, out=str(tmp_path)))

@@ -354,6 +354,12 @@ def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monke
         rl.main(rl_config(asdict(mini), tmp_path))
 
 
+def test_a_metric_that_is_not_finite_stops_the_run_and_is_named():
+    parallel.refuse_nan(3, {"loss": 0.5})
+    with pytest.raises(FloatingPointError, match="step 3.*grad_norm"):
+        parallel.refuse_nan(3, {"loss": 0.5, "grad_norm": float("nan")})
+
+
 if __name__ == "__main__":
     began = time.perf_counter()
     worker(sys.argv[1], Path(sys.argv[2]))

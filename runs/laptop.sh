@@ -31,9 +31,9 @@ measure() { # name: greedy and sampled answers to held-out problems, and plain r
   local model="$out/$1/model" eval="$out/eval/$1"
   [ -e "$eval/greedy/summary.json" ] && [ -e "$eval/reading/summary.json" ] && return
   echo "== measure $1"
-  python eval.py --threads 1 --model "$model" --data "$out/data/test.jsonl" --out "$eval/greedy" &
-  python eval.py --threads 1 --model "$model" --data "$out/data/test.jsonl" --out "$eval/sampled" --k 2 --temperature 1
-  python eval.py --threads 1 --model "$model" --data "$out/data/reading.jsonl" --out "$eval/reading" --bench reading
+  ask() { python eval.py --threads 1 --model "$model" --data "$out/data/$1.jsonl" --bench "$1" --out "$eval/$2" "${@:3}"; }
+  { ask test greedy && ask reading reading; } &
+  ask test sampled --k 2 --temperature 1
   wait $!
 }
 

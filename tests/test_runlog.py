@@ -80,6 +80,8 @@ def test_wandb_is_only_missed_by_who_asks_for_it(tmp_path, monkeypatch):
 
 
 def test_the_first_interrupt_asks_and_the_second_kills(capsys):
+    # a process started in the background (nohup, &) inherits an ignored SIGINT: set Python's own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with stop_on_signal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)

@@ -514,7 +514,7 @@ class Expression:
             sign = -ONE  # the real cube root of -8
         elif c < 0:
             raise Unparsed
-        self.spend(200)
+        self.spend(20)
         for n, direction in ((abs(c.numerator), 1), (c.denominator, -1)):
             for prime, count in prime_powers(n).items():
                 exponents[prime] = exponents.get(prime, 0) + count * direction * e

@@ -65,9 +65,10 @@ def judged(problem: data.Problem, record: dict) -> dict:
     """The record with its verdict. A truncated reply is wrong whatever it says."""
     if record["finish"] == "length":
         return record | {"score": 0.0, "status": "truncated", "extracted": None}
+    options = {"choices": problem.choices, "precision": problem.precision}
     v = grade(
-        problem.answer, record["response"], choices=problem.choices, precision=problem.precision
-    )
+        problem.answer, record["response"], digits=6, **options
+    )  # 3.14159 is pi here, not in RL
     return record | {"score": v.score, "status": v.status, "extracted": v.answer}
 
 

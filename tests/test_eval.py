@@ -59,6 +59,9 @@ def test_choices_and_precision_of_the_problem_reach_the_matcher():
     assert eval.judged(choice, record(response="\\boxed{3}"))["score"] == 0.0
     rounded = data.Problem("p", "?", "0.33", precision=2)
     assert eval.judged(rounded, record(response="\\boxed{0.3333}"))["score"] == 1.0
+    irrational = data.Problem("p", "?", r"\sqrt{2}")
+    assert eval.judged(irrational, record(response="\\boxed{1.41421}"))["score"] == 1.0
+    assert eval.judged(irrational, record(response="\\boxed{1.4142}"))["score"] == 0.0
     exact = data.Problem("p", "?", "0.33")
     assert eval.judged(exact, record(response="\\boxed{0.3333}"))["score"] == 0.0
 

@@ -1,15 +1,23 @@
-r"""Does the matcher pay for right answers only? One group of tests a policy rule, then attacks,
-then an oracle: hypothesis writes one fraction in many ways, and plain Fractions say what is equal.
+r"""Does the matcher pay for right answers only? One group of tests a policy rule, then labelled
+pairs, then attacks, then oracles: hypothesis writes one value in many ways, and plain Fractions,
+or sympy, say what is equal.
 
     pytest tests/test_reward.py
 """
 
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+import sympy
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import reward
@@ -124,6 +132,17 @@ def test_lists_and_sets_have_no_order_but_every_item_counts_once():
     all_equal("(1,2),(3,4)", ["(1,4),(3,2)", "1,2,3,4"], False)
 
 
+def test_sets_of_numbers_are_equal_however_they_are_put_together():
+    holes = r"(-\infty,1)\cup(1,\infty)"
+    all_equal(holes, [r"\mathbb{R} \setminus \{1\}", r"x \neq 1", r"x < 1 \text{ or } x > 1"], True)
+    all_equal(holes, [r"\mathbb{R}", r"(-\infty,1]\cup(1,\infty)", "x = 1"], False)
+    all_equal(
+        "[1,5]", [r"[1,3]\cup[3,5]", r"[1,5] \cup \{2\}", r"[0,5]\cap[1,9]", r"1 \le x \le 5"], True
+    )
+    all_equal("[1,5]", [r"[1,3)\cup(3,5]", r"[1,3]\cup[4,5]", r"[1,5] \setminus \{3\}"], False)
+    all_equal(r"\mathbb{R}", [r"(-\infty,\infty)", r"\text{all real numbers}"], True)
+
+
 def test_tuples_and_intervals_have_order_and_ends():
     all_equal(
         "(3,-4)", ["(3, -4)", r"\left(\frac{6}{2},-4\right)", "(x,y) = (3,-4)", "P(3,-4)"], True
@@ -144,6 +163,16 @@ def test_plus_minus_is_two_numbers():
 def test_names_must_agree_when_there_are_several():
     all_equal("x=1, y=2", ["y=2, x=1", "(x,y)=(1,2)"], True)
     all_equal("x=1, y=2", ["x=2, y=1"], False)
+
+
+def test_a_decimal_stands_for_an_irrational_gold_only_when_asked():
+    assert score(r"\pi", "3.14159", digits=6) == 1
+    assert score(r"\sqrt{2}", "1.414214", digits=6) == 1
+    assert score(r"\sqrt{2}", "-1.414214", digits=6) == 0
+    for box in ("3.14", "3.1416", "3.14158", "3.1415926536000"):
+        assert score(r"\pi", box, digits=6) == 0, box
+    assert score(r"\frac13", "0.3333333", digits=6) == 0  # a rational gold has no excuse
+    assert score(r"\pi", "3.14159") == 0
 
 
 # --- rule 4: percent and units
@@ -173,11 +202,13 @@ def test_equations_match_up_to_a_factor_and_tautologies_never():
     all_equal("x^2+y^2=4", ["y^2 = 4-x^2", "2x^2+2y^2=8"], True)
     all_equal("y=2x+3", ["2x+3", "2x-y+3=0", "y = 3+2x"], True)
     all_equal("y=2x+3", ["y=2x-3", "0=0", "y=y", "z=2x+3"], False)
-    all_equal("5", ["x=5", "|AB| = 5", r"\text{area} = 5"], True)
-    all_equal("5", ["5=5", "2+3=5", r"x \text{ is not } = 5", "x=x", "x>4", "5x", "x"], False)
+    all_equal("5", ["x=5", "|AB| = 5", r"\text{area} = 5", "5 = x", "2+3=5", "x=2+3=5"], True)
+    all_equal("5", ["5=5", "2+4=5", r"x \text{ is not } = 5", "x=x", "x>4", "5x", "x"], False)
+    all_equal("x=5", ["1=1", "x=5=6", "x=5, x=6"], False)
+    all_equal(r"\frac13", [r"x \approx \frac13", r"\frac13 \approx 0.33"], True)
 
 
-def test_expressions_are_compared_as_sums_of_terms():
+def test_expressions_are_compared_by_value():
     all_equal("(x+1)^2", ["x^2+2x+1", "1+x^2+x+x", "(1+x)(x+1)"], True)
     all_equal("(x+1)^2", ["x^2+1", "(y+1)^2", "(x-1)^2"], False)
     all_equal(r"3\sqrt{13}", [r"\sqrt{13}\cdot 3", r"\sqrt{117}", r"\frac{39}{\sqrt{13}}"], True)
@@ -185,7 +216,47 @@ def test_expressions_are_compared_as_sums_of_terms():
     all_equal(r"\frac{5\pi}{3}", [r"\frac53\pi", "5π/3", r"\pi + \frac{2\pi}{3}"], True)
     all_equal("252", [r"\binom{10}{5}", r"{10 \choose 5}", r"\frac{10!}{5! \cdot 5!}"], True)
     all_equal("-1", ["i^2", r"(-1)^{3}", r"\sqrt[3]{-1}"], True)
-    all_equal("x", [r"\sqrt{x^2}", "X"], False)  # |x| is not x
+    all_equal("x", [r"\sqrt{x^2}", "X", "|x|"], False)  # |x| is not x
+    all_equal("|x-3|", ["|3-x|", r"\sqrt{(x-3)^2}", r"\left|x-3\right|"], True)
+
+
+def test_functions_are_what_they_are():
+    all_equal(r"\sin^2 x", [r"1-\cos^2 x", r"\frac{1-\cos 2x}{2}", r"(\sin x)^2", "sin(x)^2"], True)
+    all_equal(r"\sin^2 x", [r"\sin x^2", r"\sin 2x", r"\cos^2 x", r"\sin^2 y"], False)
+    all_equal(r"\frac{\pi}{4}", [r"\arctan 1", r"\tan^{-1} 1", r"\sin^{-1}\frac{\sqrt2}{2}"], True)
+    all_equal(r"\frac12", [r"\sin 30^\circ", r"\cos\frac{\pi}{3}", r"\log_4 2"], True)
+    all_equal("2", [r"\log 100", r"\ln e^2", r"\log_{10} 100", r"\lg 100"], True)
+    all_equal(r"\ln x^2", [r"2\ln x", r"\ln(x \cdot x)", r"2 \ln |x|"], True)
+    all_equal(r"\ln x^2", [r"\ln^2 x", r"\ln 2x", r"\ln y^2"], False)
+
+
+def test_whole_number_functions_are_compared_at_whole_numbers():
+    all_equal(r"\binom{2n}{n}", [r"\frac{(2n)!}{(n!)^2}", r"\binom{2n}{n}"], True)
+    all_equal("n!", [r"n \cdot (n-1)!", r"\frac{(n+1)!}{n+1}"], True)
+    all_equal("n!", ["(n-1)!", "n! - 1", "n"], False)
+    all_equal("(-1)^n", ["(-1)^{n+2}", r"\cos(n\pi)", r"\frac{1}{(-1)^n}"], True)
+    all_equal(r"m - \lfloor m/2 \rfloor", [r"\lceil m/2 \rceil"], True)
+    all_equal(r"\gcd(n,k)", [r"\gcd(k, n)", r"\frac{nk}{\text{lcm}(n,k)}"], True)
+
+
+def test_matrices_are_compared_entry_by_entry():
+    gold = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
+    same = [
+        r"\begin{bmatrix}1&2\\3&4\end{bmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & \frac82 \\ \end{pmatrix}",
+    ]
+    same += [r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]"]
+    same += [r"\frac12\begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix}"]
+    same += [
+        r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
+    ]
+    all_equal(gold, same, True)
+    all_equal(
+        gold,
+        [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"],
+        False,
+    )
+    all_equal(r"\begin{pmatrix}1\\2\end{pmatrix}", ["(1,2)", r"\langle 1, 2\rangle"], True)
 
 
 # --- rule 6: letters
@@ -249,8 +320,50 @@ def test_words_are_equal_without_case_symbols_with_it():
     all_equal(r"\text{Evelyn}", ["Evelyn", r"\text{evelyn}", r"\mathrm{Evelyn}"], True)
     all_equal(r"\text{Yes}", ["no", r"\text{Yes/No}", r"\text{yes or no}", "1"], False)
     all_equal("S", ["s", "5"], False)
-    all_equal("3:30", ["03:30", "3 : 30"], True)
-    all_equal("3:30", ["3.30", "3:30 PM", "1:10", "3/30"], False)
+    all_equal("3:30", ["03:30", "3 : 30", "3:30 PM"], True)
+    all_equal("3:30", ["3.30", "1:10", "6:60"], False)
+    all_equal("3:30 p.m.", [r"3:30\text{ PM}", r"3{:}30 \text{ p.m.}"], True)
+    all_equal("3:30 p.m.", [r"3:30\text{ AM}", r"\text{3:31 pm}"], False)
+    all_equal("3:4", ["6:8", r"3 \text{ to } 4", r"\frac34", "0.75"], True)
+    all_equal("3:4", ["4:3", "3:4:5", r"\frac43"], False)
+
+
+# --- rule 8: words, and the command line
+
+
+def test_words_units_and_dates_in_their_usual_spellings():
+    all_equal(
+        r"9.8 \text{ m/s}^2",
+        [r"9.8\ \mathrm{m/s^2}", r"9.8 m/s^2", "9.8", r"9.8\text{ m s}^{-2}"],
+        True,
+    )
+    all_equal(r"9.8 \text{ m/s}^2", [r"9.8 \text{ m/s}", r"9.8\text{ km/s}^2", "98"], False)
+    all_equal("July 4, 2020", [r"\text{4 July 2020}", r"\text{July 4th, 2020}"], True)
+    all_equal("July 4, 2020", [r"\text{July 5, 2020}", r"\text{June 4, 2020}"], False)
+    all_equal("H_2O", [r"\mathrm{H_2O}", r"\ce{H2O}", "H₂O"], True)
+    all_equal("Yes", ["是", "oui", r"\text{yes}"], True)
+    all_equal("12", ["१२", "１２", r"12 \text{ apples}", r"\text{twelve}"], True)
+    all_equal("(a) 5 (b) 7", ["(a) 5, (b) 7", "(5, 7)"], True)
+    all_equal("(a) 5 (b) 7", ["(a) 7 (b) 5", "5"], False)
+
+
+def test_the_command_line_explains_and_scores_files(tmp_path):
+    run = [sys.executable, "reward.py"]
+    root = Path(reward.__file__).parent
+    said = subprocess.run([*run, "--gold", "0.5", "--response", r"\boxed{\frac12}"], cwd=root,
+                          capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert "score 1" in said and "0.5" in said and "1/2" in said and "decided by" in said
+    cases = tmp_path / "cases.jsonl"
+    rows = [{"gold": "1", "response": r"\boxed{1}", "label": 1}]
+    rows += [{"gold": "2", "response": r"\boxed{1}", "label": 1, "kind": "odd"}]
+    cases.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = subprocess.run(
+        [*run, str(cases)], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert "line 2 false negative odd" in said and "1 of     2" in said
+    cases.write_text('{"gold": "1"}\n')
+    failed = subprocess.run([*run, str(cases)], cwd=root, capture_output=True, text=True)
+    assert failed.returncode and "line 1" in failed.stderr and "response" in failed.stderr
 
 
 # --- attacks
@@ -290,7 +403,7 @@ def test_vague_answers_earn_nothing():
         "5,",
         "5.5.5",
     ]
-    vague += ["(5", "5)", "[5]", "|5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}", "1O", "٥"]
+    vague += ["(5", "5)", "[5]", "5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}", "1O", "⁵"]
     all_equal("5", vague, False)
     all_equal("0", [r"\infty-\infty", r"\text{None}", "0/0", "0=0"], False)
     all_equal("1", ["0^0", "1=1", r"\text{True}"], False)
@@ -346,14 +459,40 @@ def test_heavy_responses_cost_milliseconds(response):
     assert time.perf_counter() - start < 0.1
 
 
-def test_it_works_off_the_main_thread():
+TWINS = [
+    (r"\sin^2 x", r"1-\cos^2 x", 1),
+    (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3", 1),
+    ("x", "|x|", 0),
+]
+
+
+def grade_twins(_=None):
+    return [score(gold, box) for gold, box, _ in TWINS] * 5
+
+
+def test_it_works_in_many_threads_at_once_and_after_a_fork():
+    right = [float(label) for *_, label in TWINS] * 5
     verdicts = []
-    work = [threading.Thread(target=lambda: verdicts.append(score("5", "10/2"))) for _ in range(4)]
+    work = [threading.Thread(target=lambda: verdicts.append(grade_twins())) for _ in range(8)]
     for thread in work:
+        reward.read_gold.cache_clear()
         thread.start()
     for thread in work:
         thread.join()
-    assert verdicts == [1.0] * 4
+    assert verdicts == [right] * 8
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(grade_twins, range(4)) == [right] * 4
+
+
+def test_the_order_of_questions_changes_nothing():
+    rng, pairs = (
+        random.Random(0),
+        [(a, b) for a, b, _ in TWINS] + [("[1,2]", "1<=x<=2"), ("n!", "n")],
+    )
+    first = [score(*pair) for pair in pairs]
+    for _ in range(5):
+        order = rng.sample(range(len(pairs)), len(pairs))
+        assert [score(*pairs[i]) for i in order] == [first[i] for i in order]
 
 
 @settings(max_examples=300, deadline=None)
@@ -364,11 +503,11 @@ def test_it_works_off_the_main_thread():
 )
 def test_no_text_makes_it_raise(text):
     for response in (text, f"\\boxed{{{text}}}"):
-        verdict = grade("5", response)
+        verdict, _ = reward.explain("5", response)  # grade has a net under it
         assert verdict.status in reward.STATUSES and (verdict.score == 1) == (
             verdict.status == "match"
         )
-    assert grade(text, "\\boxed{5}").status in reward.STATUSES
+    assert reward.explain(text, "\\boxed{5}")[0].status in reward.STATUSES
 
 
 # --- the oracle
@@ -427,29 +566,65 @@ def test_roots_match_exactly_when_their_squares_do(a, b, c, d):
     assert score(gold, box) == (b * b * a == d * d * c)
 
 
-X = 1.7320481  # where expressions are evaluated: no root of anything small
+x, y = sympy.symbols("x y")
 
 
 @st.composite
 def expression(draw, depth=3):
-    """(text, value at x = X) of a small expression with roots, powers and quotients."""
+    """A sympy expression of x, y, whole numbers, pi, roots, quotients and functions."""
     if depth == 0 or draw(st.integers(0, 3)) == 0:
-        n = draw(st.integers(1, 6))
-        return draw(st.sampled_from([(f"{n}", float(n)), ("x", X), (f"\\sqrt{{{n}}}", n**0.5)]))
-    (a, u), (b, v) = draw(expression(depth - 1)), draw(expression(depth - 1))
-    kinds = [(f"({a}+{b})", u + v), (f"({a}-{b})", u - v), (f"{{{a}}} \\cdot {{{b}}}", u * v)]
-    kinds += [(f"({a})^2", u * u), (f"({a})({b})", u * v)]
-    if abs(v) > 1e-6:
-        kinds.append((f"\\frac{{{a}}}{{{b}}}", u / v))
-    if u > 1e-6:
-        kinds.append((f"\\sqrt{{{a}}}", u**0.5))
-    return draw(st.sampled_from(kinds))
+        return draw(
+            st.sampled_from([x, y, sympy.pi, sympy.sqrt(2), *map(sympy.Integer, range(1, 8))])
+        )
+    a, b = draw(expression(depth - 1)), draw(expression(depth - 1))
+    kind = draw(st.sampled_from("+-*/^r" * 3 + "scelt"))
+    n = draw(st.integers(2, 3))
+    results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b, "^": a**n, "r": sympy.root(a, n)}
+    results |= {"s": sympy.sin(a), "c": sympy.cos(a), "e": sympy.exp(a), "l": sympy.log(a)}
+    return (results | {"t": sympy.tan(a)})[kind]
 
 
-@settings(max_examples=500, deadline=None)
-@given(expression(), expression())
-def test_expressions_that_match_have_the_same_value(one, other):
-    (a, u), (b, v) = one, other
-    assert not score(a, b) or abs(u - v) < 1e-6 * max(1, abs(u))
-    assert score(f"{a}+{b}", f"{b}+{a}") and score(f"({a})({b})", f"({b})({a})")
-    assert not score(a, f"{a}+1")
+REWRITES = [lambda e: e, sympy.expand, sympy.together, sympy.cancel, lambda e: e.rewrite(sympy.cos),
+            lambda e: e.rewrite(sympy.exp), lambda e: sympy.expand(e, trig=True),
+            sympy.radsimp]  # fmt: skip
+STYLES = [{}, {"mul_symbol": "dot"}, {"fold_frac_powers": True},
+          {"ln_notation": True}, {"root_notation": False}, {"mul_symbol": "times"}]  # fmt: skip
+POINTS = [(sympy.Rational(1237, 4001), sympy.Rational(877, 2003)),
+          (sympy.Rational(15091, 4001), sympy.Rational(10007, 3001))]  # fmt: skip
+
+
+def numbers(e):
+    """Values at the points, by sympy, or None where there is none."""
+    values = [e.subs({x: u, y: v}).evalf(30) for u, v in POINTS]
+    fine = all(v.is_number and v.is_finite and 1e-12 < abs(complex(v)) < 1e12 for v in values)
+    return [complex(v) for v in values] if fine else None
+
+
+@settings(max_examples=1_000)
+@given(expression(), st.sampled_from(REWRITES), st.sampled_from(STYLES), st.sampled_from(STYLES))
+def test_an_expression_rewritten_by_sympy_is_right(e, rewrite, one, other):
+    try:
+        same = rewrite(e)
+    except (NotImplementedError, sympy.PolynomialError):
+        assume(False)
+    before, after = numbers(e), numbers(same)
+    assume(before and after and e.count_ops() < 40 and same.count_ops() < 60)
+    assume(all(abs(u - v) < 1e-9 * abs(u) for u, v in zip(before, after, strict=True)))
+    assume(e.free_symbols == same.free_symbols)
+    gold, box = sympy.latex(e, **one), sympy.latex(same, **other)
+    assert score(gold, box) == 1
+
+
+@settings(max_examples=1_000)
+@given(expression(), expression(), st.data())
+def test_an_expression_changed_a_little_is_wrong(e, other, data):
+    """Another expression, or the same with one number or sign changed; sympy says by its values."""
+    leaves = sorted((n for n in e.atoms(sympy.Integer) if n > 1), key=int)
+    changed = [other, -e, e + 1, e * 2]
+    changed += [e.xreplace({n: n + 1}) for n in leaves]
+    near = data.draw(st.sampled_from(changed))
+    before, after = numbers(e), numbers(near)
+    assume(before and after and e.count_ops() < 40 and near.count_ops() < 40)
+    differ = any(abs(u - v) > 1e-9 * abs(u) for u, v in zip(before, after, strict=True))
+    assume(differ)
+    assert score(sympy.latex(e), sympy.latex(near)) == 0

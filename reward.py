@@ -335,7 +335,8 @@ def split_letters(run: str, before: str) -> list[str]:
     """`ab` is a times b, `cm` and `square` are words, `sqrt` and `sin` commands, `five` is 5."""
     word = run.lstrip("`")
     name = OTHER_NAMES.get(word, word)
-    if (name in COMMAND_WORDS or name != word) and run != "`min":
+    is_minute = word == "min" and (run != word or is_number(before) or before in UNIT_LETTERS)
+    if (name in COMMAND_WORDS or name != word) and not is_minute:
         return ["\\" + name]
     if len(word) > 2 and word.lower() in NUMBER_WORDS:
         return [NUMBER_WORDS[word.lower()]]
@@ -349,7 +350,7 @@ def split_letters(run: str, before: str) -> list[str]:
         if word[:-1] == function:
             return ["\\" + function, word[-1]]
     is_product = any(set(word) <= letters for letters in PRODUCTS) and sorted(word) == list(word)
-    is_word = len(run) > 2 and not (is_product and len(run) < 5 and run not in UNITS)
+    is_word = is_minute or len(run) > 2 and not (is_product and len(run) < 5 and run not in UNITS)
     is_word |= len(run) == 2 and (run in UNITS or run in SHORT_WORDS)
     return ["`" + run] if is_word else list(run)
 
@@ -563,7 +564,7 @@ class Parser:
             self.take("{")
             period = self.take()
             self.take("}")
-            if "." not in token:
+            if "." not in token or not period.isdecimal():
                 raise Unparsed
             places = len(token.partition(".")[2])
             value += Fraction(int(period[:300]), 10**places * (10 ** len(period[:300]) - 1))
@@ -991,8 +992,8 @@ MONTHS = """january february march april may june july august september october 
 """.split()
 ISO_DATE = re.compile(r"([12][0-9]{3})-(0[1-9]|1[0-2])-([0-3][0-9])")
 SAME_WORDS = {
-    **dict.fromkeys("oui sí si ja да 是 はい sim 对 yeah y".split(), "yes"),
-    **dict.fromkeys("non nein нет 否 いいえ não 不是 n".split(), "no"),
+    **dict.fromkeys("oui sí si ja да 是 はい sim 对 yeah".split(), "yes"),
+    **dict.fromkeys("non nein нет 否 いいえ não 不是".split(), "no"),
     **dict.fromkeys("doesnotexist undefined".split(), "dne"),
     **dict.fromkeys("nosolution nosolutions nosuchnumber emptyset".split(), "\\emptyset"),
     **dict.fromkeys("allrealnumbers allreals".split(), "\\Reals"),
@@ -1142,7 +1143,9 @@ def read_clock(ratio: Group, half: str) -> Clock:
 def read_total(tokens: list[str]) -> Value | None:
     """2 hours 15 minutes, 5 ft 3 in, 63 degrees 45' as one number of the smallest unit."""
     names = {"'": "'", "''": "''"}
-    pairs = re.findall(r"([0-9.]+)(`?[a-zA-Z]+|\'+),?", "".join(t for t in tokens if t != "`and"))
+    pairs = re.findall(
+        r"([0-9]+(?:\.[0-9]+)?)(`?[a-zA-Z]+|\'+),?", "".join(t for t in tokens if t != "`and")
+    )
     units = [UNITS.get(u.lstrip("`")) or UNITS.get(u.strip("`s"), names.get(u)) for _, u in pairs]
     together = "".join(t for t in tokens if t not in {"`and", ","})
     if len(pairs) < 2 or "".join(n + u for n, u in pairs) != together:

@@ -366,6 +366,22 @@ def test_the_command_line_explains_and_scores_files(tmp_path):
     assert failed.returncode and "line 1" in failed.stderr and "response" in failed.stderr
 
 
+# --- labelled pairs
+
+PAIRS = Path(__file__).with_name("reward_pairs.jsonl")  # written without a look at reward.py
+
+
+def test_the_labelled_pairs_are_graded_as_a_careful_human_does():
+    cases = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    assert len(cases) > 1_600 and {case["label"] for case in cases} == {0, 1}
+    wrong = []
+    for case in cases:
+        verdict, rule = reward.explain(case["gold"], case["response"], case.get("choices"))
+        if verdict.score != case["label"]:
+            wrong.append((case["kind"], case["gold"], verdict, rule))
+    assert not wrong
+
+
 # --- attacks
 
 

@@ -413,6 +413,39 @@ def test_the_length_is_known_without_decoding_a_picture(tokenizer, tmp_path):
         assert data.prompt_length(*case) == len(data.encode_prompt(*case).ids)
 
 
+def test_a_picture_of_no_possible_size_is_an_error_that_names_the_row(tokenizer):
+    with pytest.raises(ValueError, match="row 7: .*ratio"):
+        data.prompt_length("look at", [picture(1, 900)], tokenizer, SETTINGS, "row 7")
+
+
+def test_a_tokenizer_without_the_tokens_of_pictures_is_an_error(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    saved = tmp_path / "tokenizer.json"
+    saved.write_text(saved.read_text().replace(data.IMAGE_PAD, "<|other|>"))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(config.read_text().replace(data.IMAGE_PAD, "<|other|>"))
+    with pytest.raises(ValueError, match="image_pad.*Qwen2.5-VL"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_a_directory_of_two_kinds_of_files_is_an_error_that_names_them(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    (tmp_path / "train-1.json").write_text("[]")
+    with pytest.raises(ValueError, match="several kinds"):
+        data.split_files(tmp_path, "train")
+
+
+def test_an_image_column_of_datasets_may_hold_bytes_or_a_path(tmp_path):
+    picture(30, 20).save(tmp_path / "p.png")
+    whole = (tmp_path / "p.png").read_bytes()
+    opened = data.located("row 1", {"bytes": whole, "path": None}, tmp_path)
+    assert opened.size == (30, 20)
+    path = data.located("row 1", {"bytes": None, "path": "p.png"}, tmp_path)
+    assert Path(path) == tmp_path / "p.png"
+    with pytest.raises(ValueError, match="row 1: an image must be a path"):
+        data.located("row 1", {"bytes": None, "path": None}, tmp_path)
+
+
 def test_long_prompts_are_left_out_and_counted_and_never_cut():
     kept, dropped = data.filter_long(["aaaa", "b", "cc", "ddd"], 2, len)
     assert list(kept) == ["b", "cc"] and dropped == 2

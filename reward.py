@@ -423,13 +423,11 @@ def to_fraction(token: str) -> Fraction:
 class Parser:
     """Recursive descent over the tokens of one expression; all must be used: no prefix parsing.
 
-    sum > product > mixed > power > atom. `symbols` are the free ones, `discrete` says that they can
-    only be whole numbers (n!, binomials, floors, (-1)^n).
+    sum > product > mixed > power > atom.
     """
 
     def __init__(self, tokens: list[str]):
         self.tokens, self.at, self.depth, self.bars = list(tokens), 0, 0, 0
-        self.symbols, self.discrete = set(), False
 
     def peek(self, ahead: int = 0) -> str:
         return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ""
@@ -499,15 +497,11 @@ class Parser:
             token = self.take()
             if token == "^":
                 self.depth += 1  # x^x^x^...
-                exponent = self.signed(self.power)
+                base = ("^", base, self.signed(self.power))
                 self.depth -= 1
-                negative_base = base[0] == "number" and base[1] < 0
-                self.discrete |= negative_base and exponent[0] != "number"
-                base = ("^", base, exponent)
             elif token == "!":
                 if self.peek() == "!":  # a double factorial, or an exclamation
                     raise Unparsed
-                self.discrete = True
                 base = ("!", base)
             else:
                 base = ("*", base, ("symbol", "\\pi"), number(Fraction(1, 180)))
@@ -531,7 +525,6 @@ class Parser:
             self.bars -= token == "|"
             self.take({"|": "|", "\\lvert": "\\rvert"}[token])
         elif token in {"\\lfloor", "\\lceil"}:
-            self.discrete = True
             tree = (token[2:], self.sum())
             self.take(token.replace("l", "r", 1))
         elif token in {"\\frac", "\\binom"}:
@@ -548,10 +541,7 @@ class Parser:
         elif token.startswith("\\begin"):
             tree = self.matrix()
         elif token in SYMBOLS:
-            name = token + self.subscript()
-            if name not in {"\\pi", "e", "i"}:
-                self.symbols.add(name)
-            tree = ("symbol", name)
+            tree = ("symbol", token + self.subscript())
         else:
             raise Unparsed
         self.depth -= 1
@@ -597,10 +587,8 @@ class Parser:
         return name.replace("`", "")
 
     def combine(self, command: str, top: Tree, bottom: Tree) -> Tree:
-        if command in {"\\frac", "\\over"}:
-            return divided(top, bottom)
-        self.discrete = True
-        return ("binomial", top, bottom)
+        is_fraction = command in {"\\frac", "\\over"}
+        return divided(top, bottom) if is_fraction else ("binomial", top, bottom)
 
     def function(self, name: str) -> Tree:
         """\\sin^2 x, \\sin 2x, \\log_2(x), \\gcd(n, k); \\sin x \\cos x is a product."""
@@ -613,7 +601,6 @@ class Parser:
                 self.take()
                 exponent = self.signed(self.atom)
         if name in {"gcd", "lcm", "max", "min"}:
-            self.discrete |= name in {"gcd", "lcm"}
             close = {"(": ")", "\\{": "\\}"}.get(self.take(), "")
             arguments = [self.sum()]
             while self.peek() == ",":
@@ -624,7 +611,6 @@ class Parser:
         else:
             argument = self.function_argument()
             if name in {"log", "lg"}:
-                self.symbols |= {"\\log"} if base is None and name == "log" else set()
                 base = base or (number(10) if name == "lg" else ("symbol", "\\log"))
                 tree = ("log", base, argument)
             elif exponent == number(-1) and "arc" + name in FUNCTIONS:
@@ -801,7 +787,7 @@ def power(a, b):
         roots = [whole_root(n, b.denominator) for n in (a.numerator, a.denominator)]
         if None not in roots:
             return power(Fraction(*roots), Fraction(b.numerator))
-    return MP.power(tame(a), tame(b))
+    return MP.power(tame(a, 10**6), tame(b))
 
 
 def whole_root(n: int, degree: int) -> int | None:
@@ -812,10 +798,10 @@ def whole_root(n: int, degree: int) -> int | None:
     return root if root**degree == n else None
 
 
-def tame(x):
-    """As an mpmath number, if a function of it costs little: nothing over 2^64."""
+def tame(x, magnitude: int = 64):
+    """As an mpmath number, if a function of it costs little: nothing over 2^magnitude."""
     x = inexact(x)
-    if x and abs(MP.mag(x)) > 64:
+    if x and abs(MP.mag(x)) > magnitude:
         raise TooBig
     return x
 
@@ -841,7 +827,7 @@ def floor(x) -> Fraction:
 def logarithm(base, x):
     if not x or not base or base == 1:
         raise Undefined
-    return MP.ln(tame(x)) / MP.ln(tame(base))
+    return MP.ln(tame(x, 10**6)) / MP.ln(tame(base, 10**6))
 
 
 def largest(*values, pick=max):
@@ -891,20 +877,47 @@ def stand_in(name: str, rank: int, point: int, discrete: bool):
     return inexact(sign * (u, 1 + 3 * u, 5 + 40 * u, 1 + 2 * u, 2 + u)[point])
 
 
+WHOLE_NUMBERS_ONLY = {"!", "binomial", "floor", "ceil", "gcd", "lcm"}
+
+
 class Formula:
-    """An expression as a function of its symbols; values of golds are kept for the next sample."""
+    """An expression as a function of its symbols; values of golds are kept for the next sample.
 
-    def __init__(self, tree: Tree, symbols: set[str], discrete: bool):
-        self.tree, self.symbols, self.discrete = tree, frozenset(symbols), discrete
-        self.known = {}
+    `discrete`: the symbols can only be whole numbers, as in n!, floors and (-1)^n. `smooth`: sums,
+    products, quotients and whole powers alone, so that three points tell two of them apart.
+    """
 
-    def at(self, point: int, discrete: bool, log_base, purse: Purse):
+    def __init__(self, tree: Tree):
+        self.tree, self.known = tree, {}
+        self.discrete, self.smooth, names = False, True, set()
+        trees = [tree]
+        while trees:
+            operation, *parts = trees.pop()
+            if operation == "symbol":
+                names.add(parts[0])
+            elif operation == "matrix":
+                trees += [cell for row in parts for cell in row]
+            elif operation != "number":
+                trees += parts
+                is_power = operation == "^"
+                self.discrete |= operation in WHOLE_NUMBERS_ONLY or (
+                    is_power
+                    and parts[1][0] != "number"
+                    and parts[0][0] == "number"
+                    and parts[0][1] < 0
+                )
+                whole_power = is_power and parts[1][0] == "number" and parts[1][1].denominator == 1
+                self.smooth &= operation in {"+", "-", "*", "/"} or whole_power
+        self.symbols = frozenset(names - CONSTANTS.keys() - {"\\log"})
+        self.bare_log = "\\log" in names  # without a base: either logarithm
+
+    def at(self, point: int, purse: Purse, discrete: bool = False, decimal: bool = False):
         """The value at a point, or None where there is none."""
-        key = point, discrete, log_base
+        key = point, discrete, decimal
         if key not in self.known:
-            free = sorted(self.symbols - {"\\log"})
-            symbols = {name: stand_in(name, i, point, discrete) for i, name in enumerate(free)}
-            symbols |= CONSTANTS | {"\\log": log_base}
+            symbols = {"\\log": Fraction(10) if decimal else CONSTANTS["e"], **CONSTANTS}
+            for rank, name in enumerate(sorted(self.symbols)):
+                symbols[name] = stand_in(name, rank, point, discrete)
             try:
                 self.known[key] = value(self.tree, Scope(symbols, purse))
             except (Undefined, ZeroDivisionError, ValueError):
@@ -1037,12 +1050,11 @@ def to_formula(tokens: list[str]) -> Formula:
     tree = parser.sum()
     if parser.peek():
         raise Unparsed
-    return Formula(tree, parser.symbols, parser.discrete)
+    return Formula(tree)
 
 
 def difference(left: Formula, right: Formula) -> Formula:
-    tree = ("+", left.tree, negative(right.tree))
-    return Formula(tree, left.symbols | right.symbols, left.discrete or right.discrete)
+    return Formula(("+", left.tree, negative(right.tree)))
 
 
 def read_answer(tokens: list[str], purse: Purse) -> tuple:
@@ -1120,7 +1132,7 @@ def read_value(tokens: list[str], purse: Purse) -> tuple:
     try:
         body, unit = split_unit(tokens, purse.is_gold)
         if unit in {"am", "pm"} and len(body) == 1:
-            whole_hour = Value(Formula(number(0), set(), False), "")
+            whole_hour = Value(Formula(number(0)), "")
             return read_clock(Group(":", (Value(to_formula(body), ""), whole_hour)), unit)
         return Value(to_formula(body), unit, tuple(body))
     except Unparsed:
@@ -1153,7 +1165,7 @@ def read_total(tokens: list[str]) -> Value | None:
     for family in TOTALS:
         if all(unit in family for unit in units):
             total = sum(to_fraction(n) * family[u] for (n, _), u in zip(pairs, units, strict=True))
-            return Value(Formula(number(total), set(), False), f"total {next(iter(family))}")
+            return Value(Formula(number(total)), f"total {next(iter(family))}")
     return None
 
 
@@ -1283,7 +1295,7 @@ def read_equation(parts: list, sides: list[Formula], tokens: list, purse: Purse)
     if len(parts) == 2 and is_name(parts[1]) and not sides[0].symbols:
         return read_named(parts[::-1], ["="], purse)
     if not any(side.symbols for side in sides):
-        values = [side.at(0, False, None, purse) for side in sides]
+        values = [side.at(0, purse) for side in sides]
         alike = len({to_text(part) for part in parts}) < len(parts)
         if alike or None in values or not all(equal(v, values[-1]) for v in values):
             raise Unparsed  # 1 = 1, 2 = 3
@@ -1333,9 +1345,9 @@ def relation(operator: str, left: Formula, right: Formula) -> Relation:
     formula = difference(left, right)
     if operator == "=":
         tree, _ = fraction_of(formula.tree)
-        formula = Formula(tree, formula.symbols, formula.discrete)
+        formula = Formula(tree)
     purse = Purse()
-    if all(formula.at(k, False, None, purse) in (0, None) for k in range(2)):
+    if all(formula.at(k, purse) in (0, None) for k in range(2)):
         raise Unparsed
     return Relation(operator, formula)
 
@@ -1349,18 +1361,18 @@ def as_interval(operators: list, sides: list[Formula], parts: list, purse: Purse
     if any(side.symbols for i, side in enumerate(sides) if i != middle):
         if len(sides) > 2:
             return None
-        sides, middle = [difference(*sides), Formula(number(0), set(), False)], 0
+        sides, middle = [difference(*sides), Formula(number(0))], 0
     subject = sides[middle]
     in_bars = subject.tree[0] == "abs" and len(sides) == 2
     if in_bars:
-        subject = Formula(subject.tree[1], subject.symbols, subject.discrete)
+        subject = Formula(subject.tree[1])
     line = as_line(subject, purse)
     if line is None and len(sides) == 2:
         return None
     name, scale, shift = line or ("".join(parts[middle]), MP.one, MP.zero)
     low, low_in, high, high_in = -INF, False, INF, False
     for i, operator in enumerate(operators):
-        bound = sides[i + 1 if middle == i else i].at(0, False, None, purse)
+        bound = sides[i + 1 if middle == i else i].at(0, purse)
         if bound is None or not is_real(bound):
             return None
         bound = inexact(bound)
@@ -1389,7 +1401,7 @@ def as_line(formula: Formula, purse: Purse) -> tuple | None:
     values = []
     for x in (0, 1, 3):
         try:
-            scope = Scope({**CONSTANTS, "\\log": None, name: Fraction(x)}, purse)
+            scope = Scope({**CONSTANTS, "\\log": CONSTANTS["e"], name: Fraction(x)}, purse)
             values.append(value(formula.tree, scope))
         except (Undefined, ValueError, TypeError):
             return None
@@ -1479,7 +1491,7 @@ def real_of(answer: object, purse: Purse):
         return INFINITIES.get(answer.text)
     if type(answer) is not Value or answer.formula.symbols or answer.unit:
         return None
-    x = answer.formula.at(0, False, None, Purse() if purse.is_gold else purse)
+    x = answer.formula.at(0, Purse() if purse.is_gold else purse)
     return inexact(x) if x is not None and is_real(x) else None
 
 
@@ -1507,20 +1519,22 @@ def equal(a, b) -> bool:
     return abs(a - b) <= (size * CLOSE_ENOUGH if a and b else NOTHING)
 
 
-def values_at_points(gold: Formula, answer: Formula, purse: Purse, log_base) -> Iterator[tuple]:
+def values_at_points(
+    gold: Formula, answer: Formula, purse: Purse, decimal: bool
+) -> Iterator[tuple]:
     """Pairs of values at the points where both exist and, if possible, are real."""
     discrete, complex_pairs = gold.discrete or answer.discrete, []
-    free = gold.symbols - {"\\log"}
-    points = min(3 + len(free), 5) if free else 1
-    for point in range(points):
+    smooth = gold.smooth and answer.smooth and not discrete
+    points = 3 if smooth else min(3 + len(gold.symbols), 5)
+    for point in range(points if gold.symbols else 1):
         pair = (
-            gold.at(point, discrete, log_base, Purse()),
-            answer.at(point, discrete, log_base, purse),
+            gold.at(point, Purse(), discrete, decimal),
+            answer.at(point, purse, discrete, decimal),
         )
         if None in pair:
             continue
-        if any(type(x) is MP.mpc for x in pair) and points > 1:
-            complex_pairs.append(pair)  # \ln x^2 and 2\ln x where x is negative
+        if gold.symbols and any(type(x) is MP.mpc for x in pair):
+            complex_pairs.append(pair)  # \\ln x^2 and 2\\ln x where x is negative
         else:
             yield pair
     yield from ([] if len(complex_pairs) < 3 else complex_pairs)
@@ -1529,13 +1543,11 @@ def values_at_points(gold: Formula, answer: Formula, purse: Purse, log_base) -> 
 def same_formula(gold: Formula, answer: Formula, purse: Purse, factor: str = "") -> bool:
     """The same symbols and, at the fixed points, the same values; up to a constant factor for
     equations (factor "any") and inequalities ("positive")."""
-    if gold.symbols - {"\\log"} != answer.symbols - {"\\log"}:
+    if gold.symbols != answer.symbols:
         return False
-    bases = [CONSTANTS["e"]]  # \log without a base is either logarithm, the same on both sides
-    bases += [Fraction(10)] if "\\log" in gold.symbols | answer.symbols else []
-    for base in bases:
+    for decimal in (False, True)[: 1 + (gold.bare_log or answer.bare_log)]:
         pairs, first, agree = 0, None, True
-        for u, v in values_at_points(gold, answer, purse, base):
+        for u, v in values_at_points(gold, answer, purse, decimal):
             if factor:
                 if not u or not v:
                     agree = not u and not v
@@ -1550,7 +1562,7 @@ def same_formula(gold: Formula, answer: Formula, purse: Purse, factor: str = "")
                 pairs += 1
             if not agree:
                 break
-        if agree and pairs >= (2 if gold.symbols - {"\\log"} else 1) and (first or not factor):
+        if agree and pairs >= (2 if gold.symbols else 1) and (first or not factor):
             return True
     return False
 
@@ -1559,7 +1571,8 @@ def same(gold: object, answer: object, rules: Rules) -> bool:
     gold, answer = (
         x.items[0] if type(x) is Many and len(x.items) == 1 else x for x in (gold, answer)
     )
-    if type(answer) is Many and answer.hedged and type(gold) not in {Many, Reals}:  # 1/2 or 0.5
+    several = type(gold.value if type(gold) is Named else gold) in {Many, Reals}
+    if type(answer) is Many and answer.hedged and not several:  # 1/2 or 0.5
         return all(type(x) in {Value, Named} and same(gold, x, rules) for x in answer.items)
     if type(gold) is Named and type(answer) is Named:
         fits = gold.name == answer.name or (  # y = 2x is not z = 2x, x = -3 not y = -3
@@ -1690,7 +1703,7 @@ def same_ratio(gold: Group, answer: Group, rules: Rules) -> bool:
 
 
 def of_two(operation: str, a: Formula, b: Formula) -> Formula:
-    return Formula((operation, a.tree, b.tree), a.symbols | b.symbols, a.discrete or b.discrete)
+    return Formula((operation, a.tree, b.tree))
 
 
 def as_quotient(answer: object, other: object) -> object:
@@ -1721,18 +1734,16 @@ def as_tuple(answer: object, other: object) -> object:
         return answer
     axes = answer.formula.symbols & set(AXES)
     if axes and (is_vector or type(other) is Group):
-        symbols = answer.formula.symbols - axes
         size = len(other.items) if type(other) is Group else 3
         return Group("()", tuple(
-            Value(Formula(along(answer.formula.tree, axis), symbols, answer.formula.discrete), "")
+            Value(Formula(along(answer.formula.tree, axis)), "")
             for axis in AXES[:size]))  # fmt: skip
     if not is_vector or type(other) is Value:
         return answer
     operation, *rows = answer.formula.tree
     if operation != "matrix" or 1 not in (len(rows), len(rows[0])):
         return answer
-    formula = answer.formula
-    cells = [Formula(cell, formula.symbols, formula.discrete) for row in rows for cell in row]
+    cells = [Formula(cell) for row in rows for cell in row]
     return Group("()", tuple(Value(cell, "") for cell in cells))
 
 
@@ -1770,7 +1781,7 @@ def as_total(answer: Value, other: Value) -> Value:
     """135 minutes in seconds where the other side is 2 hours 15 minutes."""
     for family in TOTALS:
         if other.unit == f"total {next(iter(family))}" and answer.unit in family:
-            scale = Formula(number(family[answer.unit]), set(), False)
+            scale = Formula(number(family[answer.unit]))
             return Value(of_two("*", answer.formula, scale), other.unit)
     return answer
 
@@ -1783,8 +1794,8 @@ def same_constant(gold: Value, answer: Value, rules: Rules) -> bool:
     """Percent, rounding and decimals for irrational golds, where both sides are real numbers."""
     if gold.formula.symbols or answer.formula.symbols:
         return False
-    g = gold.formula.at(0, False, None, Purse())
-    a = answer.formula.at(0, False, None, rules.purse)
+    g = gold.formula.at(0, Purse())
+    a = answer.formula.at(0, rules.purse)
     if any(x is None or type(x) is tuple or not is_real(x) for x in (g, a)):
         return False
     if disagree_on_percent(gold, answer):  # 50% is 0.5, and 50 where the question asks for percent
@@ -1996,7 +2007,7 @@ def describe(answer: object) -> str:
     """How an answer was read, in one line."""
     if type(answer) is Value:
         formula = answer.formula
-        number = "" if formula.symbols else f" = {formula.at(0, False, None, Purse())}"[:30]
+        number = "" if formula.symbols else f" = {formula.at(0, Purse())}"[:30]
         symbols = f" of {', '.join(sorted(formula.symbols))}" if formula.symbols else ""
         return f"expression{symbols} {''.join(answer.tokens)}{number} {answer.unit}".rstrip()
     if type(answer) in {Group, Many}:

@@ -183,7 +183,9 @@ def fuzz(cases: list[dict], minutes: float, seed: int):
         count += 1
         if seconds > slowest:
             slowest = seconds
-            print(f"slowest so far: {seconds * 1e3:.0f} ms, input {count}", flush=True)
+            print(
+                f"slowest so far: {seconds * 1e3:.0f} ms, input {count} {data!r:.300}", flush=True
+            )
         assert seconds < 0.25, f"{seconds:.2f} s of CPU"
         assert not marker.exists()
 

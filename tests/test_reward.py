@@ -366,6 +366,67 @@ def test_the_command_line_explains_and_scores_files(tmp_path):
     assert failed.returncode and "line 1" in failed.stderr and "response" in failed.stderr
 
 
+# --- odd texts: each ends in a verdict, by the rule beside it
+
+ODD = [
+    ("5", "1 3/2", 0),  # no mixed number
+    ("5", r"3\overline{3}", 0),
+    ("5", r"\frac1.52", 0),
+    ("a_{1", "a_1", 1),  # a damaged gold is compared like words
+    ("5", r"\begin{pmatrix}1&2\\3\end{pmatrix}", 0),  # rows of different lengths
+    ("5", r"\begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}1&2\end{pmatrix}", 0),
+    ("5", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", 0),  # powers of matrices are not read
+    ("5", r"\begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}1\\2\end{pmatrix}", 0),
+    ("5", r"2^{20000} \cdot 2^{20000}", 0),
+    ("x", "x^{2^{70}}", 0),
+    (r"\sqrt{10^{90}+1}", r"\sqrt{1+10^{90}}", 1),  # too long to look for a whole root
+    ("5", r"\lfloor i \rfloor", 0),
+    ("5", r"\log_1 5", 0),
+    ("5", r"\ln 0", 0),
+    ("5", r"\max(3, 5, 2)", 1),
+    ("5", r"\max(3, 5, i)", 0),
+    ("\\min(\\pi, 3)", "3", 1),
+    ("5", "1," * 100, 0),
+    ("3:30 pm", "x:30 pm", 0),
+    (r"5 \text{ cm } 3 \text{ kg}", r"5 \text{ cm } 3 \text{ kg}", 1),
+    ("x > 2", "1 < x > 2", 0),
+    ("x > 2", r"1 < 2 \in x", 0),
+    ("x > 2", "1 < x < 2 < 3", 0),
+    ("x < y < z", "x < y < z", 1),
+    ("x < 4", "2x < x + 4", 1),
+    ("x < 4", "x < i", 0),
+    ("|x| < 1", "|x| < -1", 0),
+    ("|x-1| > 2", r"x < -1 \text{ or } x > 3", 1),
+    (r"\frac1x < 2", "2 > 1/x", 1),
+    (r"\sqrt{x-2} < 1", r"\sqrt{x-2} < 1.0", 1),
+    (r"[0,1) \cup", r"[0,1)", 0),
+    (r"(0, a) \cup (b, c)", r"(b, c) \cup (0, a)", 1),  # ends without an order
+    (r"(0,1) \cup (2,3)", "x < 1, y", 0),
+    (r"(0,1) \cup (2,3)", "(3,2), (1,0)", 0),
+    ("a:b", "a:c", 0),
+    ("a:b", r"a : b", 1),
+    (r"5 \text{ m/s}", "5 m*x", 0),
+    (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^{n} k", 1),  # written alike, not summed
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 0),
+    ("96\n376", "96, 376", 1),
+    (r"\overline{z}", "z", 0),
+    ("sinx", r"\sin x", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "box", "expected"), ODD)
+def test_odd_texts_end_in_a_verdict(gold, box, expected):
+    verdict, _ = reward.explain(gold, f"\\boxed{{{box}}}")
+    assert verdict.score == expected
+
+
+def test_a_fault_of_the_matcher_costs_one_answer_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(reward, "clean", lambda text: 1 / 0)
+    assert grade("1/2", r"\boxed{0.5}") == (0.0, "unparsed", None)
+    with pytest.raises(ZeroDivisionError):
+        reward.explain("1/2", r"\boxed{0.5}")
+
+
 # --- labelled pairs
 
 PAIRS = Path(__file__).with_name("reward_pairs.jsonl")  # written without a look at reward.py

@@ -7,7 +7,7 @@ as long as it is rational (so 1/2^120 is not 1/2^121), else 72 digits long. With
 are evaluated at the same few fixed points: (x+1)^2 and x^2+2x+1, \sin^2 x and 1-\cos^2 x agree at
 all of them, x and |x| do not.
 
-Policy
+Policy; each rule is held by the tests named after it: pytest tests/test_reward.py -k rule_1
  1. Only a closed \boxed{} counts, the last one. Boxes joined by "," or "and" are one list; joined
     by "or" or "/" they are a hedge: 0.
  2. Numbers must be equal: no tolerance, no x100. `precision` (MathVista): round both first.
@@ -1540,31 +1540,40 @@ def values_at_points(
     yield from ([] if len(complex_pairs) < 3 else complex_pairs)
 
 
-def same_formula(gold: Formula, answer: Formula, purse: Purse, factor: str = "") -> bool:
-    """The same symbols and, at the fixed points, the same values; up to a constant factor for
-    equations (factor "any") and inequalities ("positive")."""
+def same_formula(gold: Formula, answer: Formula, purse: Purse) -> bool:
+    """The same symbols, and at the fixed points the same values."""
     if gold.symbols != answer.symbols:
         return False
     for decimal in (False, True)[: 1 + (gold.bare_log or answer.bare_log)]:
-        pairs, first, agree = 0, None, True
-        for u, v in values_at_points(gold, answer, purse, decimal):
-            if factor:
-                if not u or not v:
-                    agree = not u and not v
-                    pairs += agree
-                else:
-                    first = first or (u, v)
-                    agree = equal(u * first[1], v * first[0])
-                    agree &= factor == "any" or (is_real(u) and is_real(v) and u * v > 0)
-                    pairs += 1
-            else:
-                agree = equal(u, v)
-                pairs += 1
-            if not agree:
-                break
-        if agree and pairs >= (2 if gold.symbols else 1) and (first or not factor):
+        agree = [equal(*pair) for pair in until_they_differ(gold, answer, purse, decimal)]
+        if all(agree) and len(agree) > bool(gold.symbols):
             return True
     return False
+
+
+def until_they_differ(gold, answer, purse, decimal) -> Iterator[tuple]:
+    for pair in values_at_points(gold, answer, purse, decimal):
+        yield pair
+        if not equal(*pair):
+            return
+
+
+def same_relation(gold: Relation, answer: Relation, purse: Purse) -> bool:
+    """The same operator, and one side a constant times the other; a positive one for < and <=."""
+    left, right = gold.formula, answer.formula
+    if gold.operator != answer.operator or left.symbols != right.symbols:
+        return False
+    pairs = list(values_at_points(left, right, purse, decimal=False))
+    zeros = [bool(u) == bool(v) for u, v in pairs]
+    pairs = [(u, v) for u, v in pairs if u and v]
+    if len(pairs) < 2 or not all(zeros):
+        return False
+    first, second = pairs[0]
+    if gold.operator in {"<", "<="} and not all(is_real(x) for pair in pairs for x in pair):
+        return False
+    if gold.operator in {"<", "<="} and first * second < 0:
+        return False
+    return all(equal(u * second, v * first) for u, v in pairs[1:])
 
 
 def same(gold: object, answer: object, rules: Rules) -> bool:
@@ -1584,16 +1593,14 @@ def same(gold: object, answer: object, rules: Rules) -> bool:
             return False
     if Relation in (type(gold), type(answer)) or type(gold) is type(answer) is Named:
         gold, answer = (x.equation if type(x) is Named else x for x in (gold, answer))
-        if not type(gold) is type(answer) is Relation or gold.operator != answer.operator:
-            return False
-        factor = "any" if gold.operator in {"=", "!="} else "positive"
-        return same_formula(gold.formula, answer.formula, rules.purse, factor)
+        both = type(gold) is type(answer) is Relation
+        return both and same_relation(gold, answer, rules.purse)
     if Many in (type(gold), type(answer)):
         gold, answer = by_name(gold), by_name(answer)
         gold, answer = in_order(gold, answer), in_order(answer, gold)
     gold, answer = (x.value if type(x) is Named else x for x in (gold, answer))
     if Reals in (type(gold), type(answer)):
-        sets = to_reals(gold, rules.purse), to_reals(answer, rules.purse)
+        sets = to_reals(gold, Purse()), to_reals(answer, rules.purse)
         return None not in sets and same_reals(*sets)
     if Clock in (type(gold), type(answer)):
         return same_clock(gold, answer)
@@ -1607,29 +1614,30 @@ def same(gold: object, answer: object, rules: Rules) -> bool:
         return False
     if type(gold) is Value:
         return same_value(gold, answer, rules)
-    if type(gold) is Text:
-        either_words = (gold.has_words or answer.has_words) and len(gold.text) > 1
-        return gold.text == answer.text or (
-            either_words and gold.text.lower() == answer.text.lower()
-        )
-    if type(gold) is Based:
-        return gold == answer
+    if type(gold) is Text and (gold.has_words or answer.has_words) and len(gold.text) > 1:
+        return gold.text.lower() == answer.text.lower()
+    if type(gold) in {Text, Based}:
+        return gold[:1] == answer[:1] if type(gold) is Text else gold == answer
+    return same_items(gold, answer, rules)
+
+
+def same_items(gold: Group | Many, answer: Group | Many, rules: Rules) -> bool:
+    """In order, or every item of the gold takes one of the answer's."""
     if len(gold.items) != len(answer.items):
         return False
     if type(gold) is Group:
-        pairs = zip(gold.items, answer.items, strict=True)
         kinds = {gold.brackets, answer.brackets}
+        pairs = zip(gold.items, answer.items, strict=True)
         return (len(kinds) == 1 or kinds == {"parts", "()"}) and all(
             same(g, a, rules) for g, a in pairs
         )
     left = list(answer.items)
     named = all(type(x) is Named for x in gold.items + answer.items)
-    for g in gold.items:  # every item of the gold takes one of the answer's
-        at = next((i for i, a in enumerate(left) if same(g, a, rules)
-                   and (not named or g.name == a.name)), None)  # fmt: skip
-        if at is None:
+    for g in gold.items:
+        fitting = (a for a in left if (not named or g.name == a.name) and same(g, a, rules))
+        if (found := next(fitting, None)) is None:
             return False
-        left.pop(at)
+        left.remove(found)
     return True
 
 
@@ -1882,6 +1890,12 @@ def letter_of(text: str, choices: tuple[str, ...]) -> frozenset[str]:
 # --- 10. grade -----------------------------------------------------------------------------------
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+DECIDED_BY = {
+    Text: "words (rule 8)",
+    Value: "values (rules 2, 4, 5)",
+    Clock: "time of day (rule 4)",
+}
+DECIDED_BY |= dict.fromkeys((Named, Relation), "names and equations (rule 5)")
 
 
 def read_box(text: str, purse: Purse) -> tuple:
@@ -1973,7 +1987,8 @@ def compare(gold: str, box: str, choices, precision, digits) -> tuple[bool, str,
     )
     status = "hedged" if hedged else "unparsed" if unread else "mismatch"
     right = same(reference, answer, Rules(purse, precision, digits))
-    return right, status, f"{type(reference).__name__} against {type(answer).__name__}"
+    rule = "a hedge (rule 1)" if hedged else DECIDED_BY.get(type(reference), "items (rule 3)")
+    return right, status, rule
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -2017,6 +2032,9 @@ def describe(answer: object) -> str:
         return f"{answer.name} = {describe(answer.value)}"
     if type(answer) is Relation:
         return f"... {answer.operator} 0 in {', '.join(sorted(answer.formula.symbols))}"
+    if type(answer) is Reals:
+        pieces = [f"{'(['[a]}{float(x):g}, {float(y):g}{')]'[b]}" for x, a, y, b in answer.pieces]
+        return f"numbers in {' or '.join(pieces) or 'nothing'}"
     return f"{type(answer).__name__.lower()}: {answer[0]}"
 
 

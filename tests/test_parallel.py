@@ -146,6 +146,7 @@ def worker(job: str, folder: Path):
     torch.save(found, folder / f"{job}-{world.rank}.pt")
     world.wait()
     finish(world)
+    print(f"rank {world.rank} left")  # into a buffer: leaving must not lose it
 
 
 # ------------------------------------------------------------------ the tests
@@ -240,6 +241,11 @@ def assert_same_weights(one: Path, other: Path, lr: float):
     assert sum((mine[n] - theirs[n]).abs().sum() for n in mine) < 1e-4 * lr * sum(
         w.numel() for w in mine.values()
     )
+
+
+def test_ranks_that_are_done_leave_with_status_0_and_lose_no_line(frozen):
+    output = (frozen / "output.txt").read_text()  # two_ranks saw the status
+    assert "rank 0 left" in output and "rank 1 left" in output
 
 
 def test_in_one_cpu_process_every_function_is_the_identity(mini):

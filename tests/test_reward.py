@@ -57,17 +57,17 @@ def all_equal(gold, boxes, expected):
         (r"\boxed{\square}", "unparsed", r"\square"),
     ],
 )
-def test_the_last_closed_box_counts_and_every_score_has_a_status(response, status, answer):
+def test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status(response, status, answer):
     assert grade("4", response) == Verdict(float(status == "match"), status, answer)
 
 
-def test_boxes_joined_by_commas_and_and_are_one_list():
+def test_rule_1_boxes_joined_by_commas_and_and_are_one_list():
     assert grade("3, 4", r"The roots are $\boxed{4}$ and $\boxed{3}$.").score == 1
     assert grade("2,3,5", r"\boxed{2}, \boxed{3}, and \boxed{5}").score == 1
     assert grade("4", r"\boxed{1}, \boxed{2}, \boxed{3}, \boxed{4}").score == 0
 
 
-def test_escaped_braces_do_not_close_the_box():
+def test_rule_1_escaped_braces_do_not_close_the_box():
     assert grade(r"\{1,2\}", r"\boxed{\{2,1\}}").answer == r"\{2,1\}"
     assert grade(r"\frac{1}{2}", r"\boxed{\frac{1}{2}} \}").score == 1
 
@@ -75,7 +75,7 @@ def test_escaped_braces_do_not_close_the_box():
 # --- rule 2: numbers
 
 
-def test_one_half_in_all_its_spellings():
+def test_rule_2_one_half_in_all_its_spellings():
     spellings = [
         ".5",
         "0.50",
@@ -89,33 +89,33 @@ def test_one_half_in_all_its_spellings():
     all_equal(r"\frac{1}{2}", spellings, True)
 
 
-def test_close_is_not_equal():
+def test_rule_2_close_is_not_equal():
     all_equal("10000", ["10001", "9999.99999", "1000", "1e5"], False)
     all_equal(r"\frac13", ["0.33", "0.3333333333333333333", r"\frac{1}{3.0001}"], False)
     all_equal(r"\frac{1}{2^{120}}", [r"\frac{1}{2^{121}}", "0"], False)
     all_equal(r"\pi", ["3.14", "22/7", "3.14159265358979"], False)
 
 
-def test_mixed_numbers_are_sums_and_juxtaposed_digits_are_nothing():
+def test_rule_2_mixed_numbers_are_sums_and_juxtaposed_digits_are_nothing():
     all_equal("2.5", [r"2\frac{1}{2}", r"2 \frac12", "2 1/2", "2½"], True)
     all_equal("1", [r"2\frac{1}{2}", "1 0", "1 1"], False)
     all_equal("12", ["1 2", "21", r"1\frac{2}{1}"], False)
 
 
-def test_thousands_separators_group_by_three_or_not_at_all():
+def test_rule_2_thousands_separators_group_by_three_or_not_at_all():
     all_equal("58500", ["58,500", r"58\,500", r"58{,}500", r"58,\!500"], True)
     all_equal("1000", ["1,00,0", "1,0,0,0", "(1,000)"], False)
     all_equal("(1,23)", ["(12,3)", "123"], False)
     all_equal("1,234", ["1.234", "1234,"], False)
 
 
-def test_leading_zeros_and_signs():
+def test_rule_2_leading_zeros_and_signs():
     all_equal("73", ["073", "+73", "73.", "73.0", "--73"], True)
     all_equal("-7", ["7", "7-", "- -7"], False)
     all_equal("-7", ["–7", "−7", "(-7)"], True)
 
 
-def test_precision_rounds_both_sides_and_only_when_asked():
+def test_rule_2_precision_rounds_both_sides_and_only_when_asked():
     assert score("1.2", "1.24", precision=1.0) == 1
     assert score("1.2", "1.25", precision=1.0) == 0
     assert score("-0.5", "-0.45", precision=1.0) == 1
@@ -125,14 +125,14 @@ def test_precision_rounds_both_sides_and_only_when_asked():
 # --- rule 3: lists, sets, tuples, intervals
 
 
-def test_lists_and_sets_have_no_order_but_every_item_counts_once():
+def test_rule_3_lists_and_sets_have_no_order_but_every_item_counts_once():
     all_equal("1,-2", ["-2, 1", r"\{-2,1\}", r"1 \text{ and } -2", "1; -2"], True)
     all_equal("1,-2", ["1,2", "1", "1,-2,3", "(1,-2)", "1,1,-2"], False)
     all_equal("(1,2),(3,4)", ["(3,4), (1,2)", r"\{(3,4),(1,2)\}"], True)
     all_equal("(1,2),(3,4)", ["(1,4),(3,2)", "1,2,3,4"], False)
 
 
-def test_sets_of_numbers_are_equal_however_they_are_put_together():
+def test_rule_3_sets_of_numbers_are_equal_however_they_are_put_together():
     holes = r"(-\infty,1)\cup(1,\infty)"
     all_equal(holes, [r"\mathbb{R} \setminus \{1\}", r"x \neq 1", r"x < 1 \text{ or } x > 1"], True)
     all_equal(holes, [r"\mathbb{R}", r"(-\infty,1]\cup(1,\infty)", "x = 1"], False)
@@ -143,7 +143,7 @@ def test_sets_of_numbers_are_equal_however_they_are_put_together():
     all_equal(r"\mathbb{R}", [r"(-\infty,\infty)", r"\text{all real numbers}"], True)
 
 
-def test_tuples_and_intervals_have_order_and_ends():
+def test_rule_3_tuples_and_intervals_have_order_and_ends():
     all_equal(
         "(3,-4)", ["(3, -4)", r"\left(\frac{6}{2},-4\right)", "(x,y) = (3,-4)", "P(3,-4)"], True
     )
@@ -154,18 +154,18 @@ def test_tuples_and_intervals_have_order_and_ends():
     all_equal(r"x > 2", ["x < 2", r"x \ge 2", "y > 2", "2"], False)
 
 
-def test_plus_minus_is_two_numbers():
+def test_rule_3_plus_minus_is_two_numbers():
     all_equal(r"\pm 2", ["2,-2", "±2", "-2 and 2", r"\{2, -2\}"], True)
     all_equal(r"\pm 2", ["2", "-2", r"\pm 3"], False)
     all_equal(r"1 \pm \sqrt{19}", [r"1-\sqrt{19}, 1+\sqrt{19}"], True)
 
 
-def test_names_must_agree_when_there_are_several():
+def test_rule_3_names_must_agree_when_there_are_several():
     all_equal("x=1, y=2", ["y=2, x=1", "(x,y)=(1,2)"], True)
     all_equal("x=1, y=2", ["x=2, y=1"], False)
 
 
-def test_a_decimal_stands_for_an_irrational_gold_only_when_asked():
+def test_rule_2_a_decimal_stands_for_an_irrational_gold_only_when_asked():
     assert score(r"\pi", "3.14159", digits=6) == 1
     assert score(r"\sqrt{2}", "1.414214", digits=6) == 1
     assert score(r"\sqrt{2}", "-1.414214", digits=6) == 0
@@ -178,14 +178,14 @@ def test_a_decimal_stands_for_an_irrational_gold_only_when_asked():
 # --- rule 4: percent and units
 
 
-def test_percent_is_a_hundredth_or_the_unit_of_the_question():
+def test_rule_4_percent_is_a_hundredth_or_the_unit_of_the_question():
     all_equal(r"50\%", ["50%", "0.5", "50", r"\frac12", r"50 \text{ percent}"], True)
     all_equal("25", [r"25\%"], True)
     all_equal("0.5", ["50", r"0.5\%"], False)
     all_equal("25", ["0.25", "2500"], False)
 
 
-def test_a_unit_may_be_left_out_but_not_contradicted():
+def test_rule_4_a_unit_may_be_left_out_but_not_contradicted():
     all_equal(r"5\text{ cm}", ["5", "5 cm", r"5\ \mathrm{cm}", r"5~\text{centimeters}"], True)
     all_equal(r"5\text{ cm}", [r"5\text{ m}", r"5\text{ cm}^2", r"50\text{ mm}", "6"], False)
     all_equal("25", [r"25 \text{ square units}", r"25\text{ cm}^2", r"25^\circ", r"\$25"], True)
@@ -198,7 +198,7 @@ def test_a_unit_may_be_left_out_but_not_contradicted():
 # --- rule 5: equations and expressions
 
 
-def test_equations_match_up_to_a_factor_and_tautologies_never():
+def test_rule_5_equations_match_up_to_a_factor_and_tautologies_never():
     all_equal("x^2+y^2=4", ["y^2 = 4-x^2", "2x^2+2y^2=8"], True)
     all_equal("y=2x+3", ["2x+3", "2x-y+3=0", "y = 3+2x"], True)
     all_equal("y=2x+3", ["y=2x-3", "0=0", "y=y", "z=2x+3"], False)
@@ -208,7 +208,7 @@ def test_equations_match_up_to_a_factor_and_tautologies_never():
     all_equal(r"\frac13", [r"x \approx \frac13", r"\frac13 \approx 0.33"], True)
 
 
-def test_expressions_are_compared_by_value():
+def test_rule_5_expressions_are_compared_by_value():
     all_equal("(x+1)^2", ["x^2+2x+1", "1+x^2+x+x", "(1+x)(x+1)"], True)
     all_equal("(x+1)^2", ["x^2+1", "(y+1)^2", "(x-1)^2"], False)
     all_equal(r"3\sqrt{13}", [r"\sqrt{13}\cdot 3", r"\sqrt{117}", r"\frac{39}{\sqrt{13}}"], True)
@@ -220,7 +220,7 @@ def test_expressions_are_compared_by_value():
     all_equal("|x-3|", ["|3-x|", r"\sqrt{(x-3)^2}", r"\left|x-3\right|"], True)
 
 
-def test_functions_are_what_they_are():
+def test_rule_5_functions_are_what_they_are():
     all_equal(r"\sin^2 x", [r"1-\cos^2 x", r"\frac{1-\cos 2x}{2}", r"(\sin x)^2", "sin(x)^2"], True)
     all_equal(r"\sin^2 x", [r"\sin x^2", r"\sin 2x", r"\cos^2 x", r"\sin^2 y"], False)
     all_equal(r"\frac{\pi}{4}", [r"\arctan 1", r"\tan^{-1} 1", r"\sin^{-1}\frac{\sqrt2}{2}"], True)
@@ -230,7 +230,7 @@ def test_functions_are_what_they_are():
     all_equal(r"\ln x^2", [r"\ln^2 x", r"\ln 2x", r"\ln y^2"], False)
 
 
-def test_whole_number_functions_are_compared_at_whole_numbers():
+def test_rule_5_whole_number_functions_are_compared_at_whole_numbers():
     all_equal(r"\binom{2n}{n}", [r"\frac{(2n)!}{(n!)^2}", r"\binom{2n}{n}"], True)
     all_equal("n!", [r"n \cdot (n-1)!", r"\frac{(n+1)!}{n+1}"], True)
     all_equal("n!", ["(n-1)!", "n! - 1", "n"], False)
@@ -239,7 +239,7 @@ def test_whole_number_functions_are_compared_at_whole_numbers():
     all_equal(r"\gcd(n,k)", [r"\gcd(k, n)", r"\frac{nk}{\text{lcm}(n,k)}"], True)
 
 
-def test_matrices_are_compared_entry_by_entry():
+def test_rule_5_matrices_are_compared_entry_by_entry():
     gold = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
     same = [
         r"\begin{bmatrix}1&2\\3&4\end{bmatrix}",
@@ -262,7 +262,7 @@ def test_matrices_are_compared_entry_by_entry():
 # --- rule 6: letters
 
 
-def test_letters_in_the_ways_people_mark_them():
+def test_rule_6_letters_in_the_ways_people_mark_them():
     good = ["B", "(B)", r"\text{(B)}", r"\textbf{B}", "B.", "B) 12", r"(B)\ \frac12", "B: A cube"]
     all_equal("B", good + [r"\text{Option B}", r"\text{B. yellow}"], True)
     bad = [
@@ -282,7 +282,7 @@ def test_letters_in_the_ways_people_mark_them():
     all_equal("BD", ["B", "D", "ABD"], False)
 
 
-def test_with_choices_a_value_stands_for_the_one_option_it_equals():
+def test_rule_6_with_choices_a_value_stands_for_the_one_option_it_equals():
     colours = ("red", "blue", "Yellow", "This cannot be told for certain.")
     assert score("C", r"\text{yellow}", choices=colours) == 1
     assert score("D", r"\text{This cannot be told for certain}", choices=colours) == 1
@@ -293,7 +293,7 @@ def test_with_choices_a_value_stands_for_the_one_option_it_equals():
     assert score("C", "4", choices=("2π", "3π", "4π")) == 0
 
 
-def test_an_option_whose_text_is_a_letter_is_not_its_label():
+def test_rule_6_an_option_whose_text_is_a_letter_is_not_its_label():
     letters = ("d", "a", "b", "c")
     assert score("D", "d", choices=letters) == 0
     assert score("A", "d", choices=letters) == 1
@@ -303,20 +303,20 @@ def test_an_option_whose_text_is_a_letter_is_not_its_label():
 # --- rule 7: golds
 
 
-def test_damaged_golds_are_mended():
+def test_rule_7_damaged_golds_are_mended():
     for gold in ("\x0crac{36}{13}", r"$\frac{36}{13}$", r"\boxed{\frac{36}{13}}", "36/13."):
         assert score(gold, r"\frac{36}{13}") == 1, gold
     assert score("69{degrees}", "69") == 1
     assert score("4\text{ cm}", "4 cm") == 1  # a tab where \t of \text was
 
 
-def test_an_unreadable_gold_is_never_rewarded():
+def test_rule_7_an_unreadable_gold_is_never_rewarded():
     for gold in ("", "  ", "$$", "9" * 1200 + "," * 700):
         assert grade(gold, r"\boxed{5}")[:2] == (0.0, "gold_unparsed")
         assert score(gold, gold) == 0
 
 
-def test_words_are_equal_without_case_symbols_with_it():
+def test_rule_8_words_are_equal_without_case_symbols_with_it():
     all_equal(r"\text{Evelyn}", ["Evelyn", r"\text{evelyn}", r"\mathrm{Evelyn}"], True)
     all_equal(r"\text{Yes}", ["no", r"\text{Yes/No}", r"\text{yes or no}", "1"], False)
     all_equal("S", ["s", "5"], False)
@@ -331,7 +331,7 @@ def test_words_are_equal_without_case_symbols_with_it():
 # --- rule 8: words, and the command line
 
 
-def test_words_units_and_dates_in_their_usual_spellings():
+def test_rule_8_words_units_and_dates_in_their_usual_spellings():
     all_equal(
         r"9.8 \text{ m/s}^2",
         [r"9.8\ \mathrm{m/s^2}", r"9.8 m/s^2", "9.8", r"9.8\text{ m s}^{-2}"],
@@ -352,7 +352,7 @@ def test_the_command_line_explains_and_scores_files(tmp_path):
     root = Path(reward.__file__).parent
     said = subprocess.run([*run, "--gold", "0.5", "--response", r"\boxed{\frac12}"], cwd=root,
                           capture_output=True, text=True, check=True).stdout  # fmt: skip
-    assert "score 1" in said and "0.5" in said and "1/2" in said and "decided by" in said
+    assert "score 1" in said and "0.5" in said and "1/2" in said and "decided by values" in said
     cases = tmp_path / "cases.jsonl"
     rows = [{"gold": "1", "response": r"\boxed{1}", "label": 1}]
     rows += [{"gold": "2", "response": r"\boxed{1}", "label": 1, "kind": "odd"}]

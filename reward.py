@@ -1516,9 +1516,7 @@ def equal(a, b) -> bool:
     if type(a) is tuple or type(b) is tuple:
         if type(a) is not type(b) or [len(row) for row in a] != [len(row) for row in b]:
             return False
-        return all(
-            equal(x, y) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True)
-        )
+        return all(map(equal, entries(a), entries(b)))
     if type(a) is Fraction and type(b) is Fraction:
         return a == b
     a, b = inexact(a), inexact(b)
@@ -1565,12 +1563,21 @@ def until_they_differ(gold, answer, rules, decimal) -> Iterator[tuple]:
             return
 
 
+def entries(x) -> list:
+    """The numbers of a matrix, or the number."""
+    return [cell for row in x for cell in row] if type(x) is tuple else [x]
+
+
 def same_relation(gold: Relation, answer: Relation, rules: Rules) -> bool:
     """The same operator, and one side a constant times the other; a positive one for < and <=."""
     left, right = gold.formula, answer.formula
     if gold.operator != answer.operator or left.symbols != right.symbols:
         return False
-    pairs = list(values_at_points(left, right, rules, decimal=False))
+    pairs = []
+    for u, v in values_at_points(left, right, rules, decimal=False):
+        if len(entries(u)) != len(entries(v)):
+            return False
+        pairs += zip(entries(u), entries(v), strict=True)
     zeros = [bool(u) == bool(v) for u, v in pairs]
     pairs = [(u, v) for u, v in pairs if u and v]
     if len(pairs) < 2 or not all(zeros):
@@ -1584,6 +1591,7 @@ def same_relation(gold: Relation, answer: Relation, rules: Rules) -> bool:
 
 
 def same(gold: object, answer: object, rules: Rules) -> bool:
+    """Both sides in a common form, then by the type of the gold."""
     gold, answer = (
         x.items[0] if type(x) is Many and len(x.items) == 1 else x for x in (gold, answer)
     )

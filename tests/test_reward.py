@@ -384,6 +384,16 @@ ODD = [
     ("5", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", 0),  # powers of matrices are not read
     ("5", r"\begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}1\\2\end{pmatrix}", 0),
     ("5", r"2^{20000} \cdot 2^{20000}", 0),
+    (
+        r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\2\end{pmatrix}",
+        r"2\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}2\\4\end{pmatrix}",
+        1,
+    ),
+    (
+        r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\2\end{pmatrix}",
+        r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\3\end{pmatrix}",
+        0,
+    ),
     ("x", "x^{2^{70}}", 0),
     (r"\sqrt{10^{90}+1}", r"\sqrt{1+10^{90}}", 1),  # too long to look for a whole root
     ("5", r"\lfloor i \rfloor", 0),

@@ -875,12 +875,12 @@ CONSTANTS = {"\\pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 @lru_cache(maxsize=4096)
 def stand_in(name: str, rank: int, point: int, discrete: bool):
-    """What a symbol is at a point: in (0, 1), (1, 4), (5, 45); then each in turn is negative."""
+    """What a symbol is at a point: in (0, 1), then in (1, 8), then each in turn is negative."""
     u = Fraction(crc32(f"{name} at {point}".encode()) + 1, 2**32 + 2)
     if discrete:
         return Fraction(int(2 + (4 + 9 * point) * u))
-    sign = -1 if point > 2 and (rank + point) % 2 else 1
-    return inexact(sign * (u, 1 + 3 * u, 5 + 40 * u, 1 + 2 * u, 2 + u)[point])
+    sign = -1 if point > 1 and (rank + point) % 2 == 0 else 1
+    return inexact(sign * (u, 1 + 7 * u, 1 + 2 * u, 2 + u)[point])
 
 
 WHOLE_NUMBERS_ONLY = {"!", "binomial", "floor", "ceil", "gcd", "lcm"}
@@ -1524,25 +1524,22 @@ def equal(a, b) -> bool:
     return abs(a - b) <= (size * CLOSE_ENOUGH if a and b else NOTHING)
 
 
-def values_at_points(
-    gold: Formula, answer: Formula, rules: Rules, decimal: bool
-) -> Iterator[tuple]:
-    """Pairs of values at the points where both exist and, if possible, are real."""
-    discrete, complex_pairs = gold.discrete or answer.discrete, []
+def values_at_points(gold: Formula, answer: Formula, rules: Rules, decimal: bool) -> Iterator:
+    """Pairs of values at the points where both exist; complex ones only if real ones are missing."""
+    discrete, real, unreal = gold.discrete or answer.discrete, 0, []
     smooth = gold.smooth and answer.smooth and not discrete
-    points = 2 if smooth else min(3 + len(gold.symbols), 5)
+    points = 2 if smooth else min(2 + len(gold.symbols), 4)
     for point in range(points if gold.symbols else 1):
-        pair = (
-            gold.at(point, rules.gold_purse or Purse(), discrete, decimal),
-            answer.at(point, rules.purse, discrete, decimal),
-        )
-        if None in pair:
+        g = gold.at(point, rules.gold_purse or Purse(), discrete, decimal)
+        a = answer.at(point, rules.purse, discrete, decimal)
+        if g is None or a is None:
             continue
-        if gold.symbols and any(type(x) is MP.mpc for x in pair):
-            complex_pairs.append(pair)  # \\ln x^2 and 2\\ln x where x is negative
+        if gold.symbols and MP.mpc in (type(g), type(a)):  # \ln x^2 and 2\ln x for a negative x
+            unreal.append((g, a))
         else:
-            yield pair
-    yield from ([] if len(complex_pairs) < 3 else complex_pairs)
+            real += 1
+            yield g, a
+    yield from (unreal if real < 2 else [])
 
 
 def same_formula(gold: Formula, answer: Formula, rules: Rules) -> bool:

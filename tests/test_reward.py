@@ -222,6 +222,10 @@ def test_rule_5_expressions_are_compared_by_value():
     all_equal("252", [r"\binom{10}{5}", r"{10 \choose 5}", r"\frac{10!}{5! \cdot 5!}"], True)
     all_equal("-1", ["i^2", r"(-1)^{3}", r"\sqrt[3]{-1}"], True)
     all_equal("x", [r"\sqrt{x^2}", "X", "|x|"], False)  # |x| is not x
+    all_equal("x+iy", ["iy+x", r"i(y-ix)"], True)
+    all_equal("x+iy", ["x-iy", "y+ix"], False)
+    all_equal("x|y|", ["|y|x", r"x\sqrt{y^2}"], True)
+    all_equal("x|y|", ["xy", "y|x|", "|xy|"], False)
     all_equal("|x-3|", ["|3-x|", r"\sqrt{(x-3)^2}", r"\left|x-3\right|"], True)
 
 

@@ -875,12 +875,12 @@ CONSTANTS = {"\\pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 @lru_cache(maxsize=4096)
 def stand_in(name: str, rank: int, point: int, discrete: bool):
-    """What a symbol is at a point: in (0, 1), then in (1, 8), then each in turn is negative."""
+    """What a symbol is at a point: in (0, 1), (1, 8), (5, 45); at 3 and 4 every other is < 0."""
     u = Fraction(crc32(f"{name} at {point}".encode()) + 1, 2**32 + 2)
     if discrete:
         return Fraction(int(2 + (4 + 9 * point) * u))
-    sign = -1 if point > 1 and (rank + point) % 2 == 0 else 1
-    return inexact(sign * (u, 1 + 7 * u, 1 + 2 * u, 2 + u)[point])
+    sign = -1 if point > 2 and (rank + point) % 2 else 1
+    return inexact(sign * (u, 1 + 7 * u, 5 + 40 * u, 1 + 2 * u, 2 + u)[point])
 
 
 WHOLE_NUMBERS_ONLY = {"!", "binomial", "floor", "ceil", "gcd", "lcm"}
@@ -1525,11 +1525,19 @@ def equal(a, b) -> bool:
 
 
 def values_at_points(gold: Formula, answer: Formula, rules: Rules, decimal: bool) -> Iterator:
-    """Pairs of values at the points where both exist; complex ones only if real ones are missing."""
+    """Pairs of values at the points where both exist; complex ones only if real ones lack."""
     discrete, real, unreal = gold.discrete or answer.discrete, 0, []
-    smooth = gold.smooth and answer.smooth and not discrete
-    points = 2 if smooth else min(2 + len(gold.symbols), 4)
-    for point in range(points if gold.symbols else 1):
+    must = [0, 3, 4][: 1 + len(gold.symbols)]  # the signs matter to roots and bars
+    points = must + [1, 2]
+    if not gold.symbols:
+        must = points = [0]
+    elif discrete:
+        must = points = [0, 1, 2, 3]
+    elif gold.smooth and answer.smooth:
+        must = points = [0, 1]
+    for point in points:
+        if real >= 2 and point not in must:
+            return
         g = gold.at(point, rules.gold_purse or Purse(), discrete, decimal)
         a = answer.at(point, rules.purse, discrete, decimal)
         if g is None or a is None:

@@ -172,7 +172,8 @@ COMMANDS = {  # \name -> what it means here; all others stay as they are
     **dict.fromkeys("cdot times ast bullet".split(), "*"), **dict.fromkeys("ne neq".split(), "!="),
     **dict.fromkeys("le leq leqslant".split(), "<="), "lt": "<", "div": "/",
     **dict.fromkeys("ge geq geqslant".split(), ">="), "gt": ">", "langle": "(", "rangle": ")",
-    "%": "%", "$": " `dollars ", "degree": " `degrees ", "varnothing": r"\emptyset ", "colon": ":",
+    "%": "%", "$": " `dollars ", "textdollar": " `dollars ",
+    "degree": " `degrees ", "varnothing": r"\emptyset ", "colon": ":",
     **dict.fromkeys("ldots dots cdots".split(), r"\dots "), "iff": r"\Leftrightarrow ",
     **dict.fromkeys("rightarrow longrightarrow".split(), r"\to "), "setminus": r"\setminus ",
     "backslash": r"\setminus ", "mid": "|", "vert": "|", "lbrace": r"\{", "rbrace": r"\}",
@@ -200,6 +201,10 @@ ODDS = re.compile(r"(?<=[0-9]) *(?:`?in|`?out +`?of) +(?=[0-9])")  # 1 in 6
 UNIT_FRACTION = re.compile(r"\\frac *\{ *(`[^{}]*)\} *\{ *(`(?:[^{}]|\{[^{}]*\})*)\}")
 PART = re.compile(r"(?:^|[,;.]?\s)\(?`?(?:[a-d]|i{1,3}|[1-4])\)\s*(?=[^\s,)])")
 SPELLINGS = [  # applied where the first text stands
+    ("angle", re.compile(r"\\angle *([0-9])"), r"\\theta_{\1}"),
+    ("angle", re.compile(r"\\angle(?=\s*=)"), r"\\theta "),
+    ("angle", re.compile(r"\\angle(?![A-Za-z])"), ""),
+    ("pt]", re.compile(r"\\\\ ?\[[0-9]+pt\]"), r"\\\\ "),
     ("mathbb", re.compile(r"\\mathbb\s*(?:\{R\}|R)"), r"\\Reals "),
     ("|", re.compile(r"\\left\s*\|"), r"\\lvert "),
     ("|", re.compile(r"\\right\s*\|"), r"\\rvert "),
@@ -236,7 +241,7 @@ def clean(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = COMMAND.sub(lambda m: COMMANDS.get(m.group(1), m.group()), text)
     text = text.replace("$", " `dollars ").replace("%", " `percent ").replace("~", " ")
-    text = " ".join(text.split()).rstrip(" .")
+    text = " ".join(text.split()).rstrip(" .;")
     if not re.search(r"[(\[]|\\\{", text):
         text = COMMA_GROUPS.sub(lambda m: m.group().replace(",", ""), text)
     return text
@@ -279,6 +284,7 @@ def repair(gold: str) -> str:
     gold = re.sub(r"\t(?=ext|imes|heta|an)", r"\\t", gold)
     gold = re.sub(r"\r(?=ight|m\{)", r"\\r", gold)
     gold = re.sub(r"\n(?=eq\b|e\b)", r"\\n", gold)
+    gold = re.sub(r"(?<=\S)\$\$\s+\$\$(?=\S)", " ; ", gold)  # $$a$$ $$b$$
     gold = re.sub(r"\\(q?quad)(?=[A-Za-z])", r"\\\1 ", gold)  # \quadx_2
     return gold.replace("\f", "\\f").replace("\b", "\\b")
 
@@ -1168,6 +1174,7 @@ def read_total(tokens: list[str]) -> Value | None:
     together = "".join(t for t in tokens if t not in {"`and", ","})
     if len(pairs) < 2 or "".join(n + u for n, u in pairs) != together:
         return None
+    units = ["min" if unit == "m" and "h" in units else unit for unit in units]  # 3h 41m
     for family in TOTALS:
         if all(unit in family for unit in units):
             total = sum(to_fraction(n) * family[u] for (n, _), u in zip(pairs, units, strict=True))
@@ -1902,13 +1909,12 @@ def letter_of(text: str, choices: tuple[str, ...]) -> frozenset[str]:
     """The one option that equals the text."""
     purse = Purse()
     answer = read_box(text, purse)
-    options = zip(string.ascii_uppercase, map(read_gold, choices), strict=False)
+    options = list(zip(string.ascii_uppercase, map(read_gold, choices), strict=False))
     plain = text.replace("`", "").lower()
-    equal = [
-        letter for letter, (words, option) in options
-        if option and (words.replace("`", "").lower().rstrip(".") == plain and len(plain) > 1
-                       or same(option, answer, Rules(purse)))
-    ]  # fmt: skip
+    alike = [x for x, (words, _) in options if words.replace("`", "").lower().rstrip(".") == plain]
+    if len(alike) == 1 and len(plain) > 1:  # 5-2-3 is the order 5-2-3, whatever else equals 0
+        return frozenset(alike)
+    equal = [x for x, (_, option) in options if option and same(option, answer, Rules(purse))]
     return frozenset(equal) if len(equal) == 1 else frozenset()
 
 

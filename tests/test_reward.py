@@ -206,6 +206,8 @@ def test_rule_5_equations_match_up_to_a_factor_and_tautologies_never():
     all_equal("x^2+y^2=4", ["y^2 = 4-x^2", "2x^2+2y^2=8"], True)
     all_equal("y=2x+3", ["2x+3", "2x-y+3=0", "y = 3+2x"], True)
     all_equal("y=2x+3", ["y=2x-3", "0=0", "y=y", "z=2x+3"], False)
+    all_equal(r"\angle 1 = 50^\circ", ["50", r"\angle 1 = 50", r"\angle = 50°"], True)
+    all_equal(r"\angle\beta = \angle\alpha + \angle\gamma", [r"\beta - \alpha = \gamma"], True)
     all_equal("5", ["x=5", "|AB| = 5", r"\text{area} = 5", "5 = x", "2+3=5", "x=2+3=5"], True)
     all_equal("5", ["5=5", "2+4=5", r"x \text{ is not } = 5", "x=x", "x>4", "5x", "x"], False)
     all_equal("x=5", ["1=1", "x=5=6", "x=5, x=6"], False)
@@ -300,6 +302,10 @@ def test_rule_6_with_choices_a_value_stands_for_the_one_option_it_equals():
     assert score("B", "0.5", choices=(r"\frac13", r"\frac12")) == 1
     assert score("B", "0.5", choices=("0.50", r"\frac12")) == 0  # two options equal it
     assert score("C", "4", choices=("2π", "3π", "4π")) == 0
+    orders = ("3-1-2", "2-1-3", "1-2-3")  # as sums two of them are equal
+    assert score("B", "2-1-3", choices=orders) == 1
+    assert score("A", "2-1-3", choices=orders) == 0
+    assert score("B", "1.06", choices=(r"$\textdollar 0.40$", r"$\textdollar 1.06$")) == 1
 
 
 def test_rule_6_an_option_whose_text_is_a_letter_is_not_its_label():
@@ -350,6 +356,10 @@ def test_rule_8_words_units_and_dates_in_their_usual_spellings():
     all_equal(r"9.8 \text{ m/s}^2", [r"9.8 \text{ m/s}", r"9.8\text{ km/s}^2", "98"], False)
     all_equal("July 4, 2020", [r"\text{4 July 2020}", r"\text{July 4th, 2020}"], True)
     all_equal("July 4, 2020", [r"\text{July 5, 2020}", r"\text{June 4, 2020}"], False)
+    all_equal(
+        "2 h 5 min", ["2h 5m", r"125\text{ minutes}", r"2\text{ hours and }5\text{ minutes}"], True
+    )
+    all_equal("2 h 5 min", ["2h 15m", "125", r"2\text{ hours}"], False)
     all_equal("H_2O", [r"\mathrm{H_2O}", r"\ce{H2O}", "H₂O"], True)
     all_equal("Yes", ["是", "oui", r"\text{yes}"], True)
     all_equal("12", ["१२", "１２", r"12 \text{ apples}", r"\text{twelve}"], True)

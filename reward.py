@@ -1069,6 +1069,9 @@ def difference(left: Formula, right: Formula) -> Formula:
     return Formula(("+", left.tree, negative(right.tree)))
 
 
+# --- 7. read: tokens to an answer ----------------------------------------------------------------
+
+
 def read_answer(tokens: list[str], purse: Purse) -> tuple:
     """Tokens -> an answer: separators first, then brackets, then numbers and words."""
     if not tokens:
@@ -1191,6 +1194,9 @@ def read_based(tokens: list[str]) -> Based | None:
     return Based(match[1].upper().lstrip("0"), int(match[2]))
 
 
+# --- 8. units ------------------------------------------------------------------------------------
+
+
 def split_unit(tokens: list[str], is_gold: bool) -> tuple[list[str], str]:
     """`5 cm` -> 5, "cm"; "m s^-2" for m/s^2. A noun that is no unit counts as one: 5 apples."""
     if tokens[0] in {"`dollars", "`euros", "`pounds", "`yen", "`rupees", "`yuan", "`USD"}:
@@ -1261,6 +1267,9 @@ def unit_of(tail: list[str], is_gold: bool) -> str:
     if unknown and not powers:
         powers[unknown[-1]] = 1
     return " ".join(n if p == 1 else f"{n}^{p}" for n, p in sorted(powers.items()) if p)
+
+
+# --- 9. equations and inequalities ---------------------------------------------------------------
 
 
 def read_relation(parts: list, operators: list, tokens: list[str], purse: Purse) -> tuple:
@@ -1425,7 +1434,7 @@ def as_line(formula: Formula, purse: Purse) -> tuple | None:
     return (name, slope, at_0) if slope != 0 and equal(at_3 - at_0, 3 * slope) else None
 
 
-# --- 7. sets of real numbers ---------------------------------------------------------------------
+# --- 10. sets of real numbers --------------------------------------------------------------------
 
 REALS = Reals(((-INF, False, INF, False),))
 
@@ -1508,7 +1517,7 @@ def real_of(answer: object, purse: Purse):
     return inexact(x) if x is not None and is_real(x) else None
 
 
-# --- 8. same: by the type of the gold ------------------------------------------------------------
+# --- 11. same: by the type of the gold -----------------------------------------------------------
 
 
 class Rules(NamedTuple):
@@ -1787,6 +1796,9 @@ def as_tuple(answer: object, other: object) -> object:
     return Group("()", tuple(Value(cell, "") for cell in cells))
 
 
+# --- 12. same numbers: units, percent, rounding --------------------------------------------------
+
+
 def same_value(gold: Value, answer: Value, rules: Rules) -> bool:
     if bool(gold.unit) != bool(answer.unit):  # 9.8 m/s^2 where letters could be units
         gold, answer = with_unit(gold, answer), with_unit(answer, gold)
@@ -1864,7 +1876,7 @@ def is_decimal_of(gold, tokens: tuple, digits: int) -> bool:
     return significant >= digits and error * 2 <= MP.mpf(10) ** -places
 
 
-# --- 9. letters ----------------------------------------------------------------------------------
+# --- 13. letters ---------------------------------------------------------------------------------
 
 LABEL = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer|选项|答案是?)(?: is)?:? ?)?"
@@ -1918,7 +1930,7 @@ def letter_of(text: str, choices: tuple[str, ...]) -> frozenset[str]:
     return frozenset(equal) if len(equal) == 1 else frozenset()
 
 
-# --- 10. grade -----------------------------------------------------------------------------------
+# --- 14. grade -----------------------------------------------------------------------------------
 
 INTEGER, DECIMAL = re.compile(r"[+-]?[0-9]{1,18}"), re.compile(r"-?[0-9]+\.[0-9]{1,2}")
 DECIDED_BY = {

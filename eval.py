@@ -66,9 +66,8 @@ def judged(problem: data.Problem, record: dict) -> dict:
     if record["finish"] == "length":
         return record | {"score": 0.0, "status": "truncated", "extracted": None}
     options = {"choices": problem.choices, "precision": problem.precision}
-    v = grade(
-        problem.answer, record["response"], digits=6, **options
-    )  # 3.14159 is pi here, not in RL
+    options["digits"] = 6  # 3.14159 is pi here, not in RL
+    v = grade(problem.answer, record["response"], **options)
     return record | {"score": v.score, "status": v.status, "extracted": v.answer}
 
 

@@ -95,13 +95,13 @@ def wait():
 
 
 def finish(world: World):
-    """Leaves the group, when all ranks are done. With several, the process then ends at its exit at
-    once: FSDP still holds the group, and a gloo thread that lets go of a tensor while Python is
-    being taken down aborts the process ("terminate called without an active exception"; in 2 of 25
-    runs on busy cores), upon which torchrun calls a finished run a failure.
+    """Leaves the group when all ranks are done. Several then skip Python's own clean-up at exit:
+    FSDP still holds the group, and a gloo thread that lets go of a tensor during that clean-up
+    aborts the process ("terminate called without an active exception"; 2 of 25 runs on busy cores),
+    upon which torchrun calls a finished run a failure.
     """
     if world.size > 1:
-        dist.barrier()
+        world.wait()
         dist.destroy_process_group()
         atexit.register(leave)
 

@@ -9,14 +9,15 @@ all of them, x and |x| do not.
 
 Policy; each rule is held by the tests named after it: pytest tests/test_reward.py -k rule_1
  1. Only a closed \boxed{} counts, the last one. Boxes joined by "," or "and" are one list; joined
-    by "or" or "/" they are a hedge: 0.
+    by "or" or "/" they are a hedge: 0. Inside one box "or" is one too, unless all is the same.
  2. Numbers must be equal: no tolerance, no x100. `precision` (MathVista): round both first.
     `digits=6` (benchmarks, never RL): an irrational gold may be given in 6 or more right digits.
- 3. Lists and sets are order-free, tuples and intervals not; [ differs from (; \pm is both signs.
+ 3. Lists and sets are order-free and may name an item twice, tuples and intervals not; [ differs
+    from (; \pm is both signs.
  4. 50% = 0.5, and 25% = 25 if one side lacks the sign; never 50 = 0.5. A unit may be left out but
     not contradicted.
- 5. Equations up to a factor; x = x and 1 = 1 never match; `y =` may be dropped; different symbols
-    never match.
+ 5. Equations up to a factor; x = x and 1 = 1 never match; `y =` may be dropped; of x = 2+3 = 5
+    the last counts; different symbols never match.
  6. Letters: B, (B), B. text, Option B; two letters or "not B": 0. With choices, a value stands for
     the one option that it equals.
  7. An unreadable gold is never rewarded. A status stands beside every score.
@@ -229,7 +230,7 @@ def clean(text: str) -> str:
         if needle in text:
             text = pattern.sub(replacement, text)
     if "\\" in text:
-        for _ in range(2):  # \\textbf{\\text{B}}
+        for _ in range(2):  # \textbf{\text{B}}
             text = WRAPPED.sub(unwrap, text)
         text = DEGREE.sub(r"\\degree ", ACCENT.sub(unaccent, text)).replace("{:}", ":")
     if "`" in text:
@@ -930,11 +931,15 @@ class Formula:
             symbols = {"\\log": Fraction(10) if decimal else CONSTANTS["e"], **CONSTANTS}
             for rank, name in enumerate(sorted(self.symbols)):
                 symbols[name] = stand_in(name, rank, point, discrete)
-            try:
-                self.known[key] = value(self.tree, symbols, purse)
-            except (Undefined, ZeroDivisionError, ValueError):
-                self.known[key] = None
+            self.known[key] = self.where(symbols, purse)
         return self.known[key]
+
+    def where(self, symbols: dict, purse: Purse):
+        """The value where the symbols have these values, or None where there is none."""
+        try:
+            return value(self.tree, symbols, purse)
+        except (Undefined, ZeroDivisionError, ValueError):
+            return None
 
 
 # --- 6. answers: what a whole box can be ---------------------------------------------------------
@@ -1031,7 +1036,8 @@ SAME_WORDS = {
 def to_text(tokens: list[str]) -> Text:
     """Words lose case and articles, units and months get one name, digits in subscripts are digits;
     symbols keep their case (S is not s)."""
-    words = []
+    words, dropped = [], {"{", "}", "_", ".", "`and"}
+    dropped |= {",", "&"} if "\\end{cases}" in tokens else set()
     for before, token in zip(["", *tokens], tokens, strict=False):
         word = token.removeprefix("`")
         after_number = is_number(before) and (word in UNITS or word.removesuffix("s") in UNITS)
@@ -1039,7 +1045,6 @@ def to_text(tokens: list[str]) -> Text:
             word = UNITS.get(word) or UNITS[word.removesuffix("s")]
         if token[0] == "`" and word.lower() in ARTICLES and len(tokens) > 1:
             continue
-        dropped = {"{", "}", "_", ".", "`and"} | ({",", "&"} if "\\end{cases}" in tokens else set())
         if token not in dropped or len(tokens) == 1:
             words.append(word)
     has_words = any(t[0] == "`" or not t.isascii() for t in tokens)
@@ -1169,14 +1174,12 @@ def read_clock(ratio: Group, half: str) -> Clock:
 
 def read_total(tokens: list[str]) -> Value | None:
     """2 hours 15 minutes, 5 ft 3 in, 63 degrees 45' as one number of the smallest unit."""
-    names = {"'": "'", "''": "''"}
-    pairs = re.findall(
-        r"([0-9]+(?:\.[0-9]+)?)(`?[a-zA-Z]+|\'+),?", "".join(t for t in tokens if t != "`and")
-    )
-    units = [UNITS.get(u.lstrip("`")) or UNITS.get(u.strip("`s"), names.get(u)) for _, u in pairs]
-    together = "".join(t for t in tokens if t not in {"`and", ","})
-    if len(pairs) < 2 or "".join(n + u for n, u in pairs) != together:
+    text = "".join(t for t in tokens if t not in {"`and", ","})
+    pairs = re.findall(r"([0-9]+(?:\.[0-9]+)?)(`?[A-Za-z]+|'+)", text)
+    if len(pairs) < 2 or "".join(n + unit for n, unit in pairs) != text:
         return None
+    units = [unit.lstrip("`") for _, unit in pairs]
+    units = [UNITS.get(unit) or UNITS.get(unit.removesuffix("s"), unit) for unit in units]
     units = ["min" if unit == "m" and "h" in units else unit for unit in units]  # 3h 41m
     for family in TOTALS:
         if all(unit in family for unit in units):
@@ -1251,7 +1254,7 @@ def unit_of(tail: list[str], is_gold: bool) -> str:
             pass
         elif known:
             if powers["percent"]:
-                raise Unparsed  # 5\\%\\%
+                raise Unparsed  # 5\%\%
             name = known
             powers[name] += sign * times
             times = 1
@@ -1295,7 +1298,7 @@ def read_relation(parts: list, operators: list, tokens: list[str], purse: Purse)
         return found
     if len(sides) > 2:
         return to_text(tokens)
-    return relation(operators[0], *sides)
+    return relation(operators[0], *sides, purse)
 
 
 def read_named(parts: list, operators: list, purse: Purse) -> tuple:
@@ -1306,7 +1309,7 @@ def read_named(parts: list, operators: list, purse: Purse) -> tuple:
     equation = None
     if operators == ["="]:
         try:
-            equation = relation("=", to_formula(parts[0]), to_formula(parts[1]))
+            equation = relation("=", to_formula(parts[0]), to_formula(parts[1]), purse)
         except Unparsed:
             pass
     return Named(name, answer, equation)
@@ -1322,7 +1325,7 @@ def read_equation(parts: list, sides: list[Formula], tokens: list, purse: Purse)
         if alike or None in values or not all(equal(v, values[-1]) for v in values):
             raise Unparsed  # 1 = 1, 2 = 3
         return read_value(parts[-1], purse)
-    return relation("=", *sides) if len(sides) == 2 else to_text(tokens)
+    return relation("=", *sides, purse) if len(sides) == 2 else to_text(tokens)
 
 
 def is_name(tokens: list[str]) -> bool:
@@ -1362,14 +1365,13 @@ def fraction_of(tree: Tree) -> tuple[Tree, Tree]:
     return ("+", *tops), product_of(bottoms)
 
 
-def relation(operator: str, left: Formula, right: Formula) -> Relation:
+def relation(operator: str, left: Formula, right: Formula, purse: Purse) -> Relation:
     """0 = 0, 1 = 1 and x = x say nothing: Unparsed."""
     formula = difference(left, right)
     if operator == "=":
         tree, _ = fraction_of(formula.tree)
         formula = Formula(tree)
-    purse = Purse()
-    if all(formula.at(k, purse) in (0, None) for k in range(2)):
+    if all(formula.at(k, Purse() if purse.is_gold else purse) in (0, None) for k in range(2)):
         raise Unparsed
     return Relation(operator, formula)
 
@@ -1420,13 +1422,8 @@ def as_line(formula: Formula, purse: Purse) -> tuple | None:
     if len(formula.symbols) != 1 or formula.discrete:
         return None
     (name,) = formula.symbols
-    values = []
-    for x in (0, 1, 3):
-        try:
-            symbols = {**CONSTANTS, "\\log": CONSTANTS["e"], name: Fraction(x)}
-            values.append(value(formula.tree, symbols, purse))
-        except (Undefined, ValueError, TypeError):
-            return None
+    symbols = {**CONSTANTS, "\\log": CONSTANTS["e"]}
+    values = [formula.where({**symbols, name: Fraction(x)}, purse) for x in (0, 1, 3)]
     if not all(is_real(v) for v in values):
         return None
     at_0, at_1, at_3 = map(inexact, values)

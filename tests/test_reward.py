@@ -64,6 +64,9 @@ def test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status(response
 def test_rule_1_boxes_joined_by_commas_and_and_are_one_list():
     assert grade("3, 4", r"The roots are $\boxed{4}$ and $\boxed{3}$.").score == 1
     assert grade("2,3,5", r"\boxed{2}, \boxed{3}, and \boxed{5}").score == 1
+    assert grade("1,2", r"$x = \boxed{1}$ and $y = \boxed{2}$").score == 1
+    assert grade("2", r"$x = \boxed{1}$, so $y = \boxed{2}$").score == 1
+    assert grade("1/2", r"\boxed{\frac12 \text{ or } 0.5}").score == 1
     assert grade("4", r"\boxed{1}, \boxed{2}, \boxed{3}, \boxed{4}").score == 0
 
 
@@ -538,6 +541,8 @@ HEAVY = [
     "or " * 600,
     "5" + " " * 1_900,
     "1e9999",
+    ",".join(["x^2=2^{30000}x+y"] * 60),
+    "`a " * 290,
 ]
 
 

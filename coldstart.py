@@ -29,6 +29,7 @@ import torch
 import tyro
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+import checkpoints
 import data
 import parallel
 import toy
@@ -126,7 +127,7 @@ def main(cfg: Config):
     world = parallel.start(cfg.threads)
     toy.ensure(world, cfg.model, cfg.data)
     out = Path(cfg.out)
-    start, checkpoint = parallel.claim(out, cfg)
+    start, checkpoint = checkpoints.claim(out, cfg)
     tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
     train, valid = split_rows(cfg)
     stream = data.Stream(train, cfg.seed)
@@ -145,7 +146,7 @@ def main(cfg: Config):
     optimizer = torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), fused=True)
     state = {"model": (model, optimizer)}
     if checkpoint:
-        parallel.load_state(checkpoint, state)
+        checkpoints.load_state(checkpoint, state)
     log = RunLog(out, cfg, steps, world.main, start)
 
     stopped = False
@@ -181,11 +182,11 @@ def main(cfg: Config):
             log.log(step, metrics, show=("loss", "lr", "grad_norm", "tokens_per_second"))
             stopped = parallel.largest(world, stop.requested)
             if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                parallel.save_checkpoint(out, step + 1, state, model, cfg.model)
+                checkpoints.save_checkpoint(out, step + 1, state, model, cfg.model)
             if stopped:
                 break
     if not stopped:
-        parallel.save_whole(model, out / "model", cfg.model)
+        checkpoints.save_whole(model, out / "model", cfg.model)
     elif world.main:
         print(stop.advice)
     log.close()

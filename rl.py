@@ -35,6 +35,7 @@ import tyro
 from torch import Tensor
 
 import behaviors
+import checkpoints
 import data
 import parallel
 import toy
@@ -408,7 +409,7 @@ def main(cfg: Config):
         raise ValueError(f"problems {cfg.problems} < {world.size} ranks: one would have none")
     out = Path(cfg.out)
     toy.ensure(world, cfg.model, cfg.data)
-    start, checkpoint = parallel.newest(out) if cfg.trace else parallel.claim(out, cfg)
+    start, checkpoint = checkpoints.newest(out) if cfg.trace else checkpoints.claim(out, cfg)
     tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
     problems, dropped = data.filter_long(
         data.read_problems(cfg.data),
@@ -418,7 +419,7 @@ def main(cfg: Config):
     stream = data.Stream(problems, cfg.seed)
     pair = load_pair(cfg, world)
     if checkpoint:
-        parallel.load_state(checkpoint, pair)
+        checkpoints.load_state(checkpoint, pair)
     policy = pair["policy"][0]
     sampler = TorchSampler(load_model(cfg.model, device=world.device), tokenizer, settings)
     sampler.sync(parallel.whole_weights(policy))
@@ -463,11 +464,11 @@ def main(cfg: Config):
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:
-                parallel.save_checkpoint(out, step + 1, pair, policy, cfg.model)
+                checkpoints.save_checkpoint(out, step + 1, pair, policy, cfg.model)
             if stopped:
                 break
     if not stopped:
-        parallel.save_whole(policy, out / "model", cfg.model)
+        checkpoints.save_whole(policy, out / "model", cfg.model)
     elif world.main:
         print(stop.advice)
     log.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoints
 import coldstart
 import data
 import parallel
@@ -215,7 +216,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
 def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
     mini, whole, tmp_path, monkeypatch
 ):
-    cfg, save = config(mini, tmp_path, save_every=STEPS), parallel.save_whole
+    cfg, save = config(mini, tmp_path, save_every=STEPS), checkpoints.save_whole
 
     def dies(policy, directory, like):
         if directory == tmp_path / "model":
@@ -224,7 +225,7 @@ def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
         save(policy, directory, like)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "save_whole", dies)
+        patch.setattr(checkpoints, "save_whole", dies)
         with pytest.raises(RuntimeError, match="killed"):
             coldstart.main(cfg)
     run(cfg)

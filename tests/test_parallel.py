@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import checkpoints
 import coldstart
 import data
 import parallel
@@ -141,7 +142,7 @@ def worker(job: str, folder: Path):
         parallel.clip_gradients = stop_in_step(5)  # four of the critic, one of the policy: step 0
         rl.main(cfg)
         parallel.clip_gradients = clip
-        assert not (folder / "rl_vision/model").exists() and parallel.claim(cfg.out, cfg)[0] == 1
+        assert not (folder / "rl_vision/model").exists() and checkpoints.claim(cfg.out, cfg)[0] == 1
         rl.main(cfg)
     torch.save(found, folder / f"{job}-{world.rank}.pt")
     world.wait()

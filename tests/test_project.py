@@ -20,12 +20,23 @@ MAY_IMPORT = {
     "average": {"model"},
     "data": {"model"},
     "parallel": {"model", "data"},
+    "checkpoints": {"model", "parallel", "runlog"},
     "rollout": {"model", "data", "runlog"},
     "toy": {"model", "data", "runlog"},
     "eval": {"model", "data", "rollout", "reward", "behaviors", "runlog"},
     "report": {"behaviors", "reward", "toy"},
-    "coldstart": {"model", "data", "parallel", "runlog", "toy"},
-    "rl": {"model", "data", "parallel", "runlog", "toy", "rollout", "reward", "behaviors"},
+    "coldstart": {"model", "data", "parallel", "checkpoints", "runlog", "toy"},
+    "rl": {
+        "model",
+        "data",
+        "parallel",
+        "checkpoints",
+        "runlog",
+        "toy",
+        "rollout",
+        "reward",
+        "behaviors",
+    },
 }
 
 

@@ -8,8 +8,8 @@ tensor is summed in fp32, divided once and cast once to the dtype of the first m
 bf16 would round after every addition, with 8 bits of mantissa. Members may be cut into different
 shards, but must hold the same tensors in the same shapes. A tied head is the embedding itself and
 is written once, under the embedding's name, also where a member stored a second copy. Config,
-tokenizer and image settings come from the first member. A critic has no place here: average
-policies.
+tokenizer and image settings come from the first member; the model card is written anew and names
+all of them. A critic has no place here: average policies.
 """
 
 import json
@@ -24,6 +24,19 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 INDEX = "model.safetensors.index.json"
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# The average of {count} checkpoints
+
+The weights are the uniform average, summed in float32 and rounded once, of
+
+{members}
+
+The first of them gave the config, the tokenizer and the image settings. The README.md of each tells
+how it was trained. Written by average.py.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ def average(models: tuple[str, ...], out: str) -> None:
             raise ValueError(f"{directory} and {first} differ in {len(odd)} tensors: {odd[:4]}")
     target.mkdir(parents=True, exist_ok=True)
     for path in first.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
+        weights = path.suffix == ".safetensors" or path.name == INDEX
+        if path.is_file() and not weights and path.name != "README.md":
             shutil.copy2(path, target)
     size = 0
     for shard in tqdm(sorted(set(members[first].values())), desc="shards"):
@@ -86,6 +100,9 @@ def average(models: tuple[str, ...], out: str) -> None:
     if (first / INDEX).exists():
         index = {"metadata": {"total_size": size}, "weight_map": members[first]}
         (target / INDEX).write_text(json.dumps(index, indent=1))
+    listed = "\n".join(f"- {model}" for model in models)
+    card = CARD.format(count=len(models), members=listed)
+    (target / "README.md").write_text(card, encoding="utf-8")
     print(f"average of {len(models)} checkpoints, {size / 1e9:.2f} GB -> {target}")
 
 

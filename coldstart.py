@@ -22,7 +22,9 @@ How it departs from a textbook SFT script:
 import math
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +35,9 @@ import checkpoints
 import data
 import parallel
 import toy
-from model import load_model
-from runlog import RunLog, stop_on_signal
+from model import train_flops
+from provenance import model_card
+from runlog import Pulse, RunLog, stop_on_signal
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,15 @@ class Config:
     beta1: float = 0.9  # ours
     beta2: float = 0.95  # ours
     clip: float = 1.0  # gradient norm; ours
+    recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
+    dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
+    shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
     valid: int = 128  # rows kept apart for the validation loss
     valid_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0: at the end and on Ctrl-C only
+    keep_last: int = 2  # newest checkpoints from which a run can go on
+    keep_every: int = 1  # exported models are kept for every so many steps, and of the newest
+    dump_minutes: float = 30.0  # without a new phase: every thread's stack into RUN/heartbeat
     seed: int = 0
     threads: int = 0  # CPU threads a process; 0 shares the cores out
     wandb: str = ""  # project name; empty: off
@@ -79,12 +88,6 @@ def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> 
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def freeze_vision(model):
-    """The paper trains the LLM module only: vision tower and merger are left untouched."""
-    for weight in model.visual.parameters():
-        weight.requires_grad_(False)
-
-
 def split_rows(cfg: Config) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
     rows = data.read_examples(cfg.data)
@@ -100,12 +103,26 @@ def split_rows(cfg: Config) -> tuple[Dataset, Dataset]:
     return train, Subset(rows, valid)
 
 
-def packs_of(documents: list, budget: int, world) -> tuple[list[data.Pack], float]:
-    """This rank's packs, as many on every rank, and the number of trained tokens on all ranks."""
-    packs = data.pack(documents, budget) if documents else []
+def packs_of(
+    items: Sequence, encode: Callable, cfg: Config, world, cost
+) -> tuple[list[data.Pack], float, int]:
+    """-> this rank's packs, the trained tokens of all ranks, how many items were too long.
+
+    Each rank encodes a share of the items to learn their lengths, then those that it will train.
+    All ranks have as many packs, and their k-th packs, which run at the same time, cost about the
+    same.
+    """
+    documents = {i: encode(items[i]) for i in range(world.rank, len(items), world.size)}
+    lengths = parallel.union(world, {i: len(document) for i, document in documents.items()})
+    fitting = [i for i in range(len(items)) if lengths[i] <= cfg.max_tokens]
+    sizes = [lengths[i] for i in fitting]
+    packs = []
+    for places in data.plan(sizes, fitting, cfg.pack_tokens, world.size, cost)[world.rank]:
+        members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
+        documents |= {i: encode(items[i]) for i in members if i not in documents}
+        packs.append(data.lay_out(documents, members) if members else data.filler_pack())
     (tokens,) = parallel.sums(world, sum(int(p.loss_mask.sum()) for p in packs))
-    most = int(parallel.largest(world, len(packs)))
-    return packs + [data.filler_pack()] * (most - len(packs)), tokens
+    return packs, tokens, len(items) - len(fitting)
 
 
 def loss_of(model, pack: data.Pack, tokens: float, device) -> torch.Tensor:
@@ -116,28 +133,31 @@ def loss_of(model, pack: data.Pack, tokens: float, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(model, documents: list, cfg: Config, world) -> float:
+def validate(model, packs: list[data.Pack], tokens: float, world) -> float:
     """Mean -log p over the trained tokens of rows that are never trained on."""
-    packs, tokens = packs_of(documents[world.rank :: world.size], cfg.pack_tokens, world)
     mine = sum(loss_of(model, pack, tokens, world.device).item() for pack in packs)
     return parallel.sums(world, mine)[0]
 
 
+def card_of(cfg: Config, out: Path, step: int, loss: float | None) -> str:
+    """README.md of an exported model."""
+    extra = {"step": step} | ({} if loss is None else {"loss": loss})
+    title = "Open Vision Reasoner, stage 1: linguistic cold start"
+    return model_card(title, cfg, out / "model", out, cfg.max_tokens, extra)
+
+
 def main(cfg: Config):
-    world = parallel.start(cfg.threads)
+    world = parallel.start(cfg.threads, cfg.dtype, cfg.shard_ranks)
     toy.ensure(world, cfg.model, cfg.data)
     out = Path(cfg.out)
     start, checkpoint = checkpoints.claim(out, cfg)
-    tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
+    directory = data.model_directory(cfg.model)
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     train, valid = split_rows(cfg)
     stream = data.Stream(train, cfg.seed)
-    valid = [data.encode_example(example, tokenizer, settings) for example in valid]
-    valid = [document for document in valid if len(document) <= cfg.max_tokens]
     steps = math.ceil(cfg.epochs * len(train) / cfg.batch)
 
-    model = load_model(cfg.model, device=world.device)
-    freeze_vision(model)
-    model = parallel.shard(model, world)
+    model = parallel.load(directory, world, recompute=cfg.recompute)  # the tower is frozen
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [  # vectors (norms, biases) are not decayed
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
@@ -149,48 +169,66 @@ def main(cfg: Config):
         checkpoints.load_state(checkpoint, state)
     log = RunLog(out, cfg, steps, world.main, start)
 
-    stopped = False
-    with stop_on_signal(world.main) as stop:
+    def packed(items):
+        def encode(example):
+            return data.encode_example(example, tokenizer, settings)
+
+        return packs_of(items, encode, cfg, world, partial(train_flops, model.config))
+
+    valid_packs, valid_tokens, _ = packed(valid)
+    stopped, loss = False, None
+    pulse = Pulse(out, world.rank, cfg.dump_minutes)
+    saver = checkpoints.Saver(out, directory, world.dtype, cfg.keep_last, cfg.keep_every)
+    with saver, stop_on_signal(world.main) as stop:
         for step in range(start, steps):
             began = time.perf_counter()
-            # 1. read: the same batch on every rank, each takes its share
-            examples = stream.batch(step, cfg.batch)[world.rank :: world.size]
-            documents = [data.encode_example(example, tokenizer, settings) for example in examples]
-            fitting = [d for d in documents if len(d) <= cfg.max_tokens]
-            packs, tokens = packs_of(fitting, cfg.pack_tokens, world)
+            # 1. read: the same batch on every rank, each trains its share
+            pulse("read", step)
+            examples = stream.batch(step, cfg.batch)
+            packs, tokens, too_long = packed(examples)
             # 2. learn
+            pulse("learn", step)
             lr = cosine_lr(step, steps, cfg.lr, cfg.lr_end, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            loss = 0.0
-            for pack in packs:
+            loss, suspects = 0.0, []
+            for k, pack in enumerate(packs, start=1):
                 part = loss_of(model, pack, tokens, world.device)
-                (part * world.size).backward()  # FSDP takes the mean over ranks, the loss is a sum
+                parallel.backward(model, part, world, last=k == len(packs))
                 loss += part.item()
+                if not math.isfinite(part.item()):
+                    suspects += [examples[i].id for i in pack.members]
             norm = parallel.clip_gradients(model, cfg.clip)
+            (loss,) = parallel.sums(world, loss)
+            parallel.refuse_nan(world, step, {"loss": loss, "grad_norm": norm}, suspects)
             optimizer.step()
             # 3. tell
-            loss, too_long = parallel.sums(world, loss, len(documents) - len(fitting))
             speed = tokens / (time.perf_counter() - began)
-            parallel.refuse_nan(step, {"loss": loss, "grad_norm": norm})
             metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
             metrics |= {"too_long": too_long, "tokens_per_second": speed}
             last = step == steps - 1
             if step % cfg.valid_every == 0 or last:
-                metrics["valid_loss"] = validate(model, valid, cfg, world)
+                pulse("validate", step)
+                metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
+            metrics |= pulse.seconds() | {"peak_gb": parallel.peak_gb(world)}
             log.log(step, metrics, show=("loss", "lr", "grad_norm", "tokens_per_second"))
             stopped = parallel.largest(world, stop.requested)
             if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                checkpoints.save_checkpoint(out, step + 1, state, model, cfg.model)
+                pulse("save", step)  # after the log: a checkpoint's steps all stand in it
+                saver.save(step + 1, state, model, card_of(cfg, out, step + 1, loss))
+            saver.settle()
             if stopped:
                 break
+    pulse("leave", steps)
     if not stopped:
-        checkpoints.save_whole(model, out / "model", cfg.model)
+        card = card_of(cfg, out, steps, loss)
+        checkpoints.save_whole(model, out / "model", directory, world.dtype, card)
     elif world.main:
         print(stop.advice)
     log.close()
     parallel.finish(world)
+    pulse.close()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     prompt text and pictures  ──encode_prompt──▶ Prompt(ids, patches, grids, offsets)
     response text             ──encode_response──▶ ids + <|im_end|>   (the sampler gives ids itself)
     Documents(prompt, ids)    ──pack──▶ Pack(ids (T,), positions (3, T), loss_mask (T,), patches)
+    of many ranks: lengths    ──plan──▶ which rank packs what  ──lay_out──▶ Pack
 
 Every row is checked once before a run begins, and a bad one is reported with file and line; it is
 parsed again when asked for, so that two million examples take no memory. Packing lays whole
@@ -13,7 +14,7 @@ several documents share (16 samples of one problem) stands once in a pack: one v
 
 Pictures are resized, normalised and cut as transformers' Qwen2VLImageProcessor does, bit for bit.
 The order of the data is a function of (seed, step), so a resumed run sees what it would have seen.
-The paper says "sample packing" and no more: first-fit and the order inside a pack are ours.
+The paper says "sample packing" and no more: what goes into which pack, and its order, are ours.
 
 Dimensions: T tokens of a pack, S patches, M image tokens (S / 4 where no picture is shared),
 D = 1176 = 3 x 2 x 14 x 14 values of a patch. Nothing to run here: see coldstart.py, rl.py, eval.py.
@@ -31,6 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -481,6 +488,24 @@ def image_tokens(grid: tuple[int, int, int], merge: int) -> int:
 # ---- tokens
 
 
+def model_directory(name: str | Path) -> str:
+    """A directory as it is; a Hub name as the directory in the Hub's cache that holds its snapshot.
+
+    Nothing is downloaded where HF_HUB_OFFLINE=1, as the scripts under runs/ set it: then
+    FileNotFoundError says how to get it.
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return str(name)  # what is not there is named by whoever opens it
+    wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+    try:
+        return snapshot_download(str(name), allow_patterns=wanted)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such directory, and no such model in the Hub's cache; get it with "
+            f"`HF_HUB_OFFLINE=0 hf download {name}`, or give the directory that holds it"
+        ) from error
+
+
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """With its chat template, which older model directories keep in chat_template.json."""
     if not (Path(directory) / "tokenizer_config.json").is_file():
@@ -582,53 +607,145 @@ def filter_long(items: Sequence, limit: int, length: Callable[[Any], int]) -> tu
 
 
 def pack(documents: Sequence[Document], budget: int, merge: int = MERGE_SIZE) -> list[Pack]:
-    """Whole documents into packs of at most `budget` tokens. Any order gives the same loss. Here:
+    """Whole documents into packs of at most `budget` tokens, for a process that runs alone.
 
-    First-fit, documents of a prompt together where there is room, so that its pictures pass the
-    vision tower once. In a pack from short to long: attention takes equal lengths as one batch.
+    Any order gives the same loss. Here from short to long: attention takes equal lengths as one
+    batch.
     """
-    for i, document in enumerate(documents):
-        prompt, response = len(document.prompt.ids), len(document.response_ids)
-        if not prompt:
-            raise ValueError(f"document {i} has no prompt: nothing predicts its first token")
-        if prompt + response > budget:
-            raise ValueError(
-                f"document {i}: {prompt} prompt + {response} response tokens exceed the budget of "
-                f"{budget}; raise it, or leave the document out with filter_long"
-            )
     lengths = [len(document) for document in documents]
-    bins = first_fit(lengths, [id(document.prompt) for document in documents], budget)
+    (bins,) = plan(lengths, [id(document.prompt) for document in documents], budget)
     return [lay_out(documents, sorted(b, key=lengths.__getitem__), merge) for b in bins]
 
 
-def first_fit(lengths: Sequence[int], groups: Sequence, budget: int) -> list[list[int]]:
-    """Each item to the last one of its group if it fits there, else to the first bin with room.
+def plan(
+    lengths: Sequence[int],
+    groups: Sequence,
+    budget: int,
+    ranks: int = 1,
+    cost: Callable[[int], float] = float,
+) -> list[list[list[int]]]:
+    """For each rank its bins, for each bin the indices of its documents; an empty bin is a filler.
 
-    At most twice as many bins as needed: a bin is opened only when no other has room, so no two can
-    both be at most half full.
+    Every rank gets equally many bins. All run their k-th together and wait for the slowest: a step
+    lasts as long as the costliest k-th bins take, summed over k. So documents are laid out as rows
+    of bins that cost the same; equal tokens are not equal cost. The better of two fillings is
+    taken: row after row (long documents meet long ones), or all bins as one wide row (all equal).
+
+    groups: documents of a prompt, placed several at a time and where the last ones went, unless a
+        rank would wait for that.
+    cost: FLOPs of a document of so many tokens, linear and quadratic; by default its tokens.
     """
-    room = np.zeros(len(lengths), dtype=np.int64)  # free tokens of each bin
-    bins, last = [], {}
-    for i, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+    for i, length in enumerate(lengths):
+        if length > budget:
+            raise ValueError(
+                f"document {i}: {length} tokens exceed the budget of {budget}; raise it, or leave "
+                f"the document out with filter_long"
+            )
+    if not lengths:
+        return [[] for _ in range(ranks)]
+    costs = [cost(length) for length in lengths]
+    needed = -(-sum(lengths) // (budget * ranks)) * ranks  # bins, by tokens
+    # an eighth of a bin is fine enough to balance; alone a process has nobody to wait for
+    limits = (budget / 8, sum(costs) / needed / 8) if ranks > 1 else (budget, math.inf)
+    pieces = falling(pieces_of(lengths, costs, groups, *limits), costs)
+    bins = fill_rows(pieces, lengths, costs, groups, budget, ranks)
+    fillings = [bins]
+    if len(bins) > ranks > 1:
+        fillings.append(fill_rows(pieces, lengths, costs, groups, budget, len(bins)))
+    # one that needed a second wide row has twice the bins
+    plans = [deal(filling, costs, ranks) for filling in fillings if len(filling) == len(bins)]
+    return min(plans, key=lambda dealt: duration(dealt, costs))
+
+
+def total(members: list[int], values: Sequence[float]) -> float:
+    return sum(values[i] for i in members)
+
+
+def falling(bins: list[list[int]], costs: list[float]) -> list[list[int]]:
+    """Costliest first; of equals, the earlier one first."""
+    return sorted(bins, key=lambda members: -total(members, costs))
+
+
+def duration(dealt: list[list[list[int]]], costs: list[float]) -> float:
+    """Of a step: each row of bins that run together takes as long as its costliest."""
+    rows = zip(*dealt, strict=True)
+    return sum(max(total(members, costs) for members in row) for row in rows)
+
+
+def pieces_of(
+    lengths: Sequence[int], costs: list[float], groups: Sequence, tokens: float, load: float
+) -> list[list[int]]:
+    """Each group in its order, cut where a piece would exceed `tokens` or the cost `load`."""
+    pieces, newest = [], {}  # of each group: its newest piece, the piece's tokens and cost
+    for i, (group, length, cost) in enumerate(zip(groups, lengths, costs, strict=True)):
+        piece, t, c = newest.get(group, ([], 0, 0.0))
+        t, c = t + length, c + cost
+        if not piece or t > tokens or c > load:
+            piece, t, c = [], length, cost
+            pieces.append(piece)
+        piece.append(i)
+        newest[group] = piece, t, c
+    return pieces
+
+
+def fill_rows(
+    pieces: list[list[int]],
+    lengths: Sequence[int],
+    costs: list[float],
+    groups: Sequence,
+    budget: int,
+    width: int,
+) -> list[list[int]]:
+    """Rows of `width` bins, one after the other in one list; the pieces come costliest first.
+
+    A bin takes a piece that fits its tokens and does not make it the costliest of its row; only the
+    row's cheapest bin may become that. A piece goes where its group was last, else to the cheapest
+    bin of the first row that takes it: longest-processing-time in a row, first-fit over the rows.
+    At most about twice as many bins as needed: a row is opened only when no other takes a document.
+    """
+    room, load = np.full((1, width), budget), np.zeros((1, width))  # the last row is still empty
+    bins, last, todo = [], {}, pieces[::-1]
+    while todo:
+        piece = todo.pop()
+        tokens, work, group = total(piece, lengths), total(piece, costs), groups[piece[0]]
+        most = np.maximum(load.max(1) - work, load.min(1))
+        takes = (room >= tokens) & (load <= most[:, None])
         b = last.get(group)
-        if b is None or room[b] < length:
-            fits = np.flatnonzero(room[: len(bins)] >= length)
-            b = int(fits[0]) if len(fits) else len(bins)
-        if b == len(bins):
-            bins.append([])
-            room[b] = budget
-        bins[b].append(i)
-        room[b] -= length
+        if b is None or not takes.flat[b]:
+            row = int(takes.any(1).argmax())
+            b = row * width + int(np.where(takes[row], load[row], np.inf).argmin())
+        if b >= len(bins):
+            if len(piece) > 1:  # smaller ones may find room yet
+                todo += [[i] for i in reversed(piece)]
+                continue
+            bins += [[] for _ in range(width)]
+            room = np.vstack([room, np.full((1, width), budget)])
+            load = np.vstack([load, np.zeros((1, width))])
+        bins[b] += piece
+        room.flat[b] -= tokens
+        load.flat[b] += work
         last[group] = b
     return bins
 
 
-def lay_out(documents: Sequence[Document], members: list[int], merge: int) -> Pack:
+def deal(bins: list[list[int]], costs: list[float], ranks: int) -> list[list[list[int]]]:
+    """Rows of bins that cost alike; in each the costliest goes to the rank with least so far."""
+    bins, dealt, totals = falling(bins, costs), [[] for _ in range(ranks)], [0.0] * ranks
+    for first in range(0, len(bins), ranks):
+        for b, rank in enumerate(sorted(range(ranks), key=totals.__getitem__), start=first):
+            dealt[rank].append(bins[b])
+            totals[rank] += total(bins[b], costs)
+    return dealt
+
+
+def lay_out(documents: Sequence[Document], members: list[int], merge: int = MERGE_SIZE) -> Pack:
     """One pack of the documents `members`, in this order."""
     ids, positions, trained, slots, sources, patches, grids = [], [], [], [], [], [], []
     first_row, rows = {}, 0  # of a prompt's pictures in the tower's output, by identity of patches
     for i in members:
         prompt, response, start = documents[i].prompt, documents[i].response_ids, len(ids)
+        if not prompt.ids:
+            raise ValueError(f"document {i} has no prompt: nothing predicts its first token")
         ids += prompt.ids + response
         trained += [False] * len(prompt.ids) + [True] * len(response)
         images = list(zip(prompt.offsets, prompt.grids, strict=True))

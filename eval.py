@@ -166,9 +166,10 @@ def sample(cfg: Config, problems: list, out: Path) -> list[dict]:
     records = [r for r in records if r["id"] not in again]  # those outside --limit stay on disk
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokenizer = data.load_tokenizer(cfg.model)
-    model = load_model(cfg.model, dtype, device)
-    sampler = TorchSampler(model, tokenizer, data.load_image_settings(cfg.model))
+    directory = data.model_directory(cfg.model)
+    tokenizer = data.load_tokenizer(directory)
+    model = load_model(directory, dtype, device)
+    sampler = TorchSampler(model, tokenizer, data.load_image_settings(directory))
     write_records(out / "records.jsonl", records)
     with (out / "records.jsonl").open("a") as file:
         for start in progress(range(0, len(todo), CHUNK), cfg.bench):

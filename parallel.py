@@ -1,37 +1,58 @@
 """The only file that knows of more than one device: ranks, FSDP2, sums over ranks.
 
-    world = start()                        # torchrun's ranks, or one process without it
-    model = shard(model, world)            # FSDP2 from outside: each block, then the root
-    total, = sums(world, tokens)           # before backward: one global denominator
+    world = start()                            # torchrun's ranks, or one process without it
+    model = load(directory, world)             # every rank reads its slices alone
+    total, = sums(world, tokens)               # before backward: one global denominator
+    backward(model, loss, world, last=True)    # gradients are summed over ranks
     norm = clip_gradients(model, 1.0)
 
 With one CPU process every function here is the identity, so a laptop runs the plain model and a
 reader may skip the file. With several, each rank holds a slice of every weight, gathers a block's
-weights when the block runs, and gets its slice of the summed gradient. Gradients are *summed* over
-ranks: the losses are already divided by the global token count, so the result does not depend on
-the number of ranks.
+weights when the block runs, and gets its slice of the summed gradient (FSDP2, `fully_shard`). On
+several nodes weights are sharded inside a node and replicated across (HSDP): the slow network
+carries one all-reduce of a slice an optimiser step. Gradients are *summed* over ranks: the losses
+are already divided by the global token count, so the result does not depend on the number of ranks.
 
-Frozen weights (the vision tower in stage 1) are left whole on every rank: no gather that could hang
-when one rank has pictures and another has none. On GPUs: bf16 compute, float32 masters and gradient
-sums.
+A model is built in a stated order: on the meta device, without memory; frozen; recomputation;
+sharded; only then given memory and filled from the files, slice by slice. Nothing is ever whole in
+float32. Frozen weights (the vision tower in stage 1) are left whole on every rank: no gather that
+could hang when one rank has pictures and another has none. On GPUs: bf16 compute, float32 masters
+and gradient sums.
 
-    torchrun --nproc-per-node 2 rl.py      # two gloo ranks on a CPU; nccl where there are GPUs
+    torchrun --nproc-per-node 2 rl.py          # two gloo ranks on a CPU; nccl where there are GPUs
 """
 
 import atexit
 import math
 import os
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from model import Qwen25VL
+from model import Qwen25VL, empty_model, load_weights
+
+RECOMPUTE = ("none", "selective", "full")
+# What selective recomputation keeps, by the names of torch's and flash-attn's operators: attention,
+# and the products with a bias, which in a decoder block are q, k and v.
+KEPT = ("attention", "flash_attn", "addmm")
+TIMEOUT = timedelta(hours=2)  # ranks wait for the longest response of 48k tokens: about 6 minutes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the compute; masters and sums are float32
+    mesh: DeviceMesh | None = None  # (shard,), over several nodes (replicate, shard); None: alone
 
     @property
     def main(self) -> bool:
@@ -50,23 +73,38 @@ class World:
             dist.barrier()
 
 
-def start(threads: int = 0) -> World:
+def start(threads: int = 0, dtype: str = "auto", shard_ranks: int = 0) -> World:
     """Joins torchrun's process group (`cpu:gloo,cuda:nccl`); without torchrun, a world of one.
 
-    threads: CPU threads a process; 0 shares the cores out evenly.
+    threads: CPU threads a process; 0 shares the cores out evenly. dtype: of the compute, float32 or
+    bfloat16; auto is bfloat16 on GPUs. shard_ranks: how many ranks share one copy of the weights; 0
+    for those of a node. ValueError where they do not divide the ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype}")
+    compute = DTYPES["bfloat16" if cuda else "float32"] if dtype == "auto" else DTYPES[dtype]
+    shards = shard_ranks or here
+    if size % shards:
+        raise ValueError(f"shard_ranks {shards} does not divide {size} ranks")
     if cuda:
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1 for more than one process; one alone would then leave cores
     # idle
     torch.set_num_threads(threads or max(1, cores() // here))
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return World(rank, size, device)
+    if size == 1 and not cuda and compute == torch.float32:
+        return World(rank, size, device)
+    if not dist.is_initialized():
+        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=size, **alone)
+    shape, names = (size // shards, shards), ("replicate", "shard")
+    flat = size == shards
+    mesh = init_device_mesh(device.type, shape[flat:], mesh_dim_names=names[flat:])
+    return World(rank, size, device, compute, mesh)
 
 
 def cores() -> int:
@@ -89,7 +127,7 @@ def finish(world: World):
     aborts the process ("terminate called without an active exception"; 2 of 25 runs on busy cores),
     upon which torchrun calls a finished run a failure.
     """
-    if world.size > 1:
+    if dist.is_initialized():
         world.wait()
         dist.destroy_process_group()
         atexit.register(leave)
@@ -101,23 +139,126 @@ def leave():
     os._exit(0)
 
 
+# ------------------------------------------------------------------ models
+
+
+def load(
+    directory: str | Path,
+    world: World,
+    head: str = "lm",
+    train_vision: bool = False,
+    recompute: str = "none",
+) -> Qwen25VL:
+    """A model directory as this rank's slices, float32 where it trains. Errors: load_weights.
+
+    A tower that does not train is kept whole, in the compute dtype: the hub's files are bfloat16,
+    so nothing is lost.
+    """
+    model = empty_model(directory, head)
+    for weight in model.visual.parameters():
+        weight.requires_grad_(train_vision)
+    if not train_vision:
+        model.visual.to(world.dtype)
+    recompute_blocks(model, recompute)
+    model = shard(model, world).to_empty(device=world.device)
+    load_weights(model, directory, put)
+    return model
+
+
+def recompute_blocks(model: Qwen25VL, kind: str):
+    """What backward computes again instead of keeping it (Chen et al. 2016, arXiv 1604.06174).
+
+    none: keeps everything. full: keeps the input of each block. selective: besides, attention and
+    its q, k and v, the part that grows with the square of the length; the tower, if it trains, is
+    recomputed in full.
+    """
+    if kind not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {kind}")
+    if kind == "none":
+        return
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    kept = partial(create_selective_checkpoint_contexts, keep_attention)
+    for block in model.visual.blocks:
+        block.forward = partial(again, block.forward)
+    for block in model.model.layers:
+        options = {"context_fn": kept} if kind == "selective" else {}
+        block.forward = partial(again, block.forward, **options)
+
+
+def keep_attention(context, operator, *arguments, **options) -> CheckpointPolicy:
+    kept = any(name in str(operator) for name in KEPT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def shard(model: Qwen25VL, world: World) -> Qwen25VL:
     """FSDP2 (`fully_shard`) around each block and the rest. What needs no gradient stays whole.
 
     The rest (embedding, head, norm, merger) is gathered for the whole forward and backward, so that
     the chunked head reads one gathered weight, not one a chunk.
     """
-    if world.size == 1 and world.device.type == "cpu":
+    if world.mesh is None:
         return model
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    options = {}
-    if world.device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    precision = MixedPrecisionPolicy(world.dtype, reduce_dtype=torch.float32)
+    options = dict(mesh=world.mesh, mp_policy=precision, ignored_params=frozen)
     for block in [*model.visual.blocks, *model.model.layers]:
         if not set(block.parameters()) <= frozen:
-            fully_shard(block, mesh=mesh, ignored_params=frozen, **options)
-    return fully_shard(model, mesh=mesh, ignored_params=frozen, **options)
+            fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+@torch.no_grad()
+def put(weight: Tensor, tensor: Tensor):
+    """weight[...] = tensor, of which a sharded weight takes its own slice; nothing is sent."""
+    if isinstance(weight, DTensor):
+        placed = (weight.device_mesh, weight.placements)
+        tensor = distribute_tensor(tensor.to(weight.dtype), *placed, src_data_rank=None).to_local()
+        weight = weight.to_local()
+    weight.copy_(tensor)
+
+
+def whole_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor), one at a time, on every rank: all ranks have to iterate together.
+
+    dtype: cast to before the slices are sent, which halves the traffic of bfloat16.
+    """
+    for name, weight in model.named_parameters():
+        weight = weight.detach().to(dtype or weight.dtype)
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def move(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device | str):
+    """Weights and moments of a model that waits go to host memory, and back when it is its turn."""
+    optimizer.zero_grad()
+    model.to(device)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:  # AdamW's step count stays where it is
+                state[name] = value.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the sampler takes its memory from the same GPU
+
+
+def backward(model: nn.Module, loss: Tensor, world: World, last: bool):
+    """Adds this micro-batch's gradient, summed over the ranks. last: of an optimiser step.
+
+    FSDP takes the mean over ranks and the loss is a sum, hence the factor. Replicas on other nodes
+    exchange their sums once, after the last micro-batch.
+    """
+    if world.mesh is not None and world.mesh.ndim == 2:
+        model.set_requires_all_reduce(last)
+    (loss * world.size).backward()
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scales the gradient to at most `limit` in norm, over all shards; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ------------------------------------------------------------------ numbers of all ranks
 
 
 def sums(world: World, *values: float) -> tuple[float, ...]:
@@ -146,21 +287,48 @@ def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, floa
     return {name: total / count for name, total, count in by_name if count}
 
 
-def refuse_nan(step: int, metrics: dict[str, float]):
-    """FloatingPointError where a metric is not finite. The metrics are those of all ranks, so all
-    stop together, with the last checkpoint as it was."""
-    if bad := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
-        raise FloatingPointError(f"step {step}: {bad}; the newest checkpoint is from before it")
+def union(world: World, mine: dict) -> dict:
+    """The ranks' dicts in one, on every rank. Values are pickled: keep them small."""
+    if world.size == 1:
+        return mine
+    every = [None] * world.size
+    dist.all_gather_object(every, mine)
+    return {key: value for one in every for key, value in one.items()}
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scales the gradient to at most `limit` in norm, over all shards; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+def turns(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:
+    """Which of `count` pieces of work this rank does, in order.
+
+    Every size-th one; dynamic: the next that nobody has taken, asked for when there is room for it,
+    so that no rank waits behind one that drew long responses. key: a new one for each piece of work
+    of a process group.
+    """
+    if world.size == 1 or not dynamic:
+        return range(world.rank, count, world.size)
+    store = dist.distributed_c10d._get_default_store()  # torchrun's, on its first node
+    return iter(lambda: min(store.add(f"turns/{key}", 1) - 1, count), count)
 
 
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor), one at a time, on every rank: all ranks have to iterate together."""
-    for name, weight in model.named_parameters():
-        weight = weight.detach()
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Iterable[str] = ()):
+    """FloatingPointError where a metric is not finite, on all ranks together: metrics are those of
+    all ranks. It names the step, the metrics and the rollouts or rows (suspects) of the packs whose
+    loss was not finite, on whichever rank. The last checkpoint stays as it was.
+    """
+    bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if bad:
+        found = sorted(union(world, dict.fromkeys(suspects)))
+        where = f" in packs of {', '.join(found[:32])}" if found else ""
+        raise FloatingPointError(
+            f"step {step}: {bad}{where}; the newest checkpoint is from before it"
+        )
+
+
+def peak_gb(world: World) -> float:
+    """Most memory of a rank since the last call, in GB: of its GPU, else of its process (ever)."""
+    if world.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:  # kilobytes on Linux, bytes on macOS
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return largest(world, used / 1e9)

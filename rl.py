@@ -27,9 +27,11 @@ Dimensions: P problems, G tries each, N = P G rollouts, T tokens of a pack, R tr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -39,10 +41,11 @@ import checkpoints
 import data
 import parallel
 import toy
-from model import load_model
+from model import load_model, train_flops
+from provenance import model_card
 from reward import grade
-from rollout import Rollout, TorchSampler
-from runlog import RunLog, stop_on_signal
+from rollout import Rollout, TorchSampler, VllmSampler, canary, canary_gap
+from runlog import Pulse, RunLog, stop_on_signal
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,24 @@ class Config:
     clip: float = 1.0  # gradient norm; Open-Reasoner-Zero
     value_init: str = "orz"  # N(0, 1/(d+1)) as in ORZ's code; "paper": U(-sqrt 5, sqrt 5)
     train_vision: bool = False  # the paper is silent; the tower is frozen as in stage 1
+    sampler: str = "torch"  # torch, or vllm: faster from some tens of millions of parameters on
+    sampler_batch: int = 256  # responses that a rank samples at once
+    kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
+    tis: float = 0.0  # cap of the importance weight trainer / sampler, 2 is usual; 0: not weighted
+    gap_limit: float = 0.0  # nats between sampler and trainer that stop a run; 0: by dtype
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch
     prompt_tokens: int = 512  # longer prompts are left out, with a count
+    recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
+    offload: bool = False  # a model that waits for the other waits in host memory
+    dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
+    shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
     log_rollouts: int = 16  # decoded rollouts a step in rollouts.jsonl
-    save_every: int = 20  # steps between checkpoints (average.py wants several)
+    save_every: int = 20  # steps between checkpoints
+    keep_last: int = 2  # newest checkpoints from which a run can go on
+    keep_every: int = (
+        1  # exported models are kept for every so many steps (average.py wants several)
+    )
+    dump_minutes: float = 30.0  # without a new phase: every thread's stack into RUN/heartbeat
     trace: bool = False  # print one picture problem through the six steps, then stop
     seed: int = 0
     threads: int = 0  # CPU threads a process; 0 shares the cores out
@@ -86,6 +103,12 @@ class Config:
             raise ValueError(f"algorithm must be ppo or grpo, got {self.algorithm}")
         if self.value_init not in ("orz", "paper"):
             raise ValueError(f"value_init must be orz or paper, got {self.value_init}")
+        if self.sampler not in ("torch", "vllm"):
+            raise ValueError(f"sampler must be torch or vllm, got {self.sampler}")
+        if self.sampler == "vllm" and self.temperature != 1:
+            raise ValueError("vllm reports log-probs at temperature 1: --temperature 1 (the paper)")
+        if self.tis < 0 or self.gap_limit < 0:
+            raise ValueError(f"tis {self.tis} and gap_limit {self.gap_limit} must not be negative")
         if min(self.steps, self.samples, self.critic_steps) < 1:
             raise ValueError("steps, samples and critic_steps must be positive")
         if self.problems < self.critic_steps:
@@ -145,6 +168,15 @@ def value_loss(values: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (values - targets) ** 2
 
 
+def importance_weights(logps: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """min(pi_trainer / pi_sampler, cap), a weight a token: all (R,). Constants to the gradient.
+
+    Truncated importance sampling (Ionides 2008): corrects the expectation for a sampler whose
+    rounding differs, and the cap bounds the variance. Exactly 1 where the two agree.
+    """
+    return (logps - sampled).exp().clamp(max=cap).detach()
+
+
 def length_budget(step: int, lengths: tuple[int, ...], length_from: tuple[int, ...]) -> int:
     """Tokens a response may have (OVR, sec. 4.1: 24k, from step 300 on 32k, from 700 on 48k)."""
     return [length for first, length in zip(length_from, lengths, strict=True) if first <= step][-1]
@@ -152,6 +184,8 @@ def length_budget(step: int, lengths: tuple[int, ...], length_from: tuple[int, .
 
 # ------------------------------------------------------------------ the plumbing
 
+# nats a token; float32 gives 1e-6 to 1e-4, bfloat16 about 0.01
+GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 SHOWN = ("reward", "reward_image", "reward_text", "length", "entropy", "grad_norm", "logp_diff_max")
 
 
@@ -167,12 +201,10 @@ def load_pair(cfg: Config, world) -> dict:
     for name in ("policy", "critic") if cfg.algorithm == "ppo" else ("policy",):
         head, lr = heads[name]
         torch.manual_seed(cfg.seed)  # the value head, the same on every rank
-        model = load_model(cfg.model, device=world.device, head=head)
+        model = parallel.load(cfg.model, world, head, cfg.train_vision, cfg.recompute)
         if head == "value" and cfg.value_init == "paper":
-            torch.nn.init.uniform_(model.value_head.weight, -math.sqrt(5), math.sqrt(5))
-        for weight in model.visual.parameters():
-            weight.requires_grad_(cfg.train_vision)
-        model = parallel.shard(model, world)
+            start = torch.empty(model.value_head.weight.shape)
+            parallel.put(model.value_head.weight, start.uniform_(-math.sqrt(5), math.sqrt(5)))
         trained = [p for p in model.parameters() if p.requires_grad]
         betas = (cfg.beta1, cfg.beta2)
         optimizer = torch.optim.AdamW(trained, lr, betas, weight_decay=cfg.weight_decay, fused=True)
@@ -180,29 +212,89 @@ def load_pair(cfg: Config, world) -> dict:
     return pair
 
 
-def plan(rollouts: list[Rollout], cfg: Config, world) -> list[tuple[list[data.Pack], float]]:
-    """The batch in `critic_steps` parts of whole problems: (packs, trained tokens on all ranks).
+def load_sampler(cfg: Config, world, tokenizer, settings):
+    """Before the trained models: vLLM measures the memory that is free when it starts."""
+    if cfg.sampler == "torch":
+        model = load_model(cfg.model, world.dtype, world.device)
+        return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
+    longest = cfg.prompt_tokens + max(cfg.lengths)
+    room = (cfg.sampler_batch, longest, cfg.kv_cache_gb)
+    return VllmSampler(cfg.model, tokenizer, settings, *room, world.dtype)
 
-    Every rollout is in exactly one pack; pack.members index `rollouts`; ranks get equally many.
+
+def refuse_gap(gap: float, cfg: Config, world, when: str):
+    """RuntimeError where sampler and trainer are plainly not the same policy."""
+    limit = cfg.gap_limit or GAP_LIMITS[world.dtype]
+    if not gap <= limit:  # NaN too
+        raise RuntimeError(
+            f"{when}: log-probs of sampler and trainer differ by {gap:.3g} nats a token on average,"
+            f" more than {limit:g}: the sampler does not have the policy's weights, or reads a"
+            " stale cache. If this is its ordinary rounding, raise --gap-limit and set --tis 2"
+        )
+
+
+def exchange(rollouts: list[Rollout], verdicts: list, asked: list, world):
+    """Every rank's rollouts and verdicts on every rank, in the order of the batch.
+
+    -> rollouts, verdicts, lengths in tokens of their documents. Ids travel as arrays, 8 bytes a
+    token with the log-prob; pictures stay: who trains a rollout reads the prompt anew.
     """
-    mine, parts = len(rollouts) // cfg.samples, []
-    (problems,) = parallel.sums(world, mine)
+    if world.size == 1:
+        return rollouts, verdicts, [len(r.document) for r in rollouts]
+    sent, known = {}, {(r.index, r.sample): r for r in rollouts}
+    for r, verdict in zip(rollouts, verdicts, strict=True):
+        tokens = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
+        sent[r.index, r.sample] = (tokens, r.stopped, r.text, verdict, len(r.document))
+    every, verdicts, lengths = [], [], []
+    for (index, sample), found in sorted(parallel.union(world, sent).items()):
+        (ids, logps), stopped, text, verdict, length = found
+        theirs = Rollout(asked[index], sample, None, ids, logps, stopped, text, index)
+        every.append(known.get((index, sample), theirs))
+        verdicts.append(verdict)
+        lengths.append(length)
+    return every, verdicts, lengths
+
+
+def deal(rollouts: list[Rollout], lengths: list[int], cfg: Config, world, cost=float) -> list:
+    """This rank's bins of rollouts (indices), for each of the `critic_steps` parts of the batch.
+
+    A part is whole problems and does not depend on the number of ranks, so that the critic takes
+    the same steps on any. Every rollout is in exactly one bin of one rank; ranks get equally many,
+    and those that run at the same time cost about the same.
+    """
+    problems, parts = len(rollouts) // cfg.samples, []
     for part in range(cfg.critic_steps):
-        # Problem i of this rank is problem rank + size * i of the batch: any number of ranks cuts
-        # the batch at the same places, so that the critic takes the same steps.
-        cuts = (int(problems) * k // cfg.critic_steps - world.rank for k in (part, part + 1))
-        low, high = (-(-cut // world.size) * cfg.samples for cut in cuts)
-        documents = [r.document for r in rollouts[low:high]]
-        packs = data.pack(documents, cfg.pack_tokens) if documents else []
-        for pack in packs:
-            pack.members = [low + i for i in pack.members]
-        most = int(parallel.largest(world, len(packs)))
-        packs += [data.filler_pack()] * (most - len(packs))
+        low, high = (problems * k // cfg.critic_steps * cfg.samples for k in (part, part + 1))
+        groups = [r.problem.id for r in rollouts[low:high]]
+        bins = data.plan(lengths[low:high], groups, cfg.pack_tokens, world.size, cost)[world.rank]
+        parts.append([[low + i for i in members] for members in bins])
+    return parts
+
+
+def read_prompts(rollouts: list[Rollout], tokenizer, settings):
+    """Prompts and lists of those that another rank has sampled; tries of a problem share one."""
+    prompts = {}
+    for r in (r for r in rollouts if r.prompt is None):
+        if r.index not in prompts:
+            p = r.problem
+            prompts[r.index] = data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id)
+        r.prompt = prompts[r.index]
+        r.response_ids, r.logps = r.response_ids.tolist(), r.logps.tolist()
+
+
+def lay_out(rollouts: list[Rollout], parts: list, cfg: Config, world) -> list:
+    """Bins of rollouts -> (packs, trained tokens on all ranks) of each part."""
+    documents, laid = [r.document for r in rollouts], []
+    for bins in parts:
+        packs = []
+        for members in bins:
+            members = sorted(members, key=lambda i: len(documents[i]))
+            packs.append(data.lay_out(documents, members) if members else data.filler_pack())
         if cfg.train_vision:  # ranks gather the tower together, and Adam wants a 0, not no gradient
             packs = [data.with_blank_picture(pack) for pack in packs]
         (tokens,) = parallel.sums(world, sum(len(pack.rows) for pack in packs))
-        parts.append((packs, tokens))
-    return parts
+        laid.append((packs, tokens))
+    return laid
 
 
 def gather(per_rollout: list[Tensor], pack: data.Pack) -> Tensor:
@@ -274,7 +366,7 @@ def learn_critic(critic, optimizer, parts, returns, cfg: Config, step: int, worl
             moved = pack.to(world.device)
             values = critic(**moved.inputs, rows=moved.rows)
             part = value_loss(values, gather(returns, pack).to(world.device)).sum() / max(tokens, 1)
-            (part * world.size).backward()  # FSDP takes the mean over ranks, the loss is a sum
+            parallel.backward(critic, part, world, last=pack is packs[-1])
             loss += part.item() * tokens
         norm += parallel.clip_gradients(critic, cfg.clip) / len(parts)
         optimizer.step()
@@ -286,23 +378,33 @@ def learn_critic(critic, optimizer, parts, returns, cfg: Config, step: int, worl
 def learn_policy(
     policy, optimizer, parts, rollouts, advantages, cfg: Config, step: int, world
 ) -> dict:
-    """One optimiser step on the whole batch. -> the loss, and what should hold on the way."""
+    """One optimiser step on the whole batch. -> the loss, and what should hold on the way.
+
+    FloatingPointError before the step where the loss or its gradient is not finite.
+    """
     tokens = sum(count for _, count in parts)
     lr = cfg.lr * warm(step, cfg.warmup)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     sampled = [torch.tensor(r.logps) for r in rollouts]
-    loss = entropy = clipped = difference = off = far = kl = 0.0
-    for pack in (pack for packs, _ in parts for pack in packs):
+    loss = entropy = clipped = difference = off = far = kl = weighed = 0.0
+    suspects, every = [], [pack for packs, _ in parts for pack in packs]
+    for pack in every:
         moved = pack.to(world.device)
         logps, entropies = policy(
             **moved.inputs, rows=moved.rows, targets=moved.targets, temperature=cfg.temperature
         )
         old_logps = logps.detach()  # strictly on-policy: this step is the first since sampling
         advantage = gather(advantages, pack).to(world.device)
-        part = policy_loss(logps, old_logps, advantage, cfg.epsilon).sum() / tokens
-        (part * world.size).backward()
+        losses = policy_loss(logps, old_logps, advantage, cfg.epsilon)
+        if cfg.tis:
+            weights = importance_weights(logps, gather(sampled, pack).to(world.device), cfg.tis)
+            losses, weighed = losses * weights, weighed + weights.sum().item()
+        part = losses.sum() / tokens
+        parallel.backward(policy, part, world, last=pack is every[-1])
         loss += part.item()
+        if not math.isfinite(part.item()):
+            suspects += [f"{rollouts[i].problem.id}#{rollouts[i].sample}" for i in pack.members]
         entropy += entropies.sum().item()
         ratios = (logps.detach() - old_logps).exp()
         clipped += ((ratios - 1).abs() > cfg.epsilon).sum().item()
@@ -313,10 +415,9 @@ def learn_policy(
             far = max(far, gap.abs().max().item())
             off = max(off, (ratios - 1).abs().max().item())
     norm = parallel.clip_gradients(policy, cfg.clip)
-    optimizer.step()
-    local = loss, entropy, clipped, difference, kl
-    loss, entropy, clipped, difference, kl = parallel.sums(world, *local)
-    return {
+    local = loss, entropy, clipped, difference, kl, weighed
+    loss, entropy, clipped, difference, kl, weighed = parallel.sums(world, *local)
+    metrics = {
         "policy_loss": loss,
         "grad_norm": norm,
         "lr": lr,
@@ -328,6 +429,9 @@ def learn_policy(
         "sampler_kl": kl / tokens,
         "tokens": tokens,
     }
+    parallel.refuse_nan(world, step, metrics, suspects)
+    optimizer.step()
+    return metrics | ({"tis_weight": weighed / tokens} if cfg.tis else {})
 
 
 def verdict_of(rollout: Rollout):
@@ -335,9 +439,14 @@ def verdict_of(rollout: Rollout):
     return grade(p.answer, rollout.text, choices=p.choices, precision=p.precision)
 
 
-def describe(rollouts: list[Rollout], verdicts: list, scores: list[float], world) -> dict:
+def score_of(verdict, rollout: Rollout) -> float:
+    """The reward; a response that was cut is wrong, whatever it says."""
+    return verdict.score * rollout.stopped
+
+
+def describe(rollouts: list[Rollout], verdicts: list, world) -> dict:
     """Means over the rollouts of all ranks; pictures and text apart where it matters."""
-    pairs = {}
+    pairs, scores = {}, [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
 
     def mean(name: str, values: list[float]):
         pairs[name] = (sum(values), len(values))
@@ -403,76 +512,135 @@ def print_trace(rollouts, verdicts, scores, values, advantages, cfg: Config, tok
             print(f"          {word:14} {rollouts[i].logps[t]:6.2f} {v:9.2f} {a:12.2f}   {push}")
 
 
+def card_of(cfg: Config, out: Path, step: int, metrics: dict) -> str:
+    """README.md of an exported policy."""
+    names = ("reward", "reward_image", "reward_text", "length")
+    extra = {"step": step} | {name: metrics[name] for name in names if name in metrics}
+    title = "Open Vision Reasoner, stage 2: multimodal reinforcement learning"
+    context = cfg.prompt_tokens + max(cfg.lengths)
+    return model_card(title, cfg, out / "model", out, context, extra)
+
+
 def main(cfg: Config):
-    world = parallel.start(cfg.threads)
+    world = parallel.start(cfg.threads, cfg.dtype, cfg.shard_ranks)
     if cfg.problems < world.size:
         raise ValueError(f"problems {cfg.problems} < {world.size} ranks: one would have none")
+    if cfg.trace and world.size > 1:
+        raise ValueError("--trace follows one problem in one process: python rl.py --trace")
     out = Path(cfg.out)
     toy.ensure(world, cfg.model, cfg.data)
     start, checkpoint = checkpoints.newest(out) if cfg.trace else checkpoints.claim(out, cfg)
-    tokenizer, settings = data.load_tokenizer(cfg.model), data.load_image_settings(cfg.model)
+    directory = data.model_directory(cfg.model)
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     problems, dropped = data.filter_long(
         data.read_problems(cfg.data),
         cfg.prompt_tokens,
         lambda p: data.prompt_length(p.prompt, p.images, tokenizer, settings, p.id),
     )
     stream = data.Stream(problems, cfg.seed)
-    pair = load_pair(cfg, world)
+    local = replace(cfg, model=directory)
+    sampler = load_sampler(local, world, tokenizer, settings)
+    sampler.rest()
+    pair = load_pair(local, world)
     if checkpoint:
         checkpoints.load_state(checkpoint, pair)
-    policy = pair["policy"][0]
-    sampler = TorchSampler(load_model(cfg.model, device=world.device), tokenizer, settings)
-    sampler.sync(parallel.whole_weights(policy))
+    policy, critic = pair["policy"][0], pair.get("critic", (None,))[0]
+    cost = partial(train_flops, policy.config)
+    bird = canary(problems, tokenizer, settings, cfg.prompt_tokens)
+
+    def sync(step: int):
+        """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
+        sampler.sync(parallel.whole_weights(policy, world.dtype))
+        gap = canary_gap(sampler, policy, bird, cfg.temperature, cfg.train_vision)
+        refuse_gap(parallel.largest(world, gap), cfg, world, f"after the update of step {step}")
+
+    sync(start - 1)
     log = None if cfg.trace else RunLog(out, cfg, cfg.steps, world.main, start)
     if world.main and dropped:
         print(f"{dropped} problems left out: prompts over {cfg.prompt_tokens} tokens")
 
+    def turn(name: str, device):  # of a model to work on its GPU, or to wait in host memory
+        if cfg.offload and name in pair:
+            parallel.move(*pair[name], device)
+
+    turn("policy", "cpu")
+    turn("critic", "cpu")
     stopped = False
-    with stop_on_signal(world.main) as stop:
+    pulse = (lambda *_: None) if cfg.trace else Pulse(out, world.rank, cfg.dump_minutes)
+    saver = checkpoints.Saver(out, directory, world.dtype, cfg.keep_last, cfg.keep_every)
+    with saver, stop_on_signal(world.main) as stop:
         for step in range(start, start + 1 if cfg.trace else cfg.steps):
-            # 1. ask: P problems, text and pictures mixed; every rank takes its share
-            asked = stream.batch(step, cfg.problems)[world.rank :: world.size]
-            # 2. answer: G tries each, by the policy as it is now
+            # 1. ask: P problems, text and pictures mixed
+            pulse("ask", step)
+            asked = stream.batch(step, cfg.problems)
+            # 2. answer: G tries each, by the policy as it is now; every rank takes its share
+            pulse("answer", step)
             budget = length_budget(step, cfg.lengths, cfg.length_from)
+            turns = parallel.turns(world, len(asked), f"{step}", dynamic=cfg.sampler == "vllm")
             seed = (cfg.seed, step)
-            rollouts = sampler.generate(asked, cfg.samples, budget, cfg.temperature, seed)
+            mine = sampler.generate(asked, cfg.samples, budget, cfg.temperature, seed, turns=turns)
+            sampler.rest()
             # 3. grade: 1 if the boxed answer matches, else 0; a response that was cut is wrong
-            verdicts = [verdict_of(r) for r in rollouts]
-            scores = [v.score * r.stopped for v, r in zip(verdicts, rollouts, strict=True)]
+            pulse("grade", step)
+            verdicts = [verdict_of(r) for r in mine]
+            metrics = describe(mine, verdicts, world) | {"length_budget": budget}
+            rollouts, verdicts, lengths = exchange(mine, verdicts, asked, world)
+            scores = [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
             # 4. judge every token: how much better than expected?
-            parts = plan(rollouts, cfg, world)
-            metrics = describe(rollouts, verdicts, scores, world) | {"length_budget": budget}
+            pulse("judge", step)
+            bins = deal(rollouts, lengths, cfg, world, cost)
+            share = sorted(i for part in bins for members in part for i in members)
+            ours, place = [rollouts[i] for i in share], {i: k for k, i in enumerate(share)}
+            read_prompts(ours, tokenizer, settings)
+            bins = [[[place[i] for i in members] for members in part] for part in bins]
+            parts, values = lay_out(ours, bins, cfg, world), None
             if cfg.algorithm == "ppo":
-                values = judge(pair["critic"][0], parts, len(rollouts), world.device)
-                advantages, returns = advantages_of(values, scores, cfg, world)
+                turn("critic", world.device)
+                values = judge(critic, parts, len(ours), world.device)
+                reached = [scores[i] for i in share]
+                advantages, returns = advantages_of(values, reached, cfg, world)
                 metrics |= critic_metrics(values, returns, world)
             else:
-                values, scored = None, torch.tensor(scores).view(-1, cfg.samples)
-                advantages = spread(group_advantages(scored), rollouts)
+                spread_out = spread(
+                    group_advantages(torch.tensor(scores).view(-1, cfg.samples)), rollouts
+                )
+                advantages = [spread_out[i] for i in share]
             if cfg.trace:
-                if world.main:
-                    print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
+                print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
                 return parallel.finish(world)
             # 5. learn: the critic in 4 steps, the policy in 1
+            pulse("learn", step)
             if cfg.algorithm == "ppo":
                 metrics |= learn_critic(*pair["critic"], parts, returns, cfg, step, world)
-            metrics |= learn_policy(*pair["policy"], parts, rollouts, advantages, cfg, step, world)
-            parallel.refuse_nan(step, metrics)
-            # 6. tell: the log, a checkpoint, and the sampler
-            sampler.sync(parallel.whole_weights(policy))
+                turn("critic", "cpu")
+            turn("policy", world.device)
+            metrics |= learn_policy(*pair["policy"], parts, ours, advantages, cfg, step, world)
+            parallel.refuse_nan(world, step, metrics)
+            refuse_gap(metrics["logp_diff_mean"], cfg, world, f"step {step}")
+            # 6. tell: the sampler, a checkpoint, and the log
+            pulse("sync", step)
+            sync(step)
+            metrics |= pulse.seconds() | {"peak_gb": parallel.peak_gb(world)}
             log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:
-                checkpoints.save_checkpoint(out, step + 1, pair, policy, cfg.model)
+                pulse("save", step)  # after the log: a checkpoint's steps all stand in it
+                saver.save(step + 1, pair, policy, card_of(cfg, out, step + 1, metrics))
+            saver.settle()
+            turn("policy", "cpu")
             if stopped:
                 break
+    pulse("leave", cfg.steps)
     if not stopped:
-        checkpoints.save_whole(policy, out / "model", cfg.model)
+        turn("policy", world.device)
+        card = card_of(cfg, out, cfg.steps, {})
+        checkpoints.save_whole(policy, out / "model", directory, world.dtype, card)
     elif world.main:
         print(stop.advice)
     log.close()
     parallel.finish(world)
+    pulse.close()
 
 
 if __name__ == "__main__":

@@ -1,41 +1,47 @@
 """The run directory: what was run, with what, and what happened at every step.
 
-    RUN/run.json        config, command line, commit, versions, start; later `seconds_total`
+    RUN/run.json        config, data and its hashes, command line, commit, versions, start; later
+                        `seconds_total`
     RUN/metrics.jsonl   one JSON object a step: {"step": n, "seconds": s, name: float, ...}
     RUN/rollouts.jsonl  decoded samples with their verdicts, each with the "step" it was drawn in
-    RUN/checkpoints/, RUN/model/  belong to the trainers; this file never touches them
+    RUN/heartbeat/      where every rank is, and the stacks of those that are there for too long
+    RUN/checkpoints/, RUN/model/  belong to the trainers; from here comes the README.md of a model
 
 The line on the screen and the row in metrics.jsonl hold the same floats under the same names, so a
 number seen in a terminal can be found in a plot. Both are written by rank 0 alone (`main=True`); on
-the other ranks every method returns at once, so a training loop needs no `if rank == 0`.
+the other ranks every method returns at once, so a training loop needs no `if rank == 0`. The
+heartbeat is written by every rank.
 
 Steps count from 0. A resumed run passes `start`, the first step it will do: rows at or after it
 come from the part that is about to be repeated, and are cut off, so no step stands there twice.
 
-    log = RunLog("out/demo", config, steps=100)
+    log, pulse = RunLog("out/demo", config, steps=100), Pulse("out/demo", rank=0)
     with stop_on_signal() as stop:
         for step in range(100):
-            ...
-            log.log(step, {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.2}, show=("loss", "lr"))
+            pulse("learn", step)
+            metrics = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.2}
+            log.log(step, metrics | pulse.seconds(), show=("loss", "lr"))
             if stop.requested: ...  # write a checkpoint, print stop.advice, leave
     log.close()
+    pulse.close()
 """
 
-import dataclasses
+import faulthandler
 import json
 import os
-import shlex
 import signal
-import subprocess
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm")  # versions that change a run
+from provenance import command_line, provenance
+
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class RunLog:
@@ -53,12 +59,8 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.earlier = _truncate(self.directory / "metrics.jsonl", start)
         _truncate(self.directory / "rollouts.jsonl", start)
-        self.about = {
-            "config": dataclasses.asdict(config),
-            "command": command_line(),
-            "commit": _commit(),
-            "versions": {"python": sys.version.split()[0]} | _versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        self.about = provenance(config) | {
+            "started": time.strftime(TIME),
             "start_step": start,
             "steps": steps,
         }
@@ -71,7 +73,8 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()) -> None:
         """Append the step to metrics.jsonl and print one line with the metrics named in `show`.
 
-        A NaN is written as NaN (Python's json reads it back): hiding it would hide the bug.
+        The seconds of phases (Pulse.seconds) and peak_gb stand in brackets at its end. A NaN is
+        written as NaN (Python's json reads it back): hiding it would hide the bug.
         """
         if not self.main:
             return
@@ -87,9 +90,10 @@ class RunLog:
         elapsed = now - self.began
         left = elapsed / max(1, step + 1 - self.start) * (self.steps - step - 1)
         shown = "  ".join(f"{name} {compact(row[name]):>6}" for name in show)
+        costs = f"  {costs}" if (costs := spent(row)) else ""
         width = len(str(self.steps))
         print(
-            f"step {step:>{width}}/{self.steps}  {shown}  {clock(elapsed)} < {clock(left)}",
+            f"step {step:>{width}}/{self.steps}  {shown}{costs}  {clock(elapsed)} < {clock(left)}",
             flush=True,
         )
 
@@ -111,7 +115,91 @@ class RunLog:
 
     def _write_about(self) -> None:
         text = json.dumps(self.about, indent=1, default=str, ensure_ascii=False)
-        (self.directory / "run.json").write_text(text + "\n", encoding="utf-8")
+        part = self.directory / "run.json.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.directory / "run.json")  # a kill leaves the old one or the new one
+
+
+class Pulse:
+    """Where this rank is, for how long, and what it cost. One a process, on every rank.
+
+        pulse("answer", step)   # a phase begins: RUN/heartbeat/rank_00003.json says so
+        pulse.seconds()         # {"seconds_answer": 1.2, ...} since the last call
+
+    A hang has no message: one rank misses a collective and all others wait in it, silently.
+    `cat RUN/heartbeat/*.json` shows who is behind. A rank that begins no phase for `minutes` (0:
+    never mind) also appends the Python stacks of its threads to rank_00003.stack, again and again
+    while it lasts. `since` tells a file that an earlier start with more ranks has left.
+
+    A thread waits and calls faulthandler.dump_traceback, and so needs the GIL. Waiting collectives
+    and .item() let go of it; C code that does not (a regular expression run wild) goes undumped,
+    but the heartbeat still names phase and pid, for `py-spy dump`. Not dump_traceback_later, which
+    needs no GIL: reading stacks while their threads run, it crashed Python 3.11 in one of 1 to 200
+    dumps, and a phase that is only slow must not die of being watched.
+
+    Seconds are wall-clock and add up to the time between two calls of seconds(). On a GPU they are
+    honest where a phase ends by reading a result (.item(), .tolist()): kernels are only queued
+    before that, and the wait would be charged to the phase that reads next.
+    """
+
+    def __init__(self, directory: str | Path, rank: int, minutes: float = 30.0):
+        self.path = Path(directory) / f"heartbeat/rank_{rank:05}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self.limit, self.now, self.spent = 60 * minutes, {}, {}
+        self.beaten, self.closed = threading.Event(), False
+        if minutes:
+            threading.Thread(target=self._watch, daemon=True, name="pulse").start()
+
+    def __call__(self, phase: str, step: int) -> None:
+        """`phase` of `step` begins, and the one before ends."""
+        self._count()
+        self.now = self.who | {"step": step, "phase": phase, "since": time.strftime(TIME)}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.now) + "\n")
+        part.replace(self.path)  # a reader sees the old line or the new one, never half of one
+        self.beaten.set()
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase since the last call, the one under way included up to now."""
+        self._count()
+        spent, self.spent = self.spent, {}
+        return {f"seconds_{phase}": round(seconds, 4) for phase, seconds in spent.items()}
+
+    def close(self) -> None:
+        """The phase "closed" lasts for ever: no stacks any more."""
+        self.closed = True
+        self("closed", self.now.get("step", 0))
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self.now:
+            phase = self.now["phase"]
+            self.spent[phase] = self.spent.get(phase, 0.0) + now - self.began
+        self.began = now
+
+    def _watch(self) -> None:
+        self.beaten.wait()  # the first phase
+        while True:
+            self.beaten.clear()
+            if self.closed:  # looked at after clear(): a close in between is not slept through
+                return
+            if not self.beaten.wait(self.limit):
+                self._dump()
+
+    def _dump(self) -> None:
+        path, now = self.path.with_suffix(".stack"), self.now
+        where = f"rank {now['rank']} ({now['host']}, pid {now['pid']})"
+        what = f"{where} is in phase {now['phase']} of step {now['step']} since {now['since']}"
+        print(f"{what}; its stacks are in {path}", file=sys.stderr, flush=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(
+                f"{time.strftime(TIME)}: {what}. Who is behind? cat {path.parent}/*.json: the rank"
+                " with the earliest step and phase is the one that the others wait for, and its"
+                " .stack says where it is. The main thread stands last.\n"
+            )
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 class stop_on_signal:
@@ -173,21 +261,25 @@ def compact(value: float) -> str:
     return f"{value:.3g}" if size >= 0.001 else f"{value:.0e}"
 
 
+def spent(metrics: dict[str, float]) -> str:
+    """{"seconds_answer": 1.23, "seconds_tell": 0.001, "peak_gb": 0.9} -> [answer 1.23 s, 0.9 GB].
+
+    Phases under a hundredth of the whole are left out: metrics.jsonl has them.
+    """
+    phases = {n[8:]: seconds for n, seconds in metrics.items() if n.startswith("seconds_")}
+    least = 0.01 * sum(phases.values())
+    long = [f"{name} {compact(round(s, 2))}" for name, s in phases.items() if s >= least]
+    costs = [" ".join(long) + " s"] if long else []
+    if "peak_gb" in metrics:
+        costs.append(f"{compact(round(metrics['peak_gb'], 2))} GB")
+    return f"[{', '.join(costs)}]" if costs else ""
+
+
 def clock(seconds: float) -> str:
     """75 -> 1:15, 3675 -> 1:01:15."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def command_line() -> str:
-    """The command that started this process, torchrun's own part rebuilt from its environment."""
-    here = [os.path.relpath(sys.argv[0])] + sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join(["python", *here])
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    nodes = int(os.environ["WORLD_SIZE"]) // local
-    return shlex.join(["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={local}", *here])
 
 
 def _append(file, rows: Iterable[dict]) -> None:
@@ -211,31 +303,6 @@ def _truncate(path: Path, start: int) -> float:
             end, seconds = end + len(line), seconds + row.get("seconds", 0.0)
     os.truncate(path, end)
     return seconds
-
-
-def _commit() -> dict | None:
-    """{"hash", "dirty"} of the checkout this file lies in; None without git or without a commit."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return {"hash": head, "dirty": bool(git("status", "--porcelain"))} if head else None
-    except FileNotFoundError:  # no git on this machine
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # vllm is optional
-    return found
 
 
 def _start_wandb(project: str, directory: Path, config: dict):

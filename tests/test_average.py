@@ -18,6 +18,7 @@ def checkpoint(directory, seed, dtype=torch.float32, tied=False, cut=False, extr
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": tied, "seed": seed}))
     (directory / "tokenizer.json").write_text(f"tokenizer {seed}")
+    (directory / "README.md").write_text(f"trained with seed {seed}")
     if not cut:
         save_file(tensors, directory / "model.safetensors")
         return tensors
@@ -55,6 +56,17 @@ def test_equal_members_come_back_bit_for_bit(tmp_path):
     member = [checkpoint(path, 0, torch.bfloat16) for path in paths][0]
     average(tuple(map(str, paths)), str(tmp_path / "out"))
     assert all(torch.equal(t, member[name]) for name, t in load(tmp_path / "out").items())
+
+
+def test_the_card_names_the_members_and_is_not_the_first_ones(tmp_path):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for seed, path in enumerate(paths):
+        checkpoint(tmp_path / path, seed)
+    average(tuple(paths), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "average of 3 checkpoints" in card and "trained with seed" not in card
+    assert [line[2:] for line in card.splitlines() if line.startswith("- ")] == paths
+    assert card.startswith("---\nlibrary_name: transformers\n")
 
 
 def test_a_tied_head_is_averaged_and_written_once(tmp_path):

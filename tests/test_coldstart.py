@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def run(cfg: coldstart.Config) -> Path:
 
 def metrics_of(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timing = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    machine = ("seconds", "tokens_per_second", "peak_gb")
+    return [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows]
+
+
+def wait_for(path: Path):
+    """A checkpoint is written while the run goes on."""
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} was never written"
+        time.sleep(0.05)
 
 
 def weights_of(run: Path) -> dict:
@@ -65,7 +74,9 @@ def naive_loss(model, documents) -> torch.Tensor:
 
 
 def shipped_loss(model, documents, budget) -> tuple[torch.Tensor, int]:
-    packs, tokens = coldstart.packs_of(documents, budget, ALONE)
+    cfg = coldstart.Config(pack_tokens=budget, max_tokens=budget)
+    packs, tokens, left_out = coldstart.packs_of(documents, lambda d: d, cfg, ALONE, float)
+    assert left_out == 0
     assert tokens == sum(len(d.response_ids) for d in documents)
     return sum(coldstart.loss_of(model, pack, tokens, "cpu") for pack in packs), len(packs)
 
@@ -204,7 +215,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
         else:
             coldstart.main(cfg)
     done = {"killed": "step_000002", "ctrl-c": "step_000003"}[how]
-    assert (tmp_path / "checkpoints" / done / "state").is_dir()
+    wait_for(tmp_path / "checkpoints" / done / "state")
     assert not (tmp_path / "model").exists()
     torch.manual_seed(12345)
     run(cfg)
@@ -218,11 +229,11 @@ def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
 ):
     cfg, save = config(mini, tmp_path, save_every=STEPS), checkpoints.save_whole
 
-    def dies(policy, directory, like):
+    def dies(policy, directory, *rest):
         if directory == tmp_path / "model":
             (tmp_path / "model.part").mkdir()
             raise RuntimeError("killed")
-        save(policy, directory, like)
+        save(policy, directory, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_whole", dies)

@@ -7,12 +7,10 @@ tensor. The small model has windowed and full-attention vision blocks, and pictu
 windows, whole and ragged; the shapes of 7B are taken layer by layer.
 """
 
-import ast
 import json
 import math
 import random
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -812,14 +810,3 @@ def test_tokenizer_template_and_settings_are_copied_along(tmp_path, ours):
     assert load_model(target).config == SMALL
     save_model(ours, target, like=target)  # onto itself
     assert {file.name for file in target.iterdir()} == found
-
-
-def test_model_py_imports_torch_safetensors_and_the_standard_library_only():
-    names = set()
-    for node in ast.walk(ast.parse(Path(model.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level
-            names.add(node.module.split(".")[0])
-    assert names - sys.stdlib_module_names == {"torch", "safetensors"}

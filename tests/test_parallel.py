@@ -1,9 +1,10 @@
-"""parallel.py: two gloo processes give the numbers of one, wherever the pictures lie.
+"""parallel.py: two and four gloo processes give the numbers of one, wherever the pictures lie.
 
-    pytest tests/test_parallel.py       # starts itself under torchrun, twice
+    pytest tests/test_parallel.py       # starts itself under torchrun, three times
 
 The second start trains the vision tower, so that its blocks are sharded, with all pictures on one
-rank: a rank that left the tower out would leave the other one waiting for ever.
+rank: a rank that left the tower out would leave the other one waiting for ever. The third has four
+ranks in two groups that hold a copy of the weights each, as two nodes would.
 """
 
 import faulthandler
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,13 +23,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoints
 import coldstart
 import data
 import parallel
 import rl
-from model import load_model
+from model import Qwen25VL, load_model, read_config, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = parallel.World(0, 1, torch.device("cpu"))
@@ -85,11 +88,8 @@ def picture_and_text(mini: dict) -> list[data.Pack]:
 def gradients(mini: dict, world, train_vision: bool, head: str) -> dict:
     """Of the summed output over both packs: rank r has the r-th, one process has both."""
     torch.manual_seed(0)
-    model = load_model(mini["model"], head=head)
-    for weight in model.visual.parameters():
-        weight.requires_grad_(train_vision)
-    model = parallel.shard(model, world)
-    packs = picture_and_text(mini)[world.rank :: world.size]
+    model = parallel.load(mini["model"], world, head, train_vision)
+    packs = picture_and_text(mini)[world.rank :: world.size] or [data.filler_pack()]
     if train_vision:
         packs = [data.with_blank_picture(pack) for pack in packs]
     with torch.no_grad():  # as judge() does before the critic learns
@@ -99,7 +99,7 @@ def gradients(mini: dict, world, train_vision: bool, head: str) -> dict:
         targets = {"targets": pack.targets} if head == "lm" else {}
         out = model(**pack.inputs, rows=pack.rows, **targets)
         out = out[0] if head == "lm" else out
-        (out.sum() * world.size).backward()
+        parallel.backward(model, out.sum(), world, last=True)
     norm = parallel.clip_gradients(model, 1e9)
     whole = {}
     for name, weight in model.named_parameters():
@@ -112,7 +112,11 @@ def gradients(mini: dict, world, train_vision: bool, head: str) -> dict:
 
 def small_things(world) -> dict:
     r = world.rank
+    dealt = [list(parallel.turns(world, 5, key, dynamic=True)) for key in ("a", "b")]
     return {
+        "union": parallel.union(world, {r: "x" * r}),
+        "turns": list(parallel.turns(world, 5, "static", dynamic=False)),
+        "dealt": dealt,
         "sums": parallel.sums(world, 2**53 - 1 if r else 1, 0.5 + r, 3),
         "largest": [parallel.largest(world, x) for x in (r, -r, 0.25 * (1 - r), bool(r))],
         "means": parallel.means(
@@ -135,6 +139,12 @@ def worker(job: str, folder: Path):
         rl.main(rl_config(mini, folder / "grpo", algorithm="grpo"))
         parallel.clip_gradients = stop_in_step(1)
         coldstart.main(coldstart_config(mini, folder / "moved"))  # step 1; one process did step 0
+    elif job == "hybrid":
+        world = parallel.start(1, shard_ranks=2)
+        found = {"lm": gradients(mini, world, False, "lm"), "mesh": world.mesh.shape}
+        two = dict(shard_ranks=2)
+        coldstart.main(coldstart_config(mini, folder / "coldstart", recompute="full", **two))
+        rl.main(rl_config(mini, folder / "rl", recompute="selective", offload=True, **two))
     else:
         found = {"value": gradients(mini, world, True, "value")}
         cfg = rl_config(mini, folder / "rl_vision", train_vision=True)
@@ -153,9 +163,9 @@ def worker(job: str, folder: Path):
 # ------------------------------------------------------------------ the tests
 
 
-def two_ranks(job: str, folder: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [__file__, job, str(folder)]
+def torchrun(ranks: int, job: str, folder: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", __file__, job, str(folder)]
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -189,7 +199,7 @@ def frozen(mini, tmp_path_factory):
         patch.setattr(data, "permutation", in_order)
         patch.setattr(parallel, "clip_gradients", stop_in_step(1))
         coldstart.main(coldstart_config(asdict(mini), folder / "moved"))
-    (folder / "output.txt").write_text(two_ranks("frozen", folder))
+    (folder / "output.txt").write_text(torchrun(2, "frozen", folder))
     return folder
 
 
@@ -197,7 +207,15 @@ def frozen(mini, tmp_path_factory):
 def sharded(mini, tmp_path_factory):
     """Folder of the two-process runs with a sharded tower."""
     folder = folder_of(tmp_path_factory, "sharded", mini)
-    two_ranks("sharded", folder)
+    torchrun(2, "sharded", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(mini, tmp_path_factory):
+    """Folder of the runs by four processes: two copies of the weights, each in two halves."""
+    folder = folder_of(tmp_path_factory, "hybrid", mini)
+    torchrun(4, "hybrid", folder)
     return folder
 
 
@@ -216,8 +234,8 @@ def alone(mini, tmp_path_factory):
 
 def metrics_of(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timing = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    machine = ("seconds", "tokens_per_second", "peak_gb")
+    return [{k: v for k, v in r.items() if not k.startswith(machine)} for r in rows]
 
 
 def assert_same_metrics(one: Path, other: Path, names: tuple[str, ...]):
@@ -245,7 +263,7 @@ def assert_same_weights(one: Path, other: Path, lr: float):
 
 
 def test_ranks_that_are_done_leave_with_status_0_and_lose_no_line(frozen):
-    output = (frozen / "output.txt").read_text()  # two_ranks saw the status
+    output = (frozen / "output.txt").read_text()  # torchrun() saw the status
     assert "rank 0 left" in output and "rank 1 left" in output
 
 
@@ -273,8 +291,16 @@ def test_sums_maxima_and_means_are_over_all_ranks_and_counts_are_exact(frozen):
     for rank in (0, 1):
         found = torch.load(frozen / f"frozen-{rank}.pt", weights_only=False)["small"]
         assert found["sums"] == (2**53, 2.0, 6.0)
+        assert found["union"] == {0: "", 1: "x"}
+        assert found["turns"] == [rank, rank + 2, rank + 4][: 3 - rank]
         assert found["largest"] == [1, 0, 0.25, 1]
         assert found["means"] == {"a": 7 / 4, "one": 5.0}
+
+
+def test_work_that_is_dealt_out_is_done_once_each_piece(frozen):
+    ranks = [torch.load(frozen / f"frozen-{r}.pt", weights_only=False)["small"] for r in (0, 1)]
+    for mine, theirs in zip(ranks[0]["dealt"], ranks[1]["dealt"], strict=True):
+        assert sorted(mine + theirs) == [0, 1, 2, 3, 4] and mine == sorted(mine)
 
 
 @pytest.mark.parametrize("job, head, train_vision", [("frozen", "lm", 0), ("sharded", "value", 1)])
@@ -337,6 +363,24 @@ def test_pictures_on_one_rank_text_on_the_other_do_not_hang_a_sharded_tower(shar
     assert metrics_of(alone / "rl_vision")[0]["grad_norm"] > before  # the tower's share
 
 
+def test_four_ranks_with_two_copies_of_the_weights_give_the_gradient_of_one_process(mini, hybrid):
+    mine = gradients(asdict(mini), ALONE, False, "lm")
+    for rank in range(4):
+        found = torch.load(hybrid / f"hybrid-{rank}.pt", weights_only=False)
+        assert found["mesh"] == (2, 2)
+        # ranks 2 and 3 have no pack of their own in this one: two packs for four ranks
+        for name, grad in mine["gradients"].items():
+            torch.testing.assert_close(found["lm"]["gradients"][name], grad, atol=1e-5, rtol=1e-4)
+
+
+def test_four_ranks_give_the_runs_of_one_process_with_recomputation_and_offload(hybrid, alone):
+    """Also with more ranks than packs: those run fillers."""
+    assert_same_metrics(hybrid / "coldstart", alone / "coldstart", ("loss", "grad_norm"))
+    assert_same_weights(hybrid / "coldstart", alone / "coldstart", lr=1e-3)
+    assert_same_metrics(hybrid / "rl", alone / "rl", ("policy_loss", "value_loss", "grad_norm"))
+    assert_same_weights(hybrid / "rl", alone / "rl", lr=1.5e-4)
+
+
 def test_a_run_moves_between_one_and_two_processes(mini, frozen, alone, monkeypatch):
     """Step 0 by one process, step 1 by two, the rest by one: the state is read by any number."""
     monkeypatch.setattr(data, "permutation", in_order)
@@ -355,16 +399,146 @@ def test_one_line_a_step_is_printed_and_by_one_rank_only(frozen):
     assert output.count("to resume:") == 1
 
 
+class Calls(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[str(operator).split(".")[1]] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kind, attention, qkv", [("none", 1, 1), ("selective", 1, 1), ("full", 2, 2)]
+)
+def test_recomputation_changes_no_bit_of_the_gradient_and_selective_does_not_repeat_attention(
+    mini, kind, attention, qkv
+):
+    plain, model = (parallel.load(mini.model, ALONE, recompute=k) for k in ("none", kind))
+    pack = picture_and_text(asdict(mini))[0]
+    for one in (plain, model):
+        with Calls() as calls:
+            logps, _ = one(**pack.inputs, rows=pack.rows, targets=pack.targets)
+            logps.sum().backward()
+    layers = model.config.num_hidden_layers
+    assert calls.counts["addmm"] - plain_tower(mini, pack)["addmm"] == 3 * layers * qkv
+    ran = sum(
+        n for name, n in calls.counts.items() if "attention" in name and "backward" not in name
+    )
+    assert ran - plain_tower(mini, pack)["attention"] == layers * attention
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+
+
+def plain_tower(mini, pack) -> Counter:
+    """Operators of the vision tower alone, which does not train here."""
+    tower = load_model(mini.model).visual.requires_grad_(False)
+    with Calls() as calls:
+        tower(pack.patches, pack.grids)
+    return Counter(
+        addmm=calls.counts["addmm"],
+        attention=sum(n for name, n in calls.counts.items() if "attention" in name),
+    )
+
+
+@pytest.fixture
+def half():
+    """A process group of this process alone, with bfloat16 compute."""
+    world = parallel.start(1, "bfloat16")
+    yield world
+    torch.distributed.destroy_process_group()
+
+
+def test_bfloat16_computes_over_float32_masters_that_a_small_step_moves(mini, half):
+    """A bfloat16 weight of 0.02 does not feel a step of 1e-6: it has 8 bits."""
+    model, whole = parallel.load(mini.model, half), load_model(mini.model)
+    pack = picture_and_text(asdict(mini))[0]
+    found, wanted = (
+        m(**pack.inputs, rows=pack.rows, targets=pack.targets)[0] for m in (model, whole)
+    )
+    assert 1e-6 < (found - wanted).abs().max() < 0.1 and found.dtype == torch.float32
+    parallel.backward(model, found.sum(), half, last=True)
+    wanted.sum().backward()
+    theirs = {n: w.grad for n, w in whole.named_parameters() if not n.startswith("visual.")}
+    for name, weight in model.named_parameters():
+        if name.startswith("visual."):
+            assert weight.dtype == torch.bfloat16 and not isinstance(weight, DTensor)
+        else:
+            assert weight.dtype == weight.grad.dtype == torch.float32, name
+            angle = torch.cosine_similarity(
+                weight.grad.full_tensor().flatten(), theirs[name].flatten(), dim=0
+            )
+            assert angle > 0.99, (name, angle)
+    before = {n: w.clone() for n, w in parallel.whole_weights(model) if not n.startswith("visual.")}
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6).step()
+    after = dict(parallel.whole_weights(model))
+    moved = torch.cat([(after[n] != w).flatten() for n, w in before.items()]).float().mean()
+    cast = torch.cat([(after[n].bfloat16() != w.bfloat16()).flatten() for n, w in before.items()])
+    assert moved > 0.9 > 0.1 > cast.float().mean()
+
+
+def test_a_tied_head_is_one_weight_after_sharding_a_step_and_saving(mini, half, tmp_path):
+    config = replace(read_config(mini.model), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    start = Qwen25VL(config)
+    start.model.embed_tokens.weight.data *= 0.02  # so that every word has some probability
+    save_model(start, tmp_path / "tied", like=mini.model)
+    model = parallel.load(tmp_path / "tied", half)
+    assert model.head_weight is model.model.embed_tokens.weight
+    pack = picture_and_text(asdict(mini))[1]
+    logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
+    parallel.backward(model, logps.sum(), half, last=True)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    checkpoints.save_whole(model, tmp_path / "saved", tmp_path / "tied", torch.float32, "a card")
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert "lm_head.weight" not in saved
+    before = load_file(tmp_path / "tied/model.safetensors")["model.embed_tokens.weight"]
+    changed = (saved["model.embed_tokens.weight"] != before).any(dim=1)
+    assert changed.sum() > len(set(pack.ids.tolist()))  # by the head: rows that are not looked up
+    again = load_model(tmp_path / "saved")
+    assert torch.equal(again.head_weight, saved["model.embed_tokens.weight"])
+
+
+def test_settings_of_the_ranks_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="shard_ranks 3 does not divide 1 ranks"):
+        parallel.start(1, shard_ranks=3)
+    with pytest.raises(ValueError, match="dtype must be auto, float32 or bfloat16, got fp8"):
+        parallel.start(1, "fp8")
+
+
+def test_an_unknown_kind_of_recomputation_is_refused(mini):
+    with pytest.raises(ValueError, match="none, selective, full, got some"):
+        parallel.load(mini.model, ALONE, recompute="some")
+
+
+def test_a_model_that_waits_and_comes_back_goes_on_as_if_it_had_stayed(mini):
+    weights = []
+    for moves in (False, True):
+        model = parallel.load(mini.model, ALONE)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for pack in picture_and_text(asdict(mini)):
+            model(**pack.inputs, rows=pack.rows, targets=pack.targets)[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if moves:
+                parallel.move(model, optimizer, "cpu")
+        weights.append(dict(model.named_parameters()))
+    assert all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
+
+
 def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "start", lambda threads: replace(ALONE, size=9))
+    monkeypatch.setattr(parallel, "start", lambda *arguments: replace(ALONE, size=9))
     with pytest.raises(ValueError, match="problems 6 < 9 ranks"):
         rl.main(rl_config(asdict(mini), tmp_path))
 
 
 def test_a_metric_that_is_not_finite_stops_the_run_and_is_named():
-    parallel.refuse_nan(3, {"loss": 0.5})
-    with pytest.raises(FloatingPointError, match="step 3.*grad_norm"):
-        parallel.refuse_nan(3, {"loss": 0.5, "grad_norm": float("nan")})
+    parallel.refuse_nan(ALONE, 3, {"loss": 0.5}, ["a#1"])
+    with pytest.raises(FloatingPointError, match="step 3.*grad_norm.*packs of a#1, b#0"):
+        parallel.refuse_nan(ALONE, 3, {"loss": 0.5, "grad_norm": float("nan")}, ["b#0", "a#1"])
 
 
 if __name__ == "__main__":

@@ -21,9 +21,15 @@ import rl
 import runlog
 from model import load_model
 from reward import Verdict
-from rollout import Rollout
+from rollout import Rollout, canary
 
 ALONE = parallel.World(0, 1, torch.device("cpu"))
+
+
+def packed(rollouts: list, cfg: rl.Config) -> list:
+    """The packs of a batch in one process."""
+    lengths = [len(r.document) for r in rollouts]
+    return rl.lay_out(rollouts, rl.deal(rollouts, lengths, cfg, ALONE), cfg, ALONE)
 
 
 def config(**changed) -> rl.Config:
@@ -34,7 +40,8 @@ def config(**changed) -> rl.Config:
 
 def metrics_of(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    machine = ("seconds", "peak_gb")
+    return [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows]
 
 
 def weights_of(run: Path) -> dict:
@@ -322,7 +329,7 @@ def test_judge_gae_normalise_and_learn_give_the_exact_gradient_of_a_batch(lam, p
     ]
     cfg = config(samples=1, problems=27, clip=1e9, lam=lam, lengths=(4,), length_from=(0,))
     cfg = replace(cfg, prompt_tokens=2, pack_tokens=pack_tokens)
-    parts = rl.plan(rollouts, cfg, ALONE)
+    parts = packed(rollouts, cfg)
     values = rl.judge(critic, parts, 27, "cpu")
     judged = []
     for sequence, value in zip(drawn, values, strict=True):
@@ -382,7 +389,7 @@ def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None) -> 
     policy, critic = load_model(mini.model), load_model(mini.model, head="value")
     nn.init.normal_(critic.value_head.weight, std=0.1)
     slow, fast = (CountingSGD(m.parameters(), lr=1.0) for m in (policy, critic))
-    parts = rl.plan(rollouts, cfg, ALONE)
+    parts = packed(rollouts, cfg)
     values = rl.judge(critic, parts, len(rollouts), "cpu")
     returns = [
         a * 0 + float(r.problem.answer) / 5 for a, r in zip(advantages, rollouts, strict=True)
@@ -428,7 +435,7 @@ def test_every_rollout_is_trained_once_a_pass_and_every_sampled_token_with_it(
 ):
     rollouts, _ = batch
     cfg = config(**UPDATE | dict(prompt_tokens=20, pack_tokens=pack_tokens))
-    parts = rl.plan(rollouts, cfg, ALONE)
+    parts = packed(rollouts, cfg)
     assert len(parts) == cfg.critic_steps
     members = [[i for pack in packs for i in pack.members] for packs, _ in parts]
     assert [sorted(m) for m in members] == [list(range(4 * k, 4 * k + 4)) for k in range(4)]
@@ -505,7 +512,7 @@ def test_nan_in_every_slot_that_is_not_trained_changes_nothing(pack_tokens):
         rollouts.append(Rollout(problem, i, prompt, ids, [-1.0 - i / 100] * len(ids), True))
     cfg = config(problems=8, samples=1, clip=1e9, warmup=0, lr=0, critic_lr=0)
     cfg = replace(cfg, prompt_tokens=10, pack_tokens=pack_tokens)
-    parts = rl.plan(rollouts, cfg, ALONE)
+    parts = packed(rollouts, cfg)
     filled = [(packs + [data.filler_pack()], tokens) for packs, tokens in parts]  # as a short rank
     policy, critic = Poisoned(rollouts), Poisoned(rollouts)
     slow, fast = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (policy, critic))
@@ -535,7 +542,7 @@ def test_the_critic_warms_up_over_its_own_steps_and_the_policy_over_its():
     prompt, problem = data.Prompt([0], [0], None, (), ()), data.Problem("p", "?", "!")
     rollouts = [Rollout(problem, i, prompt, [60], [-1.0], True) for i in range(4)]
     cfg = config(samples=1, warmup=8, lr=1.0, critic_lr=10.0)
-    parts, ones = rl.plan(rollouts, cfg, ALONE), [torch.ones(1)] * 4
+    parts, ones = packed(rollouts, cfg), [torch.ones(1)] * 4
     policy, critic = Poisoned(rollouts), Poisoned(rollouts)
     slow, fast = (Rates(m.parameters(), lr=99.0) for m in (policy, critic))
     for step in range(3):
@@ -543,6 +550,103 @@ def test_the_critic_warms_up_over_its_own_steps_and_the_policy_over_its():
         rl.learn_policy(policy, slow, parts, rollouts, ones, cfg, step, ALONE)
     assert fast.seen == [10 * k / 8 for k in range(1, 9)] + [10.0] * 4
     assert slow.seen == [1 / 8, 2 / 8, 3 / 8]
+
+
+# ---- sampler and trainer
+
+
+def test_importance_weights_are_truncated_ratios_without_a_gradient():
+    logps = torch.tensor([-1.0, -2.0, -0.5, -1.0], requires_grad=True)
+    sampled = torch.tensor([-1.0, -1.0, -3.0, -1.5])
+    weights = rl.importance_weights(logps, sampled, cap=2.0)
+    assert weights.tolist() == pytest.approx([1.0, math.exp(-1), 2.0, math.exp(0.5)])
+    assert not weights.requires_grad
+
+
+def test_importance_weights_scale_each_tokens_gradient(mini, batch):
+    """A sampler that was off by known amounts; the reference weighs advantages by hand."""
+    rollouts, advantages = batch
+    shift = torch.Generator().manual_seed(1)
+    drifts = [torch.randn(len(a), generator=shift) for a in advantages]
+    cfg = config(**UPDATE | dict(prompt_tokens=20, pack_tokens=100))
+    gradients = []
+    for by_hand in (False, True):
+        policy = load_model(mini.model)
+        with torch.no_grad():
+            true = []
+            for r in rollouts:
+                pack = data.pack([r.document], 100)[0]
+                true.append(policy(**pack.inputs, rows=pack.rows, targets=pack.targets)[0])
+        off = [
+            replace(r, logps=(t - d).tolist())
+            for r, t, d in zip(rollouts, true, drifts, strict=True)
+        ]
+        weighed = [a * d.exp().clamp(max=1.5) for a, d in zip(advantages, drifts, strict=True)]
+        chosen = replace(cfg, tis=0.0 if by_hand else 1.5)
+        slow = CountingSGD(policy.parameters(), lr=1.0)
+        found = rl.learn_policy(
+            policy,
+            slow,
+            packed(off, cfg),
+            off,
+            weighed if by_hand else advantages,
+            chosen,
+            0,
+            ALONE,
+        )
+        gradients.append([p.grad for p in policy.parameters()])
+        assert ("tis_weight" in found) is not by_hand
+    assert 0.5 < rl.importance_weights(torch.cat(drifts), torch.zeros(1), 1.5).mean() < 1.5
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_sampler_whose_weights_were_not_copied_stops_the_run_in_its_first_step(
+    mini, tmp_path, monkeypatch
+):
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), lr=1e-2, warmup=1)
+    monkeypatch.setattr(rl.TorchSampler, "sync", lambda self, weights: [None for _ in weights])
+    with pytest.raises(RuntimeError, match="after the update of step 0.*stale cache"):
+        rl.main(cfg)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_gap_between_sampler_and_trainer_above_the_limit_stops_the_run(mini, tmp_path):
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), gap_limit=1e-12)
+    with pytest.raises(RuntimeError, match="more than 1e-12.*--gap-limit.*--tis"):
+        rl.main(cfg)
+    for gap in (float("nan"), float("inf"), 2e-3):
+        with pytest.raises(RuntimeError, match="step 7"):
+            rl.refuse_gap(gap, config(), ALONE, "step 7")
+    rl.refuse_gap(1e-4, config(), ALONE, "step 7")
+
+
+def test_the_canary_shows_a_picture_and_fills_a_block_of_the_prefix_cache(mini):
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    problems = data.read_problems(mini.train)
+    for limit in (512, 100):
+        bird = canary(problems, tokenizer, settings, limit)
+        length = data.prompt_length(bird.prompt, bird.images, tokenizer, settings)
+        assert bird.images and min(limit - 20, 160) <= length <= limit
+    bird = canary(data.read_problems(mini.text), tokenizer, settings, 512)
+    assert not bird.images and bird.id == "canary"
+
+
+def test_a_loss_that_is_not_finite_names_its_rollouts_and_changes_no_weight(mini, batch):
+    rollouts, advantages = batch
+    cfg = config(**UPDATE | dict(prompt_tokens=20, pack_tokens=60))
+    broken = [a.clone() for a in advantages]
+    broken[5][0] = math.nan
+    policy, before = load_model(mini.model), load_model(mini.model)
+    slow, parts = CountingSGD(policy.parameters(), lr=1.0), packed(rollouts, cfg)
+    with pytest.raises(FloatingPointError, match="step 9: .*policy_loss.*in packs of") as error:
+        rl.learn_policy(policy, slow, parts, rollouts, broken, cfg, 9, ALONE)
+    (pack,) = [p for packs, _ in parts for p in packs if 5 in p.members]
+    named = str(error.value).split("in packs of ")[1].split(";")[0]
+    wanted = sorted(f"{rollouts[i].problem.id}#{rollouts[i].sample}" for i in pack.members)
+    assert named == ", ".join(wanted)
+    for one, other in zip(policy.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # ---- whole runs
@@ -646,12 +750,12 @@ def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
     assert all(torch.equal(w, one[n]) for n, w in weights_of(tmp_path).items())
 
 
-def test_only_the_newest_state_is_kept_and_every_model(mini, tmp_path):
+def test_the_two_newest_states_are_kept_and_every_model(mini, tmp_path):
     cfg = config(model=mini.model, data=mini.text, out=str(tmp_path), steps=3, save_every=1)
     run(replace(cfg, problems=4, samples=2))
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["step_000001", "step_000002", "step_000003"]
-    assert [(f / "state").exists() for f in folders] == [False, False, True]
+    assert [(f / "state").exists() for f in folders] == [False, True, True]
     assert all((f / "model/model.safetensors").exists() for f in folders)
     with pytest.raises(FileExistsError, match="finished run"):
         rl.main(replace(cfg, problems=4, samples=2))

@@ -127,6 +127,31 @@ def test_rollouts_come_problem_by_problem_and_sample_by_sample(sampler):
     assert [(r.problem.id, r.sample) for r in rollouts] == wanted
 
 
+def test_turns_say_which_problems_are_done_and_the_index_which_one_it_was(sampler):
+    rollouts = sampler.generate(PROBLEMS, 2, max_tokens=30, turns=[2, 0, 3])
+    assert [(r.index, r.sample) for r in rollouts] == [(i, n) for i in (2, 0, 3) for n in (0, 1)]
+    assert all(r.problem is PROBLEMS[r.index] for r in rollouts)
+    whole = sampler.generate(PROBLEMS, 2, max_tokens=30)
+    assert [r.index for r in whole] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert_same(rollouts, whole)
+    assert sampler.generate(PROBLEMS, 2, max_tokens=30, turns=[]) == []
+
+
+def test_turns_are_taken_a_batch_at_a_time(model, tokenizer, monkeypatch):
+    """Ranks share a counter: one that took all turns at once would leave the others idle."""
+    sampler, log = TorchSampler(model, tokenizer, SETTINGS, batch=5), []
+    fill = sampler._fill
+    monkeypatch.setattr(sampler, "_fill", lambda *a: (log.append("batch"), fill(*a)))
+
+    def turns():
+        for i in (3, 1, 0, 2):
+            log.append(i)
+            yield i
+
+    sampler.generate(PROBLEMS, 2, max_tokens=4, turns=turns())
+    assert log == [3, 1, "batch", 0, 2, "batch"]
+
+
 def test_text_is_the_response_without_its_stop_token(sampler, tokenizer):
     for r in sampler.generate(PROBLEMS, 8, max_tokens=80):
         ids = [token for token in r.response_ids if token < WORDS.index(data.VISION[0])]

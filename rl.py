@@ -186,7 +186,7 @@ def length_budget(step: int, lengths: tuple[int, ...], length_from: tuple[int, .
 
 # nats a token; float32 gives 1e-6 to 1e-4, bfloat16 about 0.01
 GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-SHOWN = ("reward", "reward_image", "reward_text", "length", "entropy", "grad_norm", "logp_diff_max")
+SHOWN = ("reward", "length", "entropy", "grad_norm", "logp_diff_max")
 
 
 def warm(step: int, warmup: int) -> float:

@@ -416,7 +416,8 @@ def import_vllm():
     """The one place that needs it. What vLLM reads from the environment has to be set before."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, by our weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # on CPUs it warns of every call of torch.set_num_threads
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
     try:
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind

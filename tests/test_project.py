@@ -1,12 +1,18 @@
 """The promises that stand outside the code: imports point one way, the README tells the truth."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
+
+import coldstart
+import rl
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -99,6 +105,35 @@ def test_every_option_that_the_readme_gives_exists():
                 line,
                 option,
             )
+
+
+def settings_of(script: str, stage: str) -> list[str]:
+    """What a script under runs/ gives to a stage, its variables as they stand."""
+    text = (ROOT / "runs" / script).read_text().replace("\\\n", " ")
+    (line,) = re.findall(rf"torchrun .*? {stage}\.py (.*)", text)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+def test_the_scripts_for_gpus_give_settings_that_exist_and_agree(script, stage):
+    module = importlib.import_module(stage)
+    tyro.cli(module.Config, args=settings_of(script, stage))  # __post_init__ checks relations
+
+
+def test_the_full_run_has_the_numbers_of_the_paper():
+    """OVR, sec. 4.1; what it leaves open is not looked at."""
+    stage_1 = tyro.cli(coldstart.Config, args=settings_of("ovr_7b.sh", "coldstart"))
+    assert (stage_1.epochs, stage_1.batch, stage_1.lr) == (5, 640, 2e-4)
+    assert stage_1.pack_tokens == 64 * 1024 and not stage_1.replay
+    stage_2 = tyro.cli(rl.Config, args=settings_of("ovr_7b.sh", "rl"))
+    assert (stage_2.problems, stage_2.samples, stage_2.temperature) == (512, 16, 1)
+    assert stage_2.lengths == (24 * 1024, 32 * 1024, 48 * 1024)
+    assert stage_2.length_from == (0, 300, 700) and 900 <= stage_2.steps <= 1000
+    assert (stage_2.lr, stage_2.critic_lr, stage_2.warmup) == (1e-6, 5e-6, 50)
+    assert (stage_2.gamma, stage_2.lam, stage_2.epsilon, stage_2.critic_steps) == (1, 1, 0.2, 4)
+    assert (stage_2.beta1, stage_2.beta2, stage_2.weight_decay) == (0.9, 0.95, 0)
+    assert stage_2.algorithm == "ppo" and stage_2.sampler == "vllm"
 
 
 def test_every_link_inside_the_project_leads_somewhere():

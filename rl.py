@@ -297,6 +297,19 @@ def lay_out(rollouts: list[Rollout], parts: list, cfg: Config, world) -> list:
     return laid
 
 
+def plan(rollouts, lengths, cfg: Config, world, tokenizer, settings, cost):
+    """-> indices of the rollouts that this rank trains, and its (packs, tokens) of each part, whose
+    members count along those indices.
+    """
+    parts = deal(rollouts, lengths, cfg, world, cost)
+    share = sorted(i for bins in parts for members in bins for i in members)
+    place = {i: k for k, i in enumerate(share)}
+    ours = [rollouts[i] for i in share]
+    read_prompts(ours, tokenizer, settings)
+    parts = [[[place[i] for i in members] for members in bins] for bins in parts]
+    return share, lay_out(ours, parts, cfg, world)
+
+
 def gather(per_rollout: list[Tensor], pack: data.Pack) -> Tensor:
     """Values of every rollout's response tokens -> those of a pack's trained tokens, (R,)."""
     return torch.cat([torch.zeros(0), *(per_rollout[i] for i in pack.members)])
@@ -327,14 +340,14 @@ def advantages_of(values: list[Tensor], scores: list[float], cfg: Config, world)
 
 
 def spread(advantages: Tensor, rollouts: list[Rollout]) -> list[Tensor]:
-    """GRPO: one advantage a rollout, the same for each of its tokens. (P, G) -> N x (R,)."""
-    pairs = zip(advantages.flatten(), rollouts, strict=True)
+    """GRPO: one advantage a rollout, the same for each of its tokens. (N,) -> N x (R,)."""
+    pairs = zip(advantages, rollouts, strict=True)
     return [advantage.expand(len(r.response_ids)) for advantage, r in pairs]
 
 
 def normalise(advantages: list[Tensor], world) -> list[Tensor]:
     """(A - mean) / std over all tokens of the batch, on all ranks (OVR, sec. 4.1: batch-level)."""
-    flat = torch.cat(advantages).double()
+    flat = torch.cat([torch.zeros(0), *advantages]).double()  # a rank may have fillers alone
     local = len(flat), flat.sum().item(), flat.square().sum().item()
     count, total, squares = parallel.sums(world, *local)
     mean = total / count
@@ -347,7 +360,7 @@ def critic_metrics(values: list[Tensor], returns: list[Tensor], world) -> dict:
 
     explained_variance = 1 - Var(return - V) / Var(return): 1 a perfect critic, 0 a constant one.
     """
-    v, g = torch.cat(values).double(), torch.cat(returns).double()
+    v, g = (torch.cat([torch.zeros(0), *x]).double() for x in (values, returns))
     local = (len(v), v.sum(), g.sum(), (g * g).sum(), (g - v).sum(), (g - v).square().sum())
     n, v1, g1, g2, e1, e2 = parallel.sums(world, *map(float, local))
     spread, unexplained = g2 / n - (g1 / n) ** 2, e2 / n - (e1 / n) ** 2
@@ -548,13 +561,13 @@ def main(cfg: Config):
     cost = partial(train_flops, policy.config)
     bird = canary(problems, tokenizer, settings, cfg.prompt_tokens)
 
-    def sync(step: int):
+    def sync(when: str):
         """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
         sampler.sync(parallel.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, bird, cfg.temperature, cfg.train_vision)
-        refuse_gap(parallel.largest(world, gap), cfg, world, f"after the update of step {step}")
+        refuse_gap(parallel.largest(world, gap), cfg, world, when)
 
-    sync(start - 1)
+    sync("at the start")
     log = None if cfg.trace else RunLog(out, cfg, cfg.steps, world.main, start)
     if world.main and dropped:
         print(f"{dropped} problems left out: prompts over {cfg.prompt_tokens} tokens")
@@ -588,12 +601,8 @@ def main(cfg: Config):
             scores = [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
             # 4. judge every token: how much better than expected?
             pulse("judge", step)
-            bins = deal(rollouts, lengths, cfg, world, cost)
-            share = sorted(i for part in bins for members in part for i in members)
-            ours, place = [rollouts[i] for i in share], {i: k for k, i in enumerate(share)}
-            read_prompts(ours, tokenizer, settings)
-            bins = [[[place[i] for i in members] for members in part] for part in bins]
-            parts, values = lay_out(ours, bins, cfg, world), None
+            share, parts = plan(rollouts, lengths, cfg, world, tokenizer, settings, cost)
+            ours, values = [rollouts[i] for i in share], None
             if cfg.algorithm == "ppo":
                 turn("critic", world.device)
                 values = judge(critic, parts, len(ours), world.device)
@@ -601,10 +610,8 @@ def main(cfg: Config):
                 advantages, returns = advantages_of(values, reached, cfg, world)
                 metrics |= critic_metrics(values, returns, world)
             else:
-                spread_out = spread(
-                    group_advantages(torch.tensor(scores).view(-1, cfg.samples)), rollouts
-                )
-                advantages = [spread_out[i] for i in share]
+                scored = group_advantages(torch.tensor(scores).view(-1, cfg.samples)).flatten()
+                advantages = spread(scored[share], ours)
             if cfg.trace:
                 print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
                 return parallel.finish(world)
@@ -619,7 +626,7 @@ def main(cfg: Config):
             refuse_gap(metrics["logp_diff_mean"], cfg, world, f"step {step}")
             # 6. tell: the sampler, a checkpoint, and the log
             pulse("sync", step)
-            sync(step)
+            sync(f"after the update of step {step}")
             metrics |= pulse.seconds() | {"peak_gb": parallel.peak_gb(world)}
             log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])

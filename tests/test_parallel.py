@@ -38,6 +38,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no
 LIMIT = 300  # seconds; a start takes about 12, and ten times that on a busy machine
 
 
+FEW = dict(problems=4, samples=2, steps=1)  # two responses for each of the critic's steps
+
+
 def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
     small = dict(model=mini["model"], data=mini["sft"], replay=mini["replay"], out=str(out))
     small |= dict(epochs=0.5, batch=7, valid=8, valid_every=1, pack_tokens=300, max_tokens=300)
@@ -146,6 +149,7 @@ def worker(job: str, folder: Path):
         two = dict(shard_ranks=2)
         coldstart.main(coldstart_config(mini, folder / "coldstart", recompute="full", **two))
         rl.main(rl_config(mini, folder / "rl", recompute="selective", offload=True, **two))
+        rl.main(rl_config(mini, folder / "few", **FEW | two))
     else:
         found = {"value": gradients(mini, world, True, "value")}
         cfg = rl_config(mini, folder / "rl_vision", train_vision=True)
@@ -230,6 +234,7 @@ def alone(mini, tmp_path_factory):
         rl.main(rl_config(asdict(mini), folder / "rl"))
         rl.main(rl_config(asdict(mini), folder / "grpo", algorithm="grpo"))
         rl.main(rl_config(asdict(mini), folder / "rl_vision", train_vision=True))
+        rl.main(rl_config(asdict(mini), folder / "few", **FEW))
     return folder
 
 
@@ -380,6 +385,12 @@ def test_four_ranks_give_the_runs_of_one_process_with_recomputation_and_offload(
     assert_same_weights(hybrid / "coldstart", alone / "coldstart", lr=1e-3)
     assert_same_metrics(hybrid / "rl", alone / "rl", ("policy_loss", "value_loss", "grad_norm"))
     assert_same_weights(hybrid / "rl", alone / "rl", lr=1.5e-4)
+
+
+def test_ranks_that_have_nothing_to_train_run_fillers(hybrid, alone):
+    """Each step of the critic has two responses for four ranks."""
+    assert_same_metrics(hybrid / "few", alone / "few", ("policy_loss", "value_loss", "grad_norm"))
+    assert_same_weights(hybrid / "few", alone / "few", lr=1.5e-4)
 
 
 def test_a_run_moves_between_one_and_two_processes(mini, frozen, alone, monkeypatch):

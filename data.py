@@ -596,10 +596,11 @@ def encode_example(
     return Document(prompt, encode_response(example.response, tokenizer))
 
 
-def filter_long(items: Sequence, limit: int, length: Callable[[Any], int]) -> tuple[Rows, int]:
+def filter_long(items: Sequence, limit: int, lengths) -> tuple[Rows, int]:
     """The items of at most `limit` tokens, and how many were left out. None is ever cut to fit: a
-    prompt that ends inside a picture has fewer image tokens than image rows."""
-    kept = [i for i, item in enumerate(items) if length(item) <= limit]
+    prompt that ends inside a picture has fewer image tokens than image rows. lengths[i]: of item i.
+    """
+    kept = [i for i in range(len(items)) if lengths[i] <= limit]
     return Rows(items.__getitem__, kept), len(items) - len(kept)
 
 

@@ -24,7 +24,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -229,7 +229,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
     """
     assert sum(lengths) == len(q), f"lengths sum to {sum(lengths)}, the pack has {len(q)} tokens"
     if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)
+        ends = ends_of(tuple(lengths), q.device)
         spans = (ends, ends, max(lengths), max(lengths))
         return flash_attn_varlen_func(q, k, v, *spans, causal=causal)  # not yet run on a GPU
     grouped, outputs, start = q.shape[1] != k.shape[1], [], 0
@@ -241,6 +241,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
     return torch.cat(outputs)
+
+
+@lru_cache(maxsize=4)  # every layer asks, and a copy to the GPU waits for it
+def ends_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 class KVCache:
@@ -571,7 +576,8 @@ def chunked_logps(
     """
 
     def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight).float() / temperature  # (chunk, V)
+        logits = F.linear(hidden, weight).float()  # (chunk, V)
+        logits = logits if temperature == 1 else logits / temperature
         logz = logits.logsumexp(-1)
         logps = logits.gather(1, targets[:, None]).squeeze(1) - logz
         with torch.no_grad():

@@ -37,8 +37,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -199,7 +199,10 @@ def shard(model: Qwen25VL, world: World) -> Qwen25VL:
     if world.mesh is None:
         return model
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    precision = MixedPrecisionPolicy(world.dtype, reduce_dtype=torch.float32)
+    # inputs as they are: FSDP would cast the tower's float32 angles as well
+    precision = MixedPrecisionPolicy(
+        world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     options = dict(mesh=world.mesh, mp_policy=precision, ignored_params=frozen)
     for block in [*model.visual.blocks, *model.model.layers]:
         if not set(block.parameters()) <= frozen:
@@ -209,12 +212,21 @@ def shard(model: Qwen25VL, world: World) -> Qwen25VL:
 
 @torch.no_grad()
 def put(weight: Tensor, tensor: Tensor):
-    """weight[...] = tensor, of which a sharded weight takes its own slice; nothing is sent."""
+    """weight[...] = tensor, of which a sharded weight takes its own rows; nothing is sent."""
     if isinstance(weight, DTensor):
-        placed = (weight.device_mesh, weight.placements)
-        tensor = distribute_tensor(tensor.to(weight.dtype), *placed, src_data_rank=None).to_local()
+        mesh = weight.device_mesh["shard"]
+        parts, own = tensor.chunk(mesh.size()), mesh.get_local_rank()  # as FSDP cuts the first axis
+        tensor = parts[own] if own < len(parts) else tensor[:0]
         weight = weight.to_local()
     weight.copy_(tensor)
+
+
+def release(model: nn.Module):
+    """After a forward without backward: embedding and head, which stay gathered for a backward that
+    does not come, are slices again.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole_weights(
@@ -224,6 +236,7 @@ def whole_weights(
 
     dtype: cast to before the slices are sent, which halves the traffic of bfloat16.
     """
+    release(model)  # else those of the compute dtype are taken for the masters
     for name, weight in model.named_parameters():
         weight = weight.detach().to(dtype or weight.dtype)
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -324,11 +337,12 @@ def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Ite
 
 
 def peak_gb(world: World) -> float:
-    """Most memory of a rank since the last call, in GB: of its GPU, else of its process (ever)."""
+    """Most memory of a rank in GB: of its process, ever; on a GPU all that is taken there, with the
+    cache of torch's allocator, so the most since that was emptied. (torch's own peak counts what a
+    sleeping vLLM has given back.)
+    """
     if world.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:  # kilobytes on Linux, bytes on macOS
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return largest(world, used / 1e9)
+        free, total = torch.cuda.mem_get_info()
+        return largest(world, (total - free) / 1e9)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    return largest(world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)

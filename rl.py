@@ -233,18 +233,20 @@ def refuse_gap(gap: float, cfg: Config, world, when: str):
         )
 
 
-def exchange(rollouts: list[Rollout], verdicts: list, asked: list, world):
+def exchange(rollouts: list[Rollout], verdicts: list, asked: list, cfg: Config, world):
     """Every rank's rollouts and verdicts on every rank, in the order of the batch.
 
     -> rollouts, verdicts, lengths in tokens of their documents. Ids travel as arrays, 8 bytes a
-    token with the log-prob; pictures stay: who trains a rollout reads the prompt anew.
+    token with the log-prob. Texts stay but for those that are logged, and so do pictures: who
+    trains a rollout reads the prompt anew.
     """
     if world.size == 1:
         return rollouts, verdicts, [len(r.document) for r in rollouts]
     sent, known = {}, {(r.index, r.sample): r for r in rollouts}
     for r, verdict in zip(rollouts, verdicts, strict=True):
         tokens = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
-        sent[r.index, r.sample] = (tokens, r.stopped, r.text, verdict, len(r.document))
+        text = r.text if r.index * cfg.samples + r.sample < cfg.log_rollouts else ""
+        sent[r.index, r.sample] = (tokens, r.stopped, text, verdict, len(r.document))
     every, verdicts, lengths = [], [], []
     for (index, sample), found in sorted(parallel.union(world, sent).items()):
         (ids, logps), stopped, text, verdict, length = found
@@ -326,6 +328,7 @@ def judge(critic, parts, count: int, device) -> list[Tensor]:
         sizes = owner[pack.loss_mask].bincount(minlength=len(pack.lengths)).tolist()
         for i, part in zip(pack.members, found.split(sizes), strict=False):  # a filler has none
             values[i] = part
+    parallel.release(critic)
     return values
 
 
@@ -545,11 +548,13 @@ def main(cfg: Config):
     start, checkpoint = checkpoints.newest(out) if cfg.trace else checkpoints.claim(out, cfg)
     directory = data.model_directory(cfg.model)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    problems, dropped = data.filter_long(
-        data.read_problems(cfg.data),
-        cfg.prompt_tokens,
-        lambda p: data.prompt_length(p.prompt, p.images, tokenizer, settings, p.id),
-    )
+    problems = data.read_problems(cfg.data)
+    mine = ((i, problems[i]) for i in range(world.rank, len(problems), world.size))
+    lengths = {
+        i: data.prompt_length(p.prompt, p.images, tokenizer, settings, p.id) for i, p in mine
+    }
+    lengths = parallel.union(world, lengths)
+    problems, dropped = data.filter_long(problems, cfg.prompt_tokens, lengths)
     stream = data.Stream(problems, cfg.seed)
     local = replace(cfg, model=directory)
     sampler = load_sampler(local, world, tokenizer, settings)
@@ -566,6 +571,8 @@ def main(cfg: Config):
         sampler.sync(parallel.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, bird, cfg.temperature, cfg.train_vision)
         refuse_gap(parallel.largest(world, gap), cfg, world, when)
+
+        parallel.release(policy)
 
     sync("at the start")
     log = None if cfg.trace else RunLog(out, cfg, cfg.steps, world.main, start)
@@ -597,7 +604,7 @@ def main(cfg: Config):
             pulse("grade", step)
             verdicts = [verdict_of(r) for r in mine]
             metrics = describe(mine, verdicts, world) | {"length_budget": budget}
-            rollouts, verdicts, lengths = exchange(mine, verdicts, asked, world)
+            rollouts, verdicts, lengths = exchange(mine, verdicts, asked, cfg, world)
             scores = [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
             # 4. judge every token: how much better than expected?
             pulse("judge", step)
@@ -619,15 +626,17 @@ def main(cfg: Config):
             pulse("learn", step)
             if cfg.algorithm == "ppo":
                 metrics |= learn_critic(*pair["critic"], parts, returns, cfg, step, world)
+                metrics["peak_gb"] = parallel.peak_gb(world)
                 turn("critic", "cpu")
             turn("policy", world.device)
             metrics |= learn_policy(*pair["policy"], parts, ours, advantages, cfg, step, world)
             parallel.refuse_nan(world, step, metrics)
             refuse_gap(metrics["logp_diff_mean"], cfg, world, f"step {step}")
+            metrics["peak_gb"] = max(metrics.get("peak_gb", 0.0), parallel.peak_gb(world))
             # 6. tell: the sampler, a checkpoint, and the log
             pulse("sync", step)
             sync(f"after the update of step {step}")
-            metrics |= pulse.seconds() | {"peak_gb": parallel.peak_gb(world)}
+            metrics |= pulse.seconds()
             log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
             log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
             stopped = parallel.largest(world, stop.requested)

@@ -392,8 +392,10 @@ class VllmSampler:
         gathered, too, before an error is raised.
         """
         weights = iter(weights)
-        if self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(["weights"])  # not yet run on a GPU
+        if self.llm.llm_engine.is_sleeping():  # not yet run on a GPU
+            torch.cuda.empty_cache()  # what the training had taken
+            self.llm.wake_up(["weights"])
+            self.llm.collective_rpc(clear_positions)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         left = [name for name, _ in weights]
         if left:
@@ -410,6 +412,15 @@ class VllmSampler:
         """
         if self.cuda:
             self.llm.sleep(level=2)  # not yet run on a GPU
+
+
+def clear_positions(worker):
+    """M-RoPE positions of vLLM's GPU runner. Sleep drops them with the weights, and rows that only
+    pad a CUDA graph are never written: left as found, they would index anywhere.
+    """
+    state = getattr(worker.model_runner, "model_state", None)
+    if (rope := getattr(state, "rope_state", None)) is not None:
+        rope.positions.zero_()
 
 
 def import_vllm():
@@ -436,7 +447,7 @@ def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:
     """A prompt of at most `limit` tokens for canary_gap, the same at every step: with pictures if a
     problem has some, and its words again and again until a block of the prefix cache is full.
     """
-    first = next((p for p in problems if p.images), problems[0])
+    first = next((p for p in islice(problems, 4096) if p.images), problems[0])
     words, longest = first.prompt.replace(IMAGE_MARKER, " "), first
     for times in range(1, 1 + CANARY_TOKENS):
         longer = replace(first, id="canary", prompt=" ".join([words] * times))

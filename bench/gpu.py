@@ -13,20 +13,23 @@ float32 (the cold start), and a table compares losses, seconds and peak memory w
 Not yet run on a GPU.
 """
 
+import gc
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 
-import coldstart
-import parallel
-import rl
-import toy
-from data import load_tokenizer
-from model import Qwen25VL, VisionConfig, save_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import coldstart  # noqa: E402
+import parallel  # noqa: E402
+import rl  # noqa: E402
+import toy  # noqa: E402
+from data import load_tokenizer  # noqa: E402
+from model import Qwen25VL, VisionConfig, save_model  # noqa: E402
 
 SIZES = {  # the hub's config.json of Qwen2.5-VL-3B and -7B
     "mini": {},
@@ -88,6 +91,13 @@ def rows_of(run: str) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
+def clean():
+    """Models of the run before: FSDP's modules refer to each other, and wait for the collector."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def show(title: str, rows: list[dict]):
     names = [name for name in SHOWN if name in rows[0]]
     print(f"\n{title}\n| step | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
@@ -109,7 +119,8 @@ def main(cfg: Config):
 
     def stage_1(dtype: str) -> list[dict]:
         run = str(out / f"coldstart_{dtype}")
-        rows = (cfg.steps * cfg.batch + 128) / 16384  # of an epoch
+        rows = cfg.steps * cfg.batch / (16384 - 128)  # of an epoch; 128 rows are for validation
+        clean()
         coldstart.main(
             coldstart.Config(
                 model=str(out / "model"), data=str(out / "data/sft.jsonl"), out=run, lr=1e-5,
@@ -125,6 +136,7 @@ def main(cfg: Config):
         show(f"cold start, {cfg.size}, float32, {cfg.recompute}", whole)
         gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(half, whole, strict=True)]
         print(f"\nlosses differ by {max(gaps):.2%} at most (bfloat16 resolves 0.4 %)")
+    clean()
     rl.main(
         rl.Config(
             model=str(out / "model"), data=str(out / "data/train.jsonl"), out=str(out / "rl"),

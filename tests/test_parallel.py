@@ -9,6 +9,7 @@ ranks in two groups that hold a copy of the weights each, as two nodes would.
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,6 +131,18 @@ def small_things(world) -> dict:
     }
 
 
+def taken(world) -> dict:
+    """What put() gives this rank of tensors that its ranks cannot share evenly, and the whole."""
+    found = {}
+    for shape in ((1, 5), (3, 4), (7, 2), (8,)):
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(torch.zeros(shape))
+        fully_shard(module, mesh=world.mesh)
+        parallel.put(module.weight, torch.arange(math.prod(shape)).view(shape) + 1.0)
+        found[shape] = module.weight.to_local().detach(), module.weight.full_tensor().detach()
+    return found
+
+
 def worker(job: str, folder: Path):
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
     mini = json.loads((folder / "mini.json").read_text())
@@ -146,6 +160,7 @@ def worker(job: str, folder: Path):
     elif job == "hybrid":
         world = parallel.start(1, shard_ranks=2)
         found = {"lm": gradients(mini, world, False, "lm"), "mesh": world.mesh.shape}
+        found["taken"] = taken(world)
         two = dict(shard_ranks=2)
         coldstart.main(coldstart_config(mini, folder / "coldstart", recompute="full", **two))
         rl.main(rl_config(mini, folder / "rl", recompute="selective", offload=True, **two))
@@ -379,6 +394,16 @@ def test_four_ranks_with_two_copies_of_the_weights_give_the_gradient_of_one_proc
             torch.testing.assert_close(found["lm"]["gradients"][name], grad, atol=1e-5, rtol=1e-4)
 
 
+def test_each_rank_takes_its_rows_of_a_weight_and_together_they_are_the_whole(hybrid):
+    for rank in range(4):
+        found = torch.load(hybrid / f"hybrid-{rank}.pt", weights_only=False)["taken"]
+        for shape, (own, whole) in found.items():
+            wanted = torch.arange(math.prod(shape)).view(shape) + 1.0
+            assert torch.equal(whole, wanted)
+            rows = -(-shape[0] // 2) * (rank % 2)  # two copies, each in two halves
+            assert torch.equal(own, wanted[rows : rows + -(-shape[0] // 2)])
+
+
 def test_four_ranks_give_the_runs_of_one_process_with_recomputation_and_offload(hybrid, alone):
     """Also with more ranks than packs: those run fillers."""
     assert_same_metrics(hybrid / "coldstart", alone / "coldstart", ("loss", "grad_norm"))
@@ -540,6 +565,10 @@ def test_bfloat16_computes_over_float32_masters_that_a_small_step_moves(mini, ha
     assert 1e-6 < (found - wanted).abs().max() < 0.1 and found.dtype == torch.float32
     parallel.backward(model, found.sum(), half, last=True)
     wanted.sum().backward()
+    with torch.no_grad():  # leaves embedding and head gathered, in bfloat16
+        model(**pack.inputs, rows=pack.rows)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert dict(parallel.whole_weights(model))["lm_head.weight"].dtype == torch.float32
     theirs = {n: w.grad for n, w in whole.named_parameters() if not n.startswith("visual.")}
     for name, weight in model.named_parameters():
         if name.startswith("visual."):

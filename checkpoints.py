@@ -11,6 +11,8 @@
     RUN/checkpoints/step_000060/model/           a Hugging Face directory: average.py, eval.py, vLLM
     RUN/checkpoints/step_000060/checkpoint.json  step, ranks, time
 
+No random state, place in the data or length budget is kept: all are functions of (seed, step).
+
 Whole or ignored: all is written into step_000060.part, and rank 0 renames it when the files of
 every rank are there and fsync has brought them to the disk, so that no power cut leaves empty ones
 under the final name. fsync costs the writing thread alone. What is deleted is renamed first; a

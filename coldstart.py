@@ -33,6 +33,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import checkpoints
 import data
+import packing
 import parallel
 import toy
 from model import train_flops
@@ -117,7 +118,7 @@ def packs_of(
     fitting = [i for i in range(len(items)) if lengths[i] <= cfg.max_tokens]
     sizes = [lengths[i] for i in fitting]
     packs = []
-    for places in data.plan(sizes, fitting, cfg.pack_tokens, world.size, cost)[world.rank]:
+    for places in packing.plan(sizes, fitting, cfg.pack_tokens, world.size, cost)[world.rank]:
         members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
         documents |= {i: encode(items[i]) for i in members if i not in documents}
         packs.append(data.lay_out(documents, members) if members else data.filler_pack())

@@ -39,6 +39,7 @@ from torch import Tensor
 import behaviors
 import checkpoints
 import data
+import packing
 import parallel
 import toy
 from model import load_model, train_flops
@@ -268,8 +269,8 @@ def deal(rollouts: list[Rollout], lengths: list[int], cfg: Config, world, cost=f
     for part in range(cfg.critic_steps):
         low, high = (problems * k // cfg.critic_steps * cfg.samples for k in (part, part + 1))
         groups = [r.problem.id for r in rollouts[low:high]]
-        bins = data.plan(lengths[low:high], groups, cfg.pack_tokens, world.size, cost)[world.rank]
-        parts.append([[low + i for i in members] for members in bins])
+        bins = packing.plan(lengths[low:high], groups, cfg.pack_tokens, world.size, cost)
+        parts.append([[low + i for i in members] for members in bins[world.rank]])
     return parts
 
 

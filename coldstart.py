@@ -15,8 +15,7 @@ How it departs from a textbook SFT script:
 
     torchrun coldstart.py                          # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 coldstart.py       # the same numbers from two processes
-    torchrun --nproc-per-node 8 coldstart.py --model DIR --data ROWS.jsonl \\
-        --batch 640 --pack-tokens 65536 --lr 2e-4 --lr-end 2e-5 --epochs 5     # the paper's numbers
+    bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
 """
 
 import math

@@ -22,6 +22,7 @@ How it departs from textbook PPO, all by the paper:
 
     torchrun rl.py                                 # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 rl.py              # the same numbers from two processes
+    bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
 
 Dimensions: P problems, G tries each, N = P G rollouts, T tokens of a pack, R trained tokens.
 """

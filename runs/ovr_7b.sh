@@ -8,6 +8,7 @@
 #     hostnames "$SLURM_JOB_NODELIST" | head -n 1) bash runs/ovr_7b.sh             # under Slurm
 #
 # First, where the Hub can be reached: HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-7B-Instruct
+# Where nodes have several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 (or what yours is called)
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #

@@ -228,7 +228,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
     A (T, T) mask never exists. flash-attn does all documents in one call, where it is installed.
     """
     assert sum(lengths) == len(q), f"lengths sum to {sum(lengths)}, the pack has {len(q)} tokens"
-    if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
+    if takes_flash(q):
         ends = ends_of(tuple(lengths), q.device)
         spans = (ends, ends, max(lengths), max(lengths))
         return flash_attn_varlen_func(q, k, v, *spans, causal=causal)  # not yet run on a GPU
@@ -241,6 +241,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
     return torch.cat(outputs)
+
+
+def takes_flash(q: Tensor) -> bool:
+    return flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32
 
 
 @lru_cache(maxsize=4)  # every layer asks, and a copy to the GPU waits for it

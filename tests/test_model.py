@@ -810,3 +810,30 @@ def test_tokenizer_template_and_settings_are_copied_along(tmp_path, ours):
     assert load_model(target).config == SMALL
     save_model(ours, target, like=target)  # onto itself
     assert {file.name for file in target.iterdir()} == found
+
+
+def naive_varlen(q, k, v, q_ends, k_ends, longest_q, longest_k, causal):
+    """flash_attn_varlen_func by its documentation: packed (T, H, D), K heads shared in groups."""
+    assert q_ends.dtype == torch.int32 and torch.equal(q_ends, k_ends)
+    assert longest_q == longest_k == int(q_ends.diff().max()) and int(q_ends[-1]) == len(q)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = []
+    for start, stop in zip(q_ends[:-1].tolist(), q_ends[1:].tolist(), strict=True):
+        a, b, c = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        scores = a @ b.transpose(1, 2) / q.shape[2] ** 0.5
+        if causal:
+            above = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(above, float("-inf"))
+        out.append((scores.softmax(-1) @ c).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_gets_what_its_interface_asks_for(monkeypatch, causal):
+    torch.manual_seed(0)
+    lengths = [5, 5, 1, 9]
+    q, k, v = (torch.randn(20, heads, 8) for heads in (4, 2, 2))
+    ours = model.attend(q, k, v, lengths, causal)
+    monkeypatch.setattr(model, "takes_flash", lambda q: True)
+    monkeypatch.setattr(model, "flash_attn_varlen_func", naive_varlen)
+    torch.testing.assert_close(model.attend(q, k, v, lengths, causal), ours, atol=1e-6, rtol=1e-5)

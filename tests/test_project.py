@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "runlog": {"provenance"},
     "average": {"model"},
     "packing": set(),
+    "logic": set(),
+    "sources": set(),
     "data": {"model", "packing"},
     "parallel": {"model", "data"},
     "checkpoints": {"model", "parallel", "provenance"},

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "packing": set(),
     "logic": set(),
     "sources": set(),
+    "curate": {"reward", "runlog"},
     "data": {"model", "packing"},
     "parallel": {"model", "data"},
     "checkpoints": {"model", "parallel", "provenance"},

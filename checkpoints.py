@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import provenance
 from model import Qwen25VL, save_weights
-from parallel import is_main, whole_weights
+from parallel import everyone, is_main, whole_weights
 
 # Settings that may change when a run goes on: they move no number by more than rounding, which
 # another number of ranks does as well.
@@ -82,8 +82,8 @@ def claim(run: str | Path, config) -> tuple[int, Path | None]:
             )
     if is_main():
         for pattern in ("*.part", "checkpoints/*.part", "checkpoints/*/*.part"):
-            for part in list(run.glob(pattern)):
-                shutil.rmtree(part)
+            for part in list(run.glob(pattern)):  # run.json.part is a file, and written anew
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
     return start, state
 
 
@@ -336,12 +336,3 @@ def cause_of(error: BaseException) -> str:
         rank, (error, _) = next(iter(error.failures.items()))
         where = f"rank {rank}: "
     return f"{where}{type(error).__name__}: {error}"
-
-
-def everyone(value) -> list:
-    """Each rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

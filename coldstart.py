@@ -66,7 +66,7 @@ class Config:
     valid_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0: at the end and on Ctrl-C only
     keep_last: int = 2  # newest checkpoints from which a run can go on
-    keep_every: int = 1  # exported models are kept for every so many steps, and of the newest
+    keep_every: int = 1  # exported models stay for every so many steps; the newest always
     dump_minutes: float = 30.0  # without a new phase: every thread's stack into RUN/heartbeat
     seed: int = 0
     threads: int = 0  # CPU threads a process; 0 shares the cores out

@@ -116,11 +116,6 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def finish(world: World):
     """Leaves the group when all ranks are done. Several then skip Python's own clean-up at exit:
     FSDP still holds the group, and a gloo thread that lets go of a tensor during that clean-up
@@ -300,13 +295,20 @@ def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, floa
     return {name: total / count for name, total, count in by_name if count}
 
 
+def everyone(value) -> list:
+    """Each rank's value, on every rank. Values are pickled: keep them small."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def union(world: World, mine: dict) -> dict:
-    """The ranks' dicts in one, on every rank. Values are pickled: keep them small."""
+    """The ranks' dicts in one, on every rank."""
     if world.size == 1:
         return mine
-    every = [None] * world.size
-    dist.all_gather_object(every, mine)
-    return {key: value for one in every for key, value in one.items()}
+    return {key: value for one in everyone(mine) for key, value in one.items()}
 
 
 def turns(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:

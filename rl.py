@@ -91,9 +91,7 @@ class Config:
     log_rollouts: int = 16  # decoded rollouts a step in rollouts.jsonl
     save_every: int = 20  # steps between checkpoints
     keep_last: int = 2  # newest checkpoints from which a run can go on
-    keep_every: int = (
-        1  # exported models are kept for every so many steps (average.py wants several)
-    )
+    keep_every: int = 1  # exported models stay for every so many steps; average.py wants several
     dump_minutes: float = 30.0  # without a new phase: every thread's stack into RUN/heartbeat
     trace: bool = False  # print one picture problem through the six steps, then stop
     seed: int = 0
@@ -573,7 +571,6 @@ def main(cfg: Config):
         sampler.sync(parallel.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, bird, cfg.temperature, cfg.train_vision)
         refuse_gap(parallel.largest(world, gap), cfg, world, when)
-
         parallel.release(policy)
 
     sync("at the start")

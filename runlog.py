@@ -5,7 +5,7 @@
     RUN/metrics.jsonl   one JSON object a step: {"step": n, "seconds": s, name: float, ...}
     RUN/rollouts.jsonl  decoded samples with their verdicts, each with the "step" it was drawn in
     RUN/heartbeat/      where every rank is, and the stacks of those that are there for too long
-    RUN/checkpoints/, RUN/model/  belong to the trainers; from here comes the README.md of a model
+    RUN/checkpoints/, RUN/model/  belong to checkpoints.py; this file never touches them
 
 The line on the screen and the row in metrics.jsonl hold the same floats under the same names, so a
 number seen in a terminal can be found in a plot. Both are written by rank 0 alone (`main=True`); on

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Both stages on one GPU of 80 to 141 GB, with Qwen2.5-VL-3B and a shortened recipe. NOT YET RUN.
 #
-#   HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-3B-Instruct      # once, where the Hub can be reached
+#   bash -c 'requirements=requirements-gpu.txt; source runs/setup.sh; HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-3B-Instruct'
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/one_gpu.sh
 #
 # Expected, derived and not measured (3.1 B trained parameters, 16 B of state each):

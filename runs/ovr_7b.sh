@@ -7,7 +7,8 @@
 #   srun --nodes 8 --ntasks-per-node 1 --gpus-per-node 8 --export ALL,NODES=8,HEAD=$(scontrol show
 #     hostnames "$SLURM_JOB_NODELIST" | head -n 1) bash runs/ovr_7b.sh             # under Slurm
 #
-# First, where the Hub can be reached: HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-7B-Instruct
+# First, on one node, where the Hub can be reached (a checkout that several nodes share is set up once):
+#   bash -c 'requirements=requirements-gpu.txt; source runs/setup.sh; HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-7B-Instruct'
 # Where nodes have several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 (or what yours is called)
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
@@ -42,8 +43,9 @@ fi
   --lengths 24576 32768 49152 --length-from 0 300 700 --prompt-tokens 8192 --pack-tokens 65536 \
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --critic-steps 4 --gamma 1 --lam 1 --epsilon 0.2 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute selective \
-  --save-every 20 --keep-every 100
+  --save-every 20 --keep-every 100 --dump-minutes 120
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.
-[ -e "$OUT/average/model" ] || [ "${SLURM_NODEID:-0}" != 0 ] || python average.py \
+first=${HEAD:-$(hostname)}
+[ -e "$OUT/average/model" ] || [ "$(hostname -s)" != "${first%%.*}" ] || python average.py \
   --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"

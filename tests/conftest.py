@@ -8,6 +8,7 @@ and gradients are not 0.
 import json
 import os
 import random
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,26 @@ class Mini:
 def write_rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def finished(command: list[str], folder: Path, ours: dict, seconds: float) -> str:
+    """What a command prints that ends well, and in time. ours: for its environment."""
+    process = subprocess.Popen(
+        command,
+        env=os.environ | ours,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun hands it on to the ranks, which are not in its group
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"{command} hangs:\n{output[-6000:]}")
+    assert process.returncode == 0, output[-6000:]
+    return output
 
 
 @pytest.fixture(scope="session", autouse=True)

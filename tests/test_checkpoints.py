@@ -502,6 +502,7 @@ def test_what_a_kill_left_is_ignored_and_removed(tmp_path):
     saved(tmp_path, 2)
     left = ["model.part", "checkpoints/step_000003.part/state", "checkpoints/step_000001.old.part"]
     left += ["checkpoints/step_000002/state.old.part"]
+    (tmp_path / "run.json.part").write_text("{")  # a file, and no directory
     for name in left:
         (tmp_path / name).mkdir(parents=True)
     assert checkpoints.newest(tmp_path)[0] == 2

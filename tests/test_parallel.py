@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import finished
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -187,22 +188,7 @@ def torchrun(ranks: int, job: str, folder: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", __file__, job, str(folder)]
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command,
-        env=os.environ | ours,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT + 60)  # the ranks end themselves before
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun hands it on to the ranks, which are not in its group
-        output, _ = process.communicate(timeout=60)
-        pytest.fail(f"torchrun hangs:\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
-    return output
+    return finished(command, folder, ours, LIMIT + 60)  # the ranks end themselves before
 
 
 def folder_of(tmp_path_factory, name: str, mini) -> Path:
@@ -265,7 +251,8 @@ def assert_same_metrics(one: Path, other: Path, names: tuple[str, ...]):
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys() and set(names) <= a.keys()
         for name in a.keys() - {"logp_diff_mean", "logp_diff_max", "sampler_kl", "ratio_max"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=2e-6), (a["step"], name)
+            rel = 5e-6 if name.endswith("grad_norm") else 1e-6  # a norm sums 800,000 squares
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["step"], name)
     for row in mine + theirs:
         assert row.get("logp_diff_max", 0) < 1e-5
 

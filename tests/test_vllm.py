@@ -11,13 +11,13 @@ import faulthandler
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import finished
 from PIL import Image
 
 import data
@@ -214,21 +214,7 @@ def in_its_environment(job: str, mini, folder: Path, *launcher: str):
     ours = {"PYTHONPATH": f"{ROOT / 'tests/vllm_cpu'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     ours |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     command = [str(HOME / "bin/python"), *launcher, __file__, job, str(folder)]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | ours,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT + 60)  # the workers end themselves before
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun hands it on to the ranks, which are not in its group
-        output, _ = process.communicate(timeout=60)
-        pytest.fail(f"{job} hangs:\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
+    finished(command, folder, ours, LIMIT + 60)  # the workers end themselves before
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ do not, the cold start teaches it. Lists of names are graded in any order: no an
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -40,7 +41,9 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
+
+from provenance import beside, write_report
+from runlog import progress
 
 LEVELS = (1, 2, 3, 4, 5)
 NAMES = (
@@ -483,11 +486,14 @@ def main(cfg: Config):
     rows = problems(cfg.count, cfg.seed, cfg.families, cfg.levels)
     path = Path(cfg.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")  # renamed when complete
+    part, made = beside(path, "part"), Counter()  # renamed when complete
     with part.open("w") as file:
-        for row in tqdm(rows, "logic", total=cfg.count):
+        for row in progress(rows, "logic", total=cfg.count):
+            made[row["source"]] += 1
             file.write(json.dumps(row) + "\n")
     part.replace(path)
+    counts = {source: {"in": n, "kept": n, "reasons": {}} for source, n in made.items()}
+    write_report(path, cfg, [], {"read": counts})
     print(f"{path}: {cfg.count:,} problems")
 
 

@@ -3,6 +3,7 @@
     provenance(config)                        # what run.json holds of a run
     fingerprint("problems.jsonl")             # sha256, lines and bytes of a data file
     model_card(title, config, directory)      # README.md of an exported model, as the Hub reads it
+    write_report(out, config, inputs, steps)  # out.report.json beside out.jsonl: how it was made
 
 Two runs are only comparable if they differ in what was meant to differ, so a run says all of it,
 and goes on after a stop only with the data it was begun with (checkpoints.claim). Imports no torch.
@@ -16,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from string import Template
@@ -114,6 +116,32 @@ def fingerprint(source: str | Path) -> str:
     listing = "".join(f"{_sha256(files[name])[0]}  {name}\n" for name in sorted(files))
     digest, size = hashlib.sha256(listing.encode()), sum(p.stat().st_size for p in files.values())
     return f"sha256 {digest.hexdigest()}, {len(files):,} files, {size:,} bytes"
+
+
+def beside(out: str | Path, ending: str) -> Path:
+    """rows.jsonl, "report.json" -> rows.report.json: what belongs to a file of rows."""
+    return Path(out).with_suffix("." + ending)
+
+
+def write_report(out: str | Path, config, inputs: Sequence[str | Path], steps: dict, **more):
+    """Writes out.report.json: what a step of stage 0 made of which files; card.py follows them.
+
+    steps: {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}} in their order,
+    in = kept + all reasons. more: what else is to be known, as histograms; JSON.
+    """
+    folder = Path(out).parent
+    report = {
+        "config": dataclasses.asdict(config),
+        "command": command_line(),
+        "commit": _commit(),
+        "versions": {"python": sys.version.split()[0]} | _versions(),
+        "inputs": {os.path.relpath(path, folder): fingerprint(path) for path in inputs},
+        "output": {Path(out).name: fingerprint(out)},
+        "steps": steps,
+    }
+    part = beside(out, "report.part")
+    part.write_text(json.dumps(report | more, indent=1), encoding="utf-8")
+    part.replace(beside(out, "report.json"))
 
 
 def model_card(

@@ -16,9 +16,9 @@ The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours. `
 sure a line of the table is: C read from a data set card or a loader, P partly so, U from memory. A
 column that is not there stops the reader with the list of those that are.
 
-    python sources.py                                         # prints the table
-    read("geometry3k", images_to=Path("out/images"))          # from the Hub
-    read("puzzlevqa", "downloads/PuzzleVQA/data", images_to=Path("out/images"))
+    python sources.py                                                   # prints the table
+    python sources.py --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
+    python sources.py --set puzzlevqa --place downloads/PuzzleVQA/data --out out/raw/puzzlevqa.jsonl
 """
 
 import hashlib
@@ -28,17 +28,23 @@ import os
 import re
 import string
 import struct
+import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+import tyro
 from datasets import load_dataset_builder
 from PIL import Image
 from pyarrow.dataset import ParquetFragmentScanOptions
+
+from provenance import beside, write_report
+from runlog import progress
 
 IMAGE_MARKER = "<image>"  # as data.py reads it
 # as text it would be a turn or a picture that is not there; data.py refuses a file with such a row
@@ -698,5 +704,50 @@ def table() -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+# ---- a set into a file
+
+
+@dataclass(frozen=True)
+class Config:
+    """One set into a file of rows; without --set, the table of the sets."""
+
+    set: str = ""  # its name in the table
+    place: str = ""  # file or directory that holds it; empty: the Hub
+    split: str = ""  # empty: the one that the table names
+    out: str = ""  # JSONL to write; pictures go to images/ beside it
+    limit: int = 0  # stop after so many good rows; 0: all
+
+    def __post_init__(self):
+        if self.set and not self.out:
+            raise ValueError(f"--set {self.set} needs --out, the file to write")
+        if self.limit < 0 or (not self.set and (self.out or self.place)):
+            raise ValueError("--limit must not be negative, --out and --place need a --set")
+
+
+def main(cfg: Config) -> None:
+    if not cfg.set:
+        return print(table())
+    source, out = named(cfg.set), Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    options = {"images_to": out.parent / "images", "limit": cfg.limit or None}
+    found = read(source, cfg.place or None, cfg.split or None, **options)
+    kept, reasons, part = 0, Counter(), beside(out, "part")
+    with part.open("w") as rows, beside(out, "dropped.jsonl").open("w") as dropped:
+        for row in progress(found, source.name, total=cfg.limit or None):
+            if isinstance(row, Dropped):
+                reasons[row.reason] += 1
+                dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")
+            else:
+                kept += 1
+                rows.write(json.dumps(row) + "\n")
+    part.replace(out)
+    of = {"in": kept + reasons.total(), "kept": kept, "reasons": dict(reasons)}
+    inputs = [cfg.place] if cfg.place else []
+    write_report(out, cfg, inputs, {"read": {source.name: of}}, hub="" if cfg.place else source.hub)
+    print(f"{out}: {kept:,} rows; dropped: {dict(reasons) or 'none'}")
+    if not kept:
+        sys.exit(f"{out}: no row of {cfg.set} can be used; {beside(out, 'dropped.jsonl')} says why")
+
+
 if __name__ == "__main__":
-    print(table())
+    main(tyro.cli(Config, description=__doc__))

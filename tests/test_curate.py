@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+import alike
 import curate
 import data
+import rules
 
 THOUGHT = (
     "We add the two numbers. First the ones: seven and five are twelve, so two stays and one is "
@@ -29,8 +31,8 @@ ROW = {
 
 
 def reason(**columns) -> str | None:
-    number, _ = curate.judge(ROW | columns)
-    return curate.RULES[number - 1].name if number else None
+    number, _ = rules.judge(ROW | columns)
+    return rules.RULES[number - 1].name if number else None
 
 
 def said(conclusion: str, thought: str = THOUGHT) -> dict:
@@ -49,6 +51,13 @@ DROPPED = {
         {"prompt": "<image> and <image>: add.", "images": ["a.png"]},
         {"response": "  "},
         {"prompt": 7},
+        {"images": "a.png"},
+        {"images": [{"path": "a.png"}]},
+        {"choices": "A, B"},
+        {"choices": []},
+        {"precision": "0.1"},
+        {"precision": True},
+        {"answer": ["32"]},
     ],
     "mojibake": [
         {"prompt": "The cafÃ© sells 17 and 15 cups. Sum?"},
@@ -152,8 +161,8 @@ def test_no_rule_drops_an_honest_row(columns):
 
 
 def test_every_rule_has_a_test_and_a_reason():
-    assert set(DROPPED) == {rule.name for rule in curate.RULES}
-    assert all(len(rule.why) > 20 for rule in curate.RULES)
+    assert set(DROPPED) == {rule.name for rule in rules.RULES}
+    assert all(len(rule.why) > 20 for rule in rules.RULES)
 
 
 # ---- duplicates
@@ -177,9 +186,9 @@ def test_minhash_and_its_sketch_estimate_the_jaccard_similarity():
         if not exact[1]:
             continue
         jaccard = len(exact[0] & exact[1]) / len(exact[0] | exact[1])
-        signed = [curate.signature(x) for x in (a, b)]
+        signed = [alike.signature(x) for x in (a, b)]
         errors.append((signed[0] == signed[1]).mean() - jaccard)
-        errors.append(float(curate.similarity(*map(curate.sketch, signed))) - jaccard)
+        errors.append(float(alike.similarity(*map(alike.sketch, signed))) - jaccard)
     assert np.sqrt(np.mean(np.square(errors))) < 0.05  # sqrt(J (1 - J) / 128) is 0.044 at most
     assert abs(np.mean(errors)) < 0.015  # and no bias
 
@@ -199,7 +208,7 @@ def test_minhash_and_its_sketch_estimate_the_jaccard_similarity():
     ],
 )
 def test_words_are_what_a_prompt_asks_not_how_it_is_set(a, b, same):
-    assert (curate.words(a) == curate.words(b)) is same
+    assert (alike.words(a) == alike.words(b)) is same
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -218,7 +227,7 @@ def curated(tmp_path, rows: list[dict], **settings) -> tuple[list[dict], dict[st
     source = write_rows(tmp_path / "old" / "rows.jsonl", rows)
     report = curate.main(curate.Config(rows=(source,), **settings))
     out = Path(settings["out"])
-    return read(out), {row["id"]: row for row in read(out.parent / "dropped.jsonl")}, report
+    return read(out), {row["id"]: row for row in read(out.with_suffix(".dropped.jsonl"))}, report
 
 
 def problem(name: str, prompt: str, answer: str = "5", **columns) -> dict:
@@ -259,7 +268,7 @@ def roots(texts: list[str]) -> np.ndarray:
     facts = np.zeros(len(texts), curate.FACT)
     for text, fact in zip(texts, facts, strict=True):
         curate.compare_by({"prompt": text, "folder": "."}, fact)
-    return curate.repeats(facts)
+    return alike.repeats(facts)
 
 
 def test_near_duplicates_agree_with_exact_jaccard_on_random_texts():
@@ -364,7 +373,7 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
     kept, dropped, _ = curated(tmp_path, rows, benchmarks=(tests,))
     assert [row["id"] for row in kept] == ["aime", "short miss", "template"]
     assert {row["reason"] for row in dropped.values()} == {"contaminated"}
-    pairs = {row["id"]: row for row in read(tmp_path / "new" / "contaminated.jsonl")}
+    pairs = {row["id"]: row for row in read(tmp_path / "new" / "rl.contaminated.jsonl")}
     assert {name: (row["benchmark_id"], row["kind"]) for name, row in pairs.items()} == {
         "quoted": ("t/long", "text"),
         "varied": ("t/long", "text"),
@@ -378,12 +387,10 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
 def test_containment_is_the_share_of_the_question_that_stands_in_the_prompt(tmp_path):
     rng = random.Random(2)
     question, other = babble(rng, 37), babble(rng, 60)  # 30 runs of eight words
-    tests = curate.read_benchmarks(
-        [write_rows(tmp_path / "t.jsonl", [{"id": "t", "prompt": " ".join(question)}])]
-    )
+    tests = alike.read_benchmarks([{"id": "t", "prompt": " ".join(question), "images": []}])
     for shared, expected in ((37, 1.0), (25, 0.6), (24, None)):  # 30, 18, 17 runs
         row = {"prompt": " ".join(question[:shared] + other), "folder": "."}
-        found = [(name, score) for name, score, _ in curate.contaminations(row, tests)]
+        found = [(name, score) for name, score, _ in alike.contaminations(row, tests)]
         assert found == ([("t", expected)] if expected else [])
 
 
@@ -397,9 +404,10 @@ def test_real_benchmarks_overlap_where_they_are_known_to_and_nowhere_else(tmp_pa
         write_rows(paths[name], [problem(row["id"], row["question"]) for row in rows])
     found = set()
     for path in paths.values():
-        tests = curate.read_benchmarks(str(other) for other in paths.values() if other != path)
+        others = [str(other) for other in paths.values() if other != path]
+        tests = alike.read_benchmarks(curate.test_rows(others))
         for _, row in curate.rows_of(path, 0, path.stat().st_size):
-            found |= {(row["id"], test) for test, _, _ in curate.contaminations(row, tests)}
+            found |= {(row["id"], test) for test, _, _ in alike.contaminations(row, tests)}
     known = {("math500_004", "mathvision_2665"), ("math500_301", "mathvision_2636")}
     assert found == known | {(b, a) for a, b in known}
 
@@ -457,15 +465,21 @@ def test_any_number_of_workers_writes_the_same_bytes_and_loses_no_row(tmp_path, 
             )
         )
         assert not list(out.glob("*.part"))
-        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+        written.append({path.name: path.read_bytes() for path in out.glob("*.jsonl")})
+        about = json.loads((out / "sft.report.json").read_text())
+        assert {name: about[name] for name in report} == report
+        written[-1]["report"] = [about[name] for name in ("steps", "strata", "losses", "why")]
     assert written[0] == written[1] == written[2] and len(written[0]) == 4
-    kept, dropped = read(out / "sft.jsonl"), read(out / "dropped.jsonl")
+    kept, dropped = read(out / "sft.jsonl"), read(out / "sft.dropped.jsonl")
     assert sorted(row["id"] for row in kept + dropped) == sorted(row["id"] for row in rows)
-    assert len(kept) == 60 and {row["step"] for row in dropped} == set(curate.STEPS)
+    assert len(kept) == 60 and {row["step"] for row in dropped} == set(curate.STEPS) - {
+        "loss",
+        "passes",
+    }
     for source in "abc":
         left = sum(row["source"] == source for row in rows)
         for step in curate.STEPS:
-            of = report[step][source]
+            of = report["steps"][step][source]
             assert of["in"] == left == of["kept"] + sum(of["reasons"].values())
             left = of["kept"]
         assert left == sum(row["source"] == source for row in kept)
@@ -500,26 +514,190 @@ def test_pieces_of_a_file_hold_each_line_once(tmp_path, size):
     assert found == [row["id"] for row in rows]
 
 
+def test_lines_that_are_no_rows_are_dropped_rows_under_the_name_of_their_place(tmp_path):
+    good = [problem(f"{i}", " ".join(babble(random.Random(i), 20))) for i in range(3)]
+    lines = {
+        b'{"id": "1", "source": "s", "prompt": "x"}': "['answer'] missing",
+        b'{"id": "1", ': "not JSON",
+        b"[1]": "not a row",
+        b'{"id": [1], "source": "s", "prompt": "x y", "answer": "1"}': "id is [1]",
+        b'{"id": " ", "source": "s", "prompt": "x y", "answer": "1"}': "id is ' '",
+        b'{"id": "1", "source": "s", "prompt": "\xff y", "answer": "1"}': "not JSON",
+        b"[" * 100_000: "not JSON",
+    }
+    source = tmp_path / "rows.jsonl"
+    all_lines = [json.dumps(good[0]).encode(), *lines, *(json.dumps(g).encode() for g in good[1:])]
+    source.write_bytes(b"\n".join(all_lines))
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}" / "rl.jsonl"
+        report = curate.main(curate.Config((str(source),), "rl", str(out), workers=workers))
+        assert [row["id"] for row in read(out)] == ["0", "1", "2"]
+        dropped = read(out.with_suffix(".dropped.jsonl"))
+        places = [sum(len(line) + 1 for line in all_lines[: i + 1]) for i in range(len(lines))]
+        assert [row["id"] for row in dropped] == [f"rows.jsonl, byte {at}" for at in places]
+        for row, detail in zip(dropped, lines.values(), strict=True):
+            assert row["reason"] == "unreadable" and row["detail"].startswith(detail), row
+        of = report["steps"]["rules"]["rows.jsonl"]
+        assert of == {"in": len(lines), "kept": 0, "reasons": {"unreadable": len(lines)}}
+
+
+def test_a_file_of_which_nothing_stays_says_so_and_fails(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": "1", "question": "no such column"}])
+    with pytest.raises(SystemExit, match="no row stays of 1"):
+        curate.main(curate.Config((path,), "rl", str(tmp_path / "out.jsonl")))
+
+
+def test_odd_text_in_any_column_does_not_stop_a_run(tmp_path):
+    rng, odd = random.Random(8), "half \ud83d"
+    rows = [problem(f"{i}", " ".join(babble(rng, 20))) for i in range(4)]
+    rows[0] |= {"source": odd, "level": odd}
+    rows[1] |= {"id": odd}
+    rows[2] |= {"origin": {"note": odd}}
+    kept, dropped, report = curated(tmp_path, rows)
+    assert len(kept) == 4 and not dropped and "half ?" in report["steps"]["rules"]
+
+
+def test_a_decompression_bomb_is_a_lost_picture(tmp_path):
+    picture(tmp_path / "old" / "good.png", 1)
+    Image.new("1", (30_000, 3_000)).save(tmp_path / "old" / "bomb.png")  # 90 MPixel in 11 kB
+    (tmp_path / "old" / "cut.png").write_bytes((tmp_path / "old" / "good.png").read_bytes()[:200])
+    rows = [
+        problem(name, f"What is {name}?", images=[f"{name}.png"])
+        for name in ("good", "bomb", "cut", "gone")
+    ]
+    kept, dropped, _ = curated(tmp_path, rows)
+    assert [row["id"] for row in kept] == ["good"]
+    assert {row["reason"] for row in dropped.values()} == {"lost_picture"}
+    assert "decompression bomb" in dropped["bomb"]["detail"]
+
+
+# ---- scores
+
+
+def scored(path: Path, column: str, values: dict, **columns) -> str:
+    return write_rows(path, [{"id": i, column: v, **columns} for i, v in values.items()])
+
+
+def test_abnormal_losses_go_by_the_median_and_mad_of_their_source(tmp_path):
+    rng = random.Random(6)
+    rows, losses = [], {}
+    for source, centre in (("easy", 0.4), ("hard", 1.2)):
+        for i in range(60):
+            name = f"{source}{i}"
+            rows.append(problem(name, " ".join(babble(rng, 20)), source=source))
+            losses[name] = rng.gauss(centre, 0.05)
+    losses["easy7"], losses["hard3"], losses["hard9"] = 1.2, 9.0, 0.1  # easy7: normal for "hard"
+    losses["hard11"] = None
+    kept, dropped, report = curated(
+        tmp_path, rows, losses=(scored(tmp_path / "l.jsonl", "loss", losses),)
+    )
+    naive = {}
+    for source in ("easy", "hard"):
+        own = sorted(v for i, v in losses.items() if i.startswith(source) and v is not None)
+        median = float(np.median(own))
+        spread = 1.4826 * float(np.median([abs(v - median) for v in own]))
+        for name, value in losses.items():
+            if name.startswith(source) and value is not None:
+                if value > median + 5 * spread:
+                    naive[name] = "loss_high"
+                elif value < median - 5 * spread:
+                    naive[name] = "loss_low"
+    assert {i: row["reason"] for i, row in dropped.items()} == naive | {"hard11": "not_scored"}
+    assert naive == {"easy7": "loss_high", "hard3": "loss_high", "hard9": "loss_low"}
+    about = json.loads((tmp_path / "new" / "rl.report.json").read_text())["losses"]
+    assert set(about) == {"easy", "hard"} and sum(about["hard"]["histogram"]["counts"]) == 59
+    assert about["hard"]["low"] < 1.2 < about["hard"]["high"] < 9
+
+
+def test_few_rows_are_judged_by_the_losses_of_all():
+    rng = np.random.default_rng(0)
+    losses = np.concatenate([rng.normal(1, 0.1, 200), [1.1, 5.0, 5.1]])
+    sources = np.array([0] * 200 + [1] * 3)
+    low, high = curate.loss_bounds(losses, sources, 5)[1]
+    assert 0.3 < low < 0.7 and 1.3 < high < 1.7
+    same = curate.loss_bounds(np.full(100, 0.5), np.zeros(100), 5)[0]
+    assert same == pytest.approx((0.4, 0.6))  # all alike: the least spread
+
+
+def test_problems_that_are_solved_never_or_always_go_and_the_histogram_stays(tmp_path):
+    rng = random.Random(7)
+    names = [f"p{i}" for i in range(24)]
+    passes = {name: i % 5 for i, name in enumerate(names)} | {"p23": None}
+    rows = [problem(name, " ".join(babble(rng, 20))) for name in names]
+    file = scored(tmp_path / "p.jsonl", "passes", passes, samples=4)
+    kept, dropped, report = curated(tmp_path, rows, passes=(file,))
+    reasons = {0: "never_solved", 4: "always_solved", None: "not_tried"}
+    assert {i: row["reason"] for i, row in dropped.items()} == {
+        i: reasons[v] for i, v in passes.items() if v in reasons
+    }
+    about = json.loads((tmp_path / "new" / "rl.report.json").read_text())
+    assert about["passes"] == {"s": [sum(v == k for v in passes.values()) for k in range(5)]}
+    levels = {label.split(" / ")[1]: of["in"] for label, of in report["strata"].items()}
+    assert levels == {
+        "hard": sum(v == 1 for v in passes.values()),
+        "medium": sum(v == 2 for v in passes.values()),
+        "easy": sum(v == 3 for v in passes.values()),
+    }
+
+
+def test_a_row_without_a_score_stops_the_run_unless_an_earlier_step_dropped_it(tmp_path):
+    rng = random.Random(9)
+    rows = [problem(f"p{i}", " ".join(babble(rng, 20))) for i in range(3)]
+    rows[2]["answer"] = "proof"
+    file = scored(tmp_path / "p.jsonl", "passes", {"p0": 1}, samples=4)
+    with pytest.raises(ValueError, match="1 of the 2 rows that are left have no score"):
+        curated(tmp_path, rows, passes=(file,))
+    more = scored(tmp_path / "q.jsonl", "passes", {"p1": 2}, samples=4)
+    kept, _, _ = curated(tmp_path, rows, passes=(file, more))
+    assert [row["id"] for row in kept] == ["p0", "p1"]
+    other = scored(tmp_path / "r.jsonl", "passes", {"p1": 2}, samples=8)
+    with pytest.raises(ValueError, match=r"tried \[4, 8\] times"):
+        curated(tmp_path, rows, passes=(file, other))
+    with pytest.raises(ValueError, match="not a file of score.py with 'loss'"):
+        curated(tmp_path, rows, losses=(file,))
+
+
 @pytest.mark.parametrize(
-    "line, message",
+    "columns, expected",
     [
-        ('{"id": "1", "source": "s", "prompt": "x"}', r"byte 0: \['answer'\] missing"),
-        ('{"id": "1", ', "byte 0: not a row of JSON"),
-        ("[1]", "byte 0: not a row of JSON"),
+        ({"answer": "-3.5"}, "number"),
+        ({"answer": "$1,024$"}, "number"),
+        ({"answer": "3/4"}, "number"),
+        ({"answer": 7}, "number"),
+        ({"answer": "30^\\circ"}, "number"),
+        ({"answer": "\\frac{1}{2}"}, "expression"),
+        ({"answer": "2x + 1"}, "expression"),
+        ({"answer": "(1, 2)"}, "expression"),
+        ({"answer": "Anna, Boris"}, "words"),
+        ({"answer": "yes"}, "words"),
+        ({"answer": "B", "choices": ["1", "2"]}, "choice"),
+        ({}, ""),
     ],
 )
-def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=message):
-        curate.main(curate.Config((str(path),), "rl", str(tmp_path / "out.jsonl")))
+def test_the_format_of_an_answer_is_part_of_its_stratum(columns, expected):
+    assert curate.answer_format(columns) == expected
+    stratum = curate.stratum_of({"source": "s", "level": 2} | columns, np.inf)
+    assert stratum == ("s", "2", expected)
 
 
 def test_settings_that_cannot_be_meant_are_refused(tmp_path):
+    a = write_rows(tmp_path / "a.jsonl", [])
     with pytest.raises(ValueError, match="would be overwritten"):
-        curate.Config(("a.jsonl",), "rl", "./a.jsonl")
+        curate.Config((a,), "rl", f"{tmp_path}/./a.jsonl")
     with pytest.raises(ValueError, match="workers"):
-        curate.Config(("a.jsonl",), "rl", "b.jsonl", workers=0)
+        curate.Config((a,), "rl", "b.jsonl", workers=0)
+    with pytest.raises(ValueError, match="named twice"):
+        curate.Config((a, f"{tmp_path}/./a.jsonl"), "rl", "b.jsonl")
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
+        curate.Config((a,), "rl", "b.jsonl", benchmarks=(f"{tmp_path}/gone.jsonl",))
+
+
+def test_a_broken_test_question_stops_the_run(tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", [problem("1", "What is it?")])
+    for line, message in (({"id": "t"}, "t has no prompt"), ({"prompt": "x"}, "missing")):
+        tests = write_rows(tmp_path / "t.jsonl", [line])
+        with pytest.raises(ValueError, match=message):
+            curate.main(curate.Config((rows,), "rl", str(tmp_path / "b.jsonl"), (tests,)))
 
 
 def test_curation_does_not_load_torch():

@@ -403,7 +403,7 @@ def test_the_file_is_what_the_stages_read(tmp_path):
         (row["id"], row["prompt"], row["answer"], row["source"]) for row in rows
     ]
     assert [p.choices for p in read] == [tuple(row.get("choices", ())) or None for row in rows]
-    assert [p.name for p in path.parent.iterdir()] == ["logic.jsonl"]
+    assert {p.name for p in path.parent.iterdir()} == {"logic.jsonl", "logic.report.json"}
     assert rows[7]["origin"] == {
         "set": "logic",
         "split": "seed 2",

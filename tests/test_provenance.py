@@ -120,3 +120,19 @@ def test_a_model_card_claims_no_base_and_no_commit_that_it_does_not_know(tmp_pat
     card = model_card("OVR", Training(model=str(tmp_path), data="owner/rows"), tmp_path)
     assert "base_model" not in card and "Commit unknown" in card and "--max-model-len" not in card
     assert "| owner/rows | hub id, not hashed |" in card
+
+
+def test_a_step_of_stage_0_says_what_it_made_of_which_files(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text("{}\n{}\n")
+    out = tmp_path / "out.jsonl"
+    out.write_text("{}\n")
+    counts = {"rules": {"s": {"in": 2, "kept": 1, "reasons": {"leak": 1}}}}
+    provenance.write_report(out, Config(), [tmp_path / "raw" / "a.jsonl"], counts, cost=1.5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.report.json", "raw"]
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    digest = hashlib.sha256(b"{}\n{}\n").hexdigest()
+    assert report["inputs"] == {"raw/a.jsonl": f"sha256 {digest}, 2 lines, 6 bytes"}
+    assert report["output"]["out.jsonl"].endswith("1 lines, 3 bytes")
+    assert report["steps"] == counts and report["cost"] == 1.5
+    assert provenance.beside(out, "dropped.jsonl") == tmp_path / "out.dropped.jsonl"

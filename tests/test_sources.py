@@ -319,6 +319,42 @@ def test_a_set_that_the_hub_cannot_give_says_so_at_once(name, tmp_path):
         read(name, images_to=tmp_path)
 
 
+def test_a_set_becomes_a_file_with_what_was_dropped_and_where_it_came_from(tmp_path, capsys):
+    openr1_math(tmp_path / "set")
+    out = tmp_path / "raw" / "openr1.jsonl"
+    sources.main(sources.Config("openr1_math", str(tmp_path / "set"), out=str(out)))
+    rows, dropped = (
+        [json.loads(line) for line in p.open()] for p in (out, out.with_suffix(".dropped.jsonl"))
+    )
+    assert rows == [
+        r
+        for r in read("openr1_math", tmp_path / "set", images_to=tmp_path / "x")
+        if isinstance(r, dict)
+    ]
+    assert [(row["step"], row["reason"]) for row in dropped] == [
+        ("read", "trace incomplete"),
+        ("read", "trace not verified"),
+        ("read", "trace without <think>"),
+    ]
+    report = json.loads(out.with_suffix(".report.json").read_text())
+    reasons = {row["reason"]: 1 for row in dropped}
+    assert report["steps"] == {"read": {"openr1_math": {"in": 5, "kept": 2, "reasons": reasons}}}
+    assert [*report["inputs"]] == ["../set"] and "2 rows" in capsys.readouterr().out
+    assert not list(out.parent.glob("*.part"))
+
+
+def test_a_set_of_which_nothing_can_be_used_fails(tmp_path):
+    write_text(
+        tmp_path / "set" / "train.jsonl", lines([{"solution": "", "problem": "x", "level": 1}])
+    )
+    with pytest.raises(SystemExit, match="no row of math can be used"):
+        sources.main(sources.Config("math", str(tmp_path / "set"), out=str(tmp_path / "o.jsonl")))
+    with pytest.raises(ValueError, match="needs --out"):
+        sources.Config("math")
+    with pytest.raises(ValueError, match="need a --set"):
+        sources.Config(out="x.jsonl")
+
+
 def test_the_table_prints_a_line_for_each_set():
     command = [sys.executable, Path(sources.__file__)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

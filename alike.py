@@ -44,7 +44,7 @@ NOISE = re.compile(
     r"|^\s*(?:(?:problem|question|example|exercise)\s*)?\d+\s*[.):]\s(?=\D)|(?<=\w)-(?=[a-z])"
 )
 WORD = re.compile(
-    "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\d|[-+*/=<>^!%|×÷±√∫∑∏≤≥≠∪∩∈]|"
+    "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\d|[-+*/=<>^!%|#×÷±√∫∑∏≤≥≠∪∩∈]|(?<!\\S)\\.(?!\\S)|"
     "[^\\W\\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
 )
 MASK, GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
@@ -107,10 +107,11 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def identity(tokens: list[str], pictures: Iterable[str], gold: str) -> int:
     """Of what must be equal in near-duplicates: "12 apples" and "13 apples" are two problems.
 
-    Signs count that are written alike everywhere; "1/2" may also be a fraction, "*" a product. The
-    answer counts because puzzles from a generator differ in one name: who has the blue present?
+    Signs count that are written alike everywhere, and those that grids are drawn with; "1/2" may
+    also be a fraction, "*" a product. The answer counts because puzzles from a generator differ in
+    one name: who has the blue present?
     """
-    signs = "".join(t for t in tokens if t.isdigit() or t in "+-=<>")
+    signs = "".join(t for t in tokens if t.isdigit() or t in "+-=<>#.")
     return digest(signs, " ".join(words(gold)), *pictures)
 
 

@@ -12,9 +12,13 @@ reflection, not verification: whoever doubts has not confirmed.
     CBR(behaviour) = share of responses with at least one instance              (rates)
     BTR(pair)      = CBR(visual) / CBR(linguistic)                              (transfer_rates)
 
-Departure: the paper asks GPT-4o for the counts. This is a lexicon. On real replies lexicons are
-right in about half of their hits, so it is meant for highlights and for trends of one model, not
-for publication. It knows R1's English and the lower-case, spaced language of the miniature.
+Departure: the paper asks GPT-4o for the counts. That is judge.py; this is a lexicon, for highlights
+and for trends of one model. It knows R1's English and the lower-case, spaced language of the
+miniature. Right by eye of its hits in real chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max,
+InternLM, no R1-style traces), in the order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25,
+13 of 18; 36 of 50, 16 of 29. So publish the judge's rates, or corrected_rate.
+
+Where `texts` are wanted, an (N, 8) array of booleans may be given: what a judge has found.
 """
 
 import re
@@ -33,6 +37,9 @@ VISUAL = (
 NAMES = LINGUISTIC + VISUAL
 PAIRS = tuple(zip(LINGUISTIC, VISUAL, strict=True))
 MIN_CARRIERS = 10  # responses with the linguistic behaviour; under it a ratio is noise
+DRAWS = 2000  # of a bootstrap
+MIN_JUDGED = 10  # responses that the judge says have, and have not, a behaviour; ours
+MIN_YOUDEN = 0.1  # sensitivity + specificity - 1; near 0 the lexicon says nothing; ours
 
 
 class Span(NamedTuple):
@@ -45,56 +52,69 @@ class Span(NamedTuple):
 
 IMAGE = r"(?:images?|pictures?|figures?|diagrams?|graphs?|charts?|photos?|plots?|tables?|drawings?)"
 PART = (
-    r"(?:left|right|top|bottom|upper|lower|middle|corner|panels?|regions?|halves|parts?|rows?"
-    r"|columns?|quadrants?|sections?)"
+    r"(?:left|right(?![- ](?:triangle|angle|isosceles))|top|bottom|upper|lower|middle|corner"
+    r"|panels?|regions?|halves|parts?|rows?|columns?|quadrants?|sections?)"
 )
+IN_TURN = r"(?:one by one|one at a time|separately|in turn)"
 CELL = r"[a-z] ?[1-9]"  # the miniature's names: A3
 DUTY = r"(?:need(?: to)?|have to|must|should|can|want to|will)"
 I_NEED = r"(?:i|we) (?:(?:first|then|now|just|only|also) )?(?:need|want|must|should|have to)"
 I_WILL = rf"(?:let ?['’]?s|let (?:me|us)|(?:i|we)(?: ?['’]ll| {DUTY}))"
 
+# "checking the options", "check which": tried, not verified
+TRIED = r"(?: (?:all|the|given|answer|other|against|of|list|possible|if))*"
+TRIED += r" (?:options?|choices?|each|which|values|closest|\w = )"
+CONFIRMS = r"(?:check|verif|confirm|satisf|hold|work|both sides|indeed)"
+NO_GOAL = r"(?:(?:solve|answer) (?:this|the (?:problem|question))|\w+ the correct)\b"
+
 PATTERNS = {
     "backtracking": [
         r"\b(?:wait|hold on|oops|hmm|hm)\b.{0,90}\b(?:wrong|not (?:right|correct)|incorrect"
         r"|mistaken?|error|impossible|start over|should (?:be|use|have))\b",
-        r"\b(?:scratch that|dead end|start(?:ing)? over|getting nowhere|back to square one)\b",
+        r"\b(?:scratch that|(?:leads?|led) to a dead end|start(?:ing)? over|getting nowhere"
+        r"|back to square one)\b",
         r"\b(?:i|we) (?:must have |have )?made an? (?:\w+ )?(?:mistake|error)\b",
         r"\bmy (?:\w+ )?(?:assumption|approach|calculation|answer|reading)\b.{0,60}"
         r"\b(?:was|is) (?:wrong|incorrect)\b",
-        r"\b(?:this|that|which) (?:\w+ )?contradicts\b|\b(?:try|use) another\b|\bthrown? away\b",
-        r"\b(?:that|this|which) ?(?:is|['’]s|was) (?:not right|not correct|wrong|incorrect)\b",
+        r"\b(?:this|that) contradicts\b|\b(?:try|use) another\b(?! (?:question|problem))",
+        r"\bthrown? away\b",
+        # not "this is incorrect": so are options weighed
+        r"\bthat ?(?:is|['’]s|was) (?:not right|not correct|wrong|incorrect)\b",
         r"\balternatively\b.{0,60}\b(?:i|we) (?:should|could|can|might)\b",
         r"\bi (?:misread|mistook|miscounted|miscalculated|misjudged)\b",
     ],
     "subgoal_setting": [
         rf"^(?:so,? |ok(?:ay)?,? )?first ?,? ?(?:{I_NEED}|{I_WILL}|find|list|count|compute"
         r"|calculate|determine|solve|note)\b",
-        r"\bstep (?:\d+|one|two|three) ?[:.,]|^to (?:start|begin)(?: with)? ?,",
+        r"(?:^\W*step (?:\d+|one|two|three) ?[:.,]|\bstep \d+ ?:)|^to (?:start|begin)(?: with)? ?,",
         r"\bbefore (?:i|we|you) (?:can|could)\b.{1,60}\b(?:have|need|must)\b",
         rf"^(?:so,? |and )?(?:next|now|then) ?,? {I_NEED}\b",
         rf"\b{I_WILL} (?:first|start (?:by|with)|begin (?:by|with)|break)\b",
     ],
     "verification": [
         r"\b(?:let ?['’]?s|let (?:me|us)|(?:i|we)(?: ?['’]ll| will| can| should)) (?:\w+ )?"
-        r"(?:(?:double|cross)[- ]?check|check|verify|confirm|test)\b",  # not: we must verify
+        rf"(?:(?:double|cross)[- ]?check|check|verify|confirm|test)\b(?!{TRIED})",  # not: we must
         r"^(?:to|so to) (?:double[- ]?check|check|verify|confirm) ?,|^as a (?:sanity )?check\b",
-        r"\bsanity[- ]check\b|^(?:so )?(?:double[- ]?|cross[- ]?)?checking\b",
-        r"\b(?:plug|substitut)\w*\b.{0,40}\bback\b",
+        rf"\bsanity[- ]check\b|^(?:so )?(?:double[- ]?|cross[- ]?)?checking\b(?!{TRIED})",
+        r"\bplug\w*\b.{0,40}\bback in\b(?!to\b)",  # substituted back: mostly to go on
+        rf"\b(?:plug|substitut)\w*\b.{{0,40}}\bback\b.*\b{CONFIRMS}",
         r"\bdo(?:es)? (?:this|that|it|these|they) (?:\w+ )?(?:satisfy|hold|match|agree|work|fit)\b",
     ],
     "backward_chaining": [
-        rf"\bto (?:get|reach|obtain|make|end with) [^,]{{1,40}}, ?(?:{I_NEED}|it must)\b",
+        rf"(?:^|[,:] |\b(?:and|so|order) )to (?:get|reach|obtain|make|end with) [^,]{{1,40}}, ?"
+        rf"(?:{I_NEED}|it must)\b",
         r"\b(?:suppose|assume|if) the (?:final )?(?:answer|result)\b.{1,60}\b(?:then|would)\b",
         r"\bwork(?:ing)? (?:backwards?|in reverse)\b",
         r"\b(?:i|we) want to end\b|\bjust before (?:that|this)\b.{0,40}\b(?:must|would)\b",
-        r"\b(?:target|goal|total|result|answer) (?:is|should|must|has to)\b"
+        r"\b(?:(?:target|goal) is|(?:target|goal|total|result|answer) (?:should|must|has to))\b"
         rf".{{1,60}}(?:\b{I_NEED}\b|which means\b)",
         rf"^so {I_NEED} (?:each|every|all)\b",  # the miniature, from the wanted sum to its digits
     ],
     "visual_reflection": [
-        r"\blook(?:ing|ed)?\b(?! for\b).{0,40}\bagain\b",
+        r"\blook(?:ing|ed)?\b(?! for\b| at (?:the|our) (?:problem|question|equation|options))"
+        r".{0,40}\bagain\b",
         rf"\b(?:see|view|read|examin|inspect|check|stud)\w*\b.{{0,30}}\b{IMAGE}\b.{{0,20}}\bagain\b",
-        rf"\bre-?(?:check|examin|inspect|look|read|visit|view)\w*\b.{{0,30}}\b{IMAGE}\b",
+        rf"\bre-?(?:check|examin|inspect|look|read|visit)\w*\b.{{0,30}}\b{IMAGE}\b",  # not: review
         r"\b(?:(?:take|takes|taking|have|having) (?:another|a second|a closer)|on second) look\b",
         rf"\bmis(?:interpreted|read|saw|judged|understood|identified|counted)\b.{{0,20}}\b{IMAGE}\b",
         rf"\bmis(?:read|saw) (?:the )?(?:cell )?{CELL}\b",
@@ -102,20 +122,21 @@ PATTERNS = {
     "visual_divide_and_conquer": [
         rf"\b{I_WILL} (?:\w+ )?(?:start with|begin with|look at|focus on|examine|describe|consider)"
         rf"\b.{{0,40}}\b{PART}\b",
-        rf"\b(?:split|divid|partition|decompos|break)\w*\b.{{0,30}}\b(?:{IMAGE}|regions?|shapes?)\b"
-        r".{0,30}\binto\b",
-        rf"\b(?:options?|{PART}|{IMAGE}) (?:one by one|one at a time|separately|in turn)\b",
+        rf"\b(?:{I_WILL}|by) (?:split|divid|partition|decompos|break)\w*\b.{{0,30}}"
+        rf"\b(?:{IMAGE}|regions?|shapes?)\b.{{0,30}}\binto\b",
+        rf"\b(?:{PART}|{IMAGE}) {IN_TURN}\b|\boptions? {IN_TURN}\b.{{0,30}}\b{IMAGE}\b",
     ],
     "visual_verification": [
+        r"^(?!to (?:find|determine|answer|solve)\b).*"
         r"\b(?:check|verify|confirm|validat|compar|cross-?check)\w*\b.{0,40}"
-        rf"\b(?:against|with|in|from|using)\b.{{0,20}}\b{IMAGE}\b",
-        r"\b(?:matches|agrees?(?: with)?|fits|is consistent with|confirmed by)\b"
+        rf"\b(?:against|with)\b.{{0,20}}\b{IMAGE}\b",
+        r"(?<!best )\b(?:matches|agrees?(?: with)?|fits|is consistent with|confirmed by)\b"
         rf".{{0,30}}\b(?:the|this|that|our) {IMAGE}\b",
         rf"^as a check\b.{{0,60}}\b{IMAGE}\b",
     ],
     "goal_driven_visual_tracing": [
-        r"\b(?:to|in order to) (?:get|answer|find|tell|determine|know|solve)\b.{1,40}"
-        rf"\b{I_WILL} .{{0,60}}\b{IMAGE}\b",
+        rf"\bto (?!{NO_GOAL})(?:get|answer|find|tell|determine|know|solve)\b.{{1,40}}"
+        rf"\b{I_WILL} (?!(?:to )?(?:\w+ly )?(?:analy[sz]e|assess|examine) ).{{0,60}}\b{IMAGE}\b",
         rf"\bto (?:get|answer|find|tell|solve)\b.{{1,40}}\b{I_WILL} (?:look|search) for\b",
         rf"\b{I_NEED}\b.{{1,40}}\bso\b.{{0,40}}\b(?:find|look for|locate)\b.{{0,40}}\b{IMAGE}\b",
         rf"\bfor the answer to be\b.{{0,80}}\b{IMAGE}\b",
@@ -173,19 +194,74 @@ def count(text: str) -> dict[str, int]:
     return counts
 
 
+def without_echo(text: str, question: str, share: float = 0.8) -> str:
+    """The text less the sentences that echo the question: `share` of their runs of three words, of
+    three runs at least, stand in it."""
+    known, kept, end = set(runs(question)), [], 0
+    for start, stop in sentences(text):
+        found = runs(text[start:stop])
+        if len(found) >= 3 and sum(run in known for run in found) >= share * len(found):
+            kept.append(text[end:start])
+            end = stop
+    return "".join([*kept, text[end:]])
+
+
+def runs(text: str) -> list[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return list(zip(words, words[1:], words[2:], strict=False))
+
+
+def opening(text: str, tokens: int, first: int = 2000) -> str:
+    """About its first tokens, of `tokens` in all: the same share of its characters."""
+    return text if tokens <= first else text[: round(len(text) * first / tokens)]
+
+
 # --- rates ---------------------------------------------------------------------------------------
 
 
-def presence(texts: Sequence[str]) -> np.ndarray:
+def counts(texts: Sequence[str] | np.ndarray) -> np.ndarray:
+    """(N, 8) how often response n shows behaviour NAMES[b]. Counts pass as they are, so that texts
+    are searched once for several rates."""
+    if isinstance(texts, np.ndarray):
+        return texts
+    rows = [list(count(text).values()) for text in texts]
+    return np.array(rows, dtype=int).reshape(len(texts), len(NAMES))
+
+
+def presence(texts: Sequence[str] | np.ndarray) -> np.ndarray:
     """(N, 8) booleans: does response n show behaviour NAMES[b] at least once?"""
-    rows = [[found > 0 for found in count(text).values()] for text in texts]
-    return np.array(rows, dtype=bool).reshape(len(texts), len(NAMES))
+    return counts(texts) > 0
 
 
 def rates(texts: Sequence[str]) -> dict[str, float]:
     """CBR: the share of responses that show each behaviour; 0 of no responses is 0."""
     shown = presence(texts)
     return {name: float(shown[:, b].sum() / max(1, len(texts))) for b, name in enumerate(NAMES)}
+
+
+def mean_counts(
+    texts: Sequence[str] | np.ndarray, tokens: Sequence[int] | None = None
+) -> dict[str, float | None]:
+    """Instances a response, or, with the tokens of each, per 1,000 tokens: length alone raises a
+    CBR. None of nothing."""
+    whole = len(texts) if tokens is None else sum(tokens) / 1000
+    sums = counts(texts).sum(axis=0).tolist()
+    return {name: n / whole if whole else None for name, n in zip(NAMES, sums, strict=True)}
+
+
+def rates_by_score(texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, dict]:
+    """{"right": CBRs, "wrong": CBRs}; right is a score of 1, without a score it is neither."""
+    shown, found = presence(texts), np.array([np.nan if s is None else s for s in scores])
+    return {"right": rates(shown[found == 1]), "wrong": rates(shown[found < 1])}
+
+
+def spoken_rates(texts: Sequence[str]) -> dict[str, float]:
+    """CBR of the linguistic four over sentences that are not visual as well."""
+    shown = []
+    for spans in map(find, texts):
+        seen = {span.start for span in spans if span.name in VISUAL}
+        shown.append({span.name for span in spans if span.start not in seen})
+    return {name: sum(name in s for s in shown) / max(1, len(shown)) for name in LINGUISTIC}
 
 
 def transfer_rates(texts: Sequence[str]) -> dict[tuple[str, str], float | None]:
@@ -202,7 +278,7 @@ def transfer_interval(
     texts: Sequence[str],
     pair: tuple[str, str],
     items: Sequence[Hashable] | None = None,
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float] | None:
     """95 % bootstrap interval of a BTR, paired: both rates come from the same drawn items.
@@ -213,10 +289,61 @@ def transfer_interval(
     shown = presence(texts)[:, [NAMES.index(name) for name in pair]]  # (N, 2)
     if shown[:, 0].sum() < MIN_CARRIERS:
         return None
-    _, group = np.unique([str(i) for i in items or range(len(texts))], return_inverse=True)
-    sums = np.zeros((group.max() + 1, 2))  # (P, 2) carriers per problem
-    np.add.at(sums, group, shown)
+    sums = problem_sums(shown, items or range(len(texts)))  # (P, 2) carriers
     drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     below, above = sums[drawn].sum(axis=1).T  # (draws,) each
     low, high = np.quantile(above[below > 0] / below[below > 0], [0.025, 0.975])
     return float(low), float(high)
+
+
+def corrected_rate(
+    found: Sequence[bool], judged: Sequence[bool | None], seed: int = 0
+) -> tuple[float, float, float] | None:
+    """(rate, low, high): the lexicon's CBR put right, with its 95 % bootstrap interval.
+
+        (rate + spec - 1) / (sens + spec - 1)                           Rogan and Gladen 1978
+
+    found: does the lexicon hear the behaviour in response n? judged: does the judge, None where it
+    was not asked; those that were must be a random sample. Responses are drawn one by one, so many
+    samples of one problem look surer than they are. None ("n/a") where the judge found it in under
+    ten or missed it in under ten, or the lexicon can hardly tell the two (MIN_YOUDEN).
+    """
+    told = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], dtype=int)
+    cells = np.bincount(2 * told + np.array(found, dtype=int), minlength=6)  # judge x lexicon
+    if min(cells[2:4].sum(), cells[4:].sum()) < MIN_JUDGED:
+        return None
+    drawn = np.random.default_rng(seed).multinomial(len(told), cells / len(told), size=DRAWS)
+    drawn = np.concatenate([[cells], drawn]).reshape(-1, 3, 2)  # the sample itself comes first
+    rate = drawn[:, :, 1].sum(axis=1) / len(told)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may lack a class
+        false, true = (drawn[:, 1:, 1] / drawn[:, 1:].sum(axis=2)).T  # 1 - spec, sens
+        right = np.clip((rate - false) / (true - false), 0, 1)
+    usable = true - false >= MIN_YOUDEN
+    if not usable[0] or usable.mean() < 0.95:
+        return None
+    return (float(right[0]), *np.quantile(right[usable], [0.025, 0.975]).tolist())
+
+
+def paired_difference(
+    texts: Sequence[str], others: Sequence[str], items: Sequence[Hashable], seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """{name: (difference, low, high)}: CBR of texts - CBR of others, 95 % bootstrap over problems.
+
+    texts[n] and others[n] answer items[n], say with the true picture and with a blank or a shuffled
+    one. Where the language of looking stays the same, it is a habit of words.
+    """
+    gaps = presence(texts).astype(int) - presence(others)  # (N, 8)
+    sums = problem_sums(np.c_[gaps, np.ones(len(gaps))], items)  # (P, 9), the last: responses
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(DRAWS, len(sums)))
+    totals = np.array([sums[row].sum(axis=0) for row in drawn])  # (DRAWS, 9)
+    bounds = np.quantile(totals[:, :8] / totals[:, 8:], [0.025, 0.975], axis=0)
+    told = np.vstack([gaps.mean(axis=0), bounds]).T.tolist()
+    return {name: tuple(row) for name, row in zip(NAMES, told, strict=True)}
+
+
+def problem_sums(values: np.ndarray, items: Sequence[Hashable]) -> np.ndarray:
+    """(N, K) of responses -> (P, K), added up per problem."""
+    _, group = np.unique([str(item) for item in items], return_inverse=True)
+    sums = np.zeros((group.max() + 1, values.shape[1]))
+    np.add.at(sums, group, values)
+    return sums

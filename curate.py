@@ -144,13 +144,13 @@ def read_row(line: bytes, needs: tuple[str, ...]) -> tuple[dict, str]:
 
 
 def test_rows(files: Iterable[str]) -> Iterator[dict]:
-    """The questions of benchmarks, whose files may also say "question" and "image". A broken one
-    stops the run: what it tests would be missed in silence."""
+    """The questions of benchmarks: items of benchmarks.py, or files that say "question", "image". A
+    broken one stops the run: what it tests would be missed in silence."""
     for path in files:
         for _, row in rows_of(Path(path), 0, os.path.getsize(path), ("id",)):
             if isinstance(row, Broken):
                 raise ValueError(f"benchmark {path}, {row.id}: {row.detail}")
-            prompt = row.get("prompt") or row.get("question")
+            prompt = row.get("question") or row.get("prompt")  # the one without what all are told
             if not isinstance(prompt, str):
                 raise ValueError(f"benchmark {path}: {row['id']} has no prompt; it has {[*row]}")
             one = [row["image"]] if row.get("image") else []

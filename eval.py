@@ -1,212 +1,488 @@
-"""Scores a model on problems with known answers: sample once, keep everything, grade any time.
+r"""Scores a model on benchmarks: sample once, keep every reply, grade any time.
 
-    problems.jsonl ─sampler─▶ DIR/records.jsonl ─grade─▶ DIR/summary.json
+    Hub or directory ─benchmarks.py─▶ DIR/items.jsonl ─sampler─▶ DIR/records.jsonl
+    items + records ─extract.py─▶ DIR/graded.jsonl ─metrics.py─▶ DIR/summary.json, DIR/gallery.html
 
-A record holds the reply, its verdict and how it was drawn, so that a number can be looked into and
-graded again by a better matcher without sampling again. Records are appended as they come: a run
-that is cut off goes on where it stopped, and refuses to mix replies of two protocols. A reply that
-was cut at the token limit is `truncated` and wrong, never graded by what stands in it so far.
+items    the questions as they are asked, with their pictures, golds and groups
+records  one reply a line, no verdict: appended as they come, so a run that is cut off goes on where
+         it stopped; replies of two protocols are never mixed. Several ranks write one file each
+graded   the verdicts, a pure function of the two: `--regrade DIR` makes them anew in seconds, with
+         what judge.py has said in DIR/judged.jsonl beside them. A reply cut at the limit is
+         `truncated` and wrong, and what cannot be read is `unparsed`: nothing is ever guessed
 
-Accuracy is the mean over problems of the mean over k samples (avg@k; with k = 1 and temperature 0
-the greedy accuracy). Its standard error is taken over problems, not over samples: the k samples of
-one problem are not independent.
+The paper gives no prompt, temperature, k or token limit for its tables, so ours stand beside every
+number (DIR/protocol.json). The model is a HF directory, sampled by torch or vLLM on all ranks, or
+whatever answers behind an OpenAI-compatible address.
 
+    torchrun --nproc-per-node 8 eval.py --model out/rl/model --bench mathvision --sampler vllm \
+        --max-tokens 32768 --kv-cache-gb 40 --out out/eval/rl/mathvision
+    python eval.py --url http://127.0.0.1:8000/v1 --model ovr --bench math500 --out DIR
     python eval.py --model out/laptop/rl/model --data out/laptop/data/test.jsonl --out DIR
-    python eval.py ... --k 4 --temperature 1        # avg@4 at temperature 1
-    python eval.py --regrade DIR --data ...         # grade DIR/records.jsonl again
+    python eval.py --regrade DIR                    # grade again; nothing is sampled
+    python eval.py --table out/eval/rl/*            # all benchmarks of a model, the paper beside
+    python eval.py --compare out/eval/coldstart/pope out/eval/rl/pope
 """
 
+import hashlib
 import json
-import math
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-import torch
 import tyro
+from PIL import Image
 
 import behaviors
+import benchmarks
 import data
+import extract
+import metrics
+import parallel
+from endpoint import Endpoint, Failure, ask_all, user_message
+from gallery import page
 from model import load_model
+from provenance import fingerprint
 from reward import grade
-from rollout import Rollout, TorchSampler
+from rollout import Rollout, TorchSampler, VllmSampler, address
 from runlog import progress
 
-CHUNK = 64  # problems between two writes of records.jsonl
+CHUNK = 64  # items that a rank samples between two writes
 
 
 @dataclass(frozen=True)
 class Config:
-    """One model on one benchmark."""
+    """One model on one benchmark, or what is there looked at again."""
 
-    data: str  # problems: JSONL, parquet, Hub id
-    out: str = ""  # directory of records.jsonl and summary.json
-    model: str = ""  # HF directory
-    bench: str = "toy"  # name of the benchmark, for the tables
-    k: int = 1  # samples a problem
-    temperature: float = 0.0  # 0: greedy
-    max_tokens: int = 160  # of a reply
-    limit: int = 0  # first problems only; 0: all
+    model: str = ""  # HF directory or Hub name; with --url the name that the server knows
+    bench: str = ""  # name in benchmarks.py; with --data any name
+    place: str = ""  # local copy of the benchmark; empty: the Hub
+    data: str = ""  # problems of one's own, as rl.py takes them, in place of a benchmark
+    out: str = ""  # directory of this model and this benchmark
+    k: int = 0  # samples an item; 0: the benchmark's (AIME 16, else 1)
+    temperature: float = -1.0  # 0: greedy; -1: the benchmark's (AIME 1, else 0)
+    max_tokens: int = 160  # of a reply: the miniature's; a reasoner of 7B wants 32768
+    prompt_tokens: int = 0  # vllm's room for a prompt; 0: 4096, or a quarter of a short max_tokens
+    pictures: Literal["true", "blank", "shuffled"] = "true"  # controls: is the picture looked at?
+    limit: int = 0  # first items (or groups) only; 0: all
     seed: int = 0
-    regrade: str = ""  # directory whose records are graded again; nothing is sampled
-    threads: int = 0  # CPU threads; 0: torch's choice
+    sampler: Literal["torch", "vllm"] = "torch"
+    sampler_batch: int = 256  # replies that a rank samples at once
+    kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
+    dtype: str = "auto"  # bfloat16 on GPUs, float32 on CPUs
+    threads: int = 0  # CPU threads a process; 0 shares the cores out
+    url: str = ""  # OpenAI-compatible address, ends in /v1, in place of a sampler
+    key_env: str = ""  # NAME of the environment variable that holds its key
+    concurrency: int = 64  # requests in flight
+    regrade: str = ""  # directory: grade its records again
+    table: tuple[str, ...] = ()  # directories: their scores as one table
+    compare: tuple[str, ...] = ()  # two directories of one benchmark: before, after
 
     def __post_init__(self):
-        if not self.regrade and not (self.model and self.out):
-            raise ValueError("give --model and --out, or --regrade DIR")
-        if self.k > 1 and self.temperature == 0:
-            raise ValueError(f"k = {self.k} greedy samples are all the same: set --temperature")
+        if self.regrade or self.table or self.compare:
+            if self.compare and len(self.compare) != 2:
+                raise ValueError("--compare takes two directories: before, after")
+            return
+        if not (self.model and self.out and (self.bench or self.data)):
+            raise ValueError(
+                "give --model, --out and --bench or --data (or --regrade, --table, --compare)"
+            )
+        if not self.data:
+            benchmarks.named(self.bench)  # says which there are
+        if self.samples > 1 and self.heat == 0:
+            raise ValueError(f"k = {self.samples} greedy samples are the same: set --temperature")
+
+    @property
+    def samples(self) -> int:
+        return self.k or (1 if self.data else benchmarks.named(self.bench).k)
+
+    @property
+    def heat(self) -> float:
+        """The temperature of sampling."""
+        if self.temperature >= 0:
+            return self.temperature
+        return 0.0 if self.data else benchmarks.named(self.bench).temperature
 
 
-PROTOCOL = ("bench", "data", "model", "k", "temperature", "max_tokens", "seed")  # may not change
+# ---- items
 
 
-def judged(problem: data.Problem, record: dict) -> dict:
-    """The record with its verdict. A truncated reply is wrong whatever it says."""
-    if record["finish"] == "length":
-        return record | {"score": 0.0, "status": "truncated", "extracted": None}
-    options = {"choices": problem.choices, "precision": problem.precision}
-    options["digits"] = 6  # 3.14159 is pi here, not in RL
-    v = grade(problem.answer, record["response"], **options)
-    return record | {"score": v.score, "status": v.status, "extracted": v.answer}
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file; none if it is not there. A last line that a kill cut off is cut."""
+    if not path.exists():
+        return []
+    with path.open("rb+") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.seek(0)
+        return [json.loads(line) for line in file]
 
 
-def record_of(rollout: Rollout, seed: int) -> dict:
-    """What records.jsonl keeps of a reply, before its verdict."""
-    problem = rollout.problem
-    return {
-        "id": problem.id,
-        "sample": rollout.sample,
-        "seed": seed,
-        "source": problem.source,
-        "image": bool(problem.images),
-        "prompt": problem.prompt,
+def write_rows(path: Path, rows: Iterable[dict]):
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    part.replace(path)
+
+
+def make_items(cfg: Config) -> list[dict]:
+    """items.jsonl, written once: what is asked must not change under the replies."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "items.jsonl"
+    if not file.exists():
+        rows = items_of_data(cfg) if cfg.data else items_of_benchmark(cfg)
+        write_rows(file, rows)
+    return read_rows(file)
+
+
+def items_of_benchmark(cfg: Config) -> list[dict]:
+    options = {"images_to": Path(cfg.out) / "images", "limit": cfg.limit or None}
+    found = list(progress(benchmarks.read(cfg.bench, cfg.place or None, **options), cfg.bench))
+    lost = [row for row in found if isinstance(row, benchmarks.Dropped)]
+    for reason, count in Counter(row.reason for row in lost).items():
+        named = [row.id for row in lost if row.reason == reason][:5]
+        print(f"{cfg.bench}: {count} items are left out: {reason}, as {named}")
+    return [row for row in found if isinstance(row, dict)]
+
+
+def items_of_data(cfg: Config) -> list[dict]:
+    problems = data.read_problems(cfg.data)[: cfg.limit or None]
+    here, items = os.path.abspath(cfg.out), []
+    for p in problems:
+        item = {"id": p.id, "source": p.source, "prompt": p.prompt, "answer": p.answer}
+        item |= {"choices": p.choices, "precision": p.precision, "question": p.prompt}
+        if not all(isinstance(image, str) for image in p.images):
+            raise ValueError(f"{cfg.data}: {p.id} has its pictures inside; write them as files")
+        item["images"] = [os.path.relpath(os.path.abspath(image), here) for image in p.images]
+        kind = "image" if p.images else "text"
+        items.append({k: v for k, v in item.items() if v is not None} | {"category": kind})
+    if twice := [name for name, n in Counter(i["id"] for i in items).items() if n > 1]:
+        raise ValueError(f"{cfg.data}: ids {twice[:5]} stand more than once; each needs its own")
+    return items
+
+
+def hashes(item: dict, folder: Path) -> dict[str, str]:
+    """Of what is asked: they tie a reply to its question."""
+    pixels = b"".join((folder / name).read_bytes() for name in item["images"])
+    text, shown = (hashlib.sha256(x).hexdigest()[:16] for x in (item["prompt"].encode(), pixels))
+    return {"prompt_hash": text, "image_hash": shown if item["images"] else ""}
+
+
+# ---- sampling
+
+
+PROTOCOL = "model bench data limit k temperature max_tokens pictures seed sampler url".split()
+
+
+def protocol_of(cfg: Config) -> dict:
+    """What may not change between the replies of a directory, and stands beside every number."""
+    said = {name: asdict(cfg)[name] for name in PROTOCOL}
+    said |= {"k": cfg.samples, "temperature": cfg.heat, "top_p": 1.0}
+    if not cfg.data:
+        said["prompts"] = benchmarks.named(cfg.bench).prompts
+    return json.loads(json.dumps(said | {"items": fingerprint(Path(cfg.out) / "items.jsonl")}))
+
+
+def claim(out: Path, protocol: dict) -> None:
+    """ValueError if the directory holds replies of another protocol."""
+    file = out / "protocol.json"
+    before = json.loads(file.read_text()) if file.exists() else protocol
+    if before != protocol:
+        names = [n for n in before | protocol if before.get(n) != protocol.get(n)]
+        changed = "; ".join(f"{n} {before.get(n)!r} -> {protocol.get(n)!r}" for n in names)
+        raise ValueError(f"{out} holds replies of another protocol ({changed}): another --out")
+    file.write_text(json.dumps(protocol, indent=1))
+
+
+def read_records(out: Path) -> list[dict]:
+    """All replies so far, whichever rank wrote them."""
+    return [record for path in sorted(out.glob("records*.jsonl")) for record in read_rows(path)]
+
+
+def settle(out: Path, items: list[dict]) -> None:
+    """A complete run has one file of records, in the order of the items, each reply once."""
+    write_rows(out / "records.jsonl", latest(read_records(out), [item["id"] for item in items]))
+    for path in out.glob("records.rank*.jsonl"):
+        path.unlink()
+
+
+def latest(records: list[dict], order: list[str]) -> list[dict]:
+    """One record a (id, sample), the newest, in the order of the items."""
+    places, found = {name: i for i, name in enumerate(order)}, {}
+    for record in records:
+        found[record["id"], record["sample"]] = record
+    return sorted(found.values(), key=lambda r: (places[r["id"]], r["sample"]))
+
+
+def problem_of(item: dict, folder: Path, picture: Path | None) -> data.Problem:
+    """What the sampler takes. picture: of another item, in place of the first one."""
+    images = [str(folder / name) for name in item["images"]]
+    if images and picture is not None:
+        images[0] = str(picture)
+    return data.Problem(item["id"], item["prompt"], str(item["answer"]), tuple(images))
+
+
+def problems_of(items: list[dict], folder: Path, pictures: str) -> list[data.Problem]:
+    """The controls: all pictures blank, of their size; or each item shown the next one's."""
+    shown = [item for item in items if item["images"]]
+    names = [folder / item["images"][0] for item in shown]
+    after = dict(zip((i["id"] for i in shown), names[1:] + names[:1], strict=True))
+    problems = [
+        problem_of(item, folder, after.get(item["id"]) if pictures == "shuffled" else None)
+        for item in items
+    ]
+    if pictures == "blank":
+        return [replace(p, images=tuple(blank(image) for image in p.images)) for p in problems]
+    return problems
+
+
+def blank(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return Image.new("RGB", image.size, "white")
+
+
+def record_of(rollout: Rollout, asked: dict, seed: int) -> dict:
+    said = {"id": rollout.problem.id, "sample": rollout.sample, "seed": seed} | asked
+    finish = "stop" if rollout.stopped else "length"
+    return said | {
         "response": rollout.text,
-        "answer": problem.answer,
-        "finish": "stop" if rollout.stopped else "length",
+        "finish": finish,
         "tokens": len(rollout.response_ids),
     }
 
 
-def accuracy(records: list[dict]) -> tuple[float, float]:
-    """avg@k and its standard error over problems: sd of the problems' means / sqrt(problems)."""
-    by_problem = defaultdict(list)
-    for record in records:
-        by_problem[record["id"]].append(record["score"])
-    means = [sum(scores) / len(scores) for scores in by_problem.values()]
-    n = len(means)
-    mean = sum(means) / n
-    variance = sum((m - mean) ** 2 for m in means) / max(1, n - 1)
-    return mean, math.sqrt(variance / n)
+def sample(cfg: Config, items: list[dict], world) -> None:
+    """Appends the missing replies; an item of which one is missing is asked anew as a whole."""
+    out = Path(cfg.out)
+    count = Counter(record["id"] for record in read_records(out))
+    world.wait()  # nobody writes before all have read
+    todo = [item for item in items if count[item["id"]] < cfg.samples]
+    if not todo:
+        return
+    problems = problems_of(todo, out, cfg.pictures)
+    chunks = [range(at, min(at + CHUNK, len(todo))) for at in range(0, len(todo), CHUNK)]
+    if cfg.url:
+        replies = ask_endpoint(cfg, todo, problems)
+    else:
+        sampler = open_sampler(cfg, world)
+        drawn = (cfg.samples, cfg.max_tokens, cfg.heat, (cfg.seed,))
+        turns = parallel.turns(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
+        replies = (
+            record_of(rollout, hashes(todo[chunk[rollout.index]], out), cfg.seed)
+            for chunk in (chunks[turn] for turn in progress(turns, cfg.bench, len(chunks)))
+            for rollout in sampler.generate([problems[i] for i in chunk], *drawn)
+        )
+    name = f"records.rank{world.rank}.jsonl" if world.size > 1 else "records.jsonl"
+    with (out / name).open("a", encoding="utf-8") as file:
+        for record in replies:
+            file.write(json.dumps(record) + "\n")
+            file.flush()  # a kill loses no reply that came
 
 
-def summarise(records: list[dict], protocol: dict) -> dict:
-    """Accuracy, statuses, lengths and behaviour rates by kind of problem, and the protocol."""
-    kinds = {"all": records}
-    kinds |= {
-        "image": [r for r in records if r["image"]],
-        "text": [r for r in records if not r["image"]],
-    }
-    summary = {"protocol": protocol}
-    for kind, rows in kinds.items():
-        if not rows:
+def open_sampler(cfg: Config, world):
+    directory = data.model_directory(cfg.model)
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
+    if cfg.sampler == "torch":
+        model = load_model(directory, world.dtype, world.device)
+        return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
+    room = (cfg.prompt_tokens or min(4096, cfg.max_tokens)) + cfg.max_tokens
+    memory = (cfg.sampler_batch, room, cfg.kv_cache_gb)
+    return VllmSampler(directory, tokenizer, settings, *memory, world.dtype)
+
+
+def ask_endpoint(cfg: Config, items: list[dict], problems: list[data.Problem]) -> Iterator[dict]:
+    """Records of a served model; what it fails at is told, and asked again by the same command."""
+    if cfg.pictures == "blank":
+        raise ValueError("--pictures blank is for a model directory, not for a server")
+    endpoint = Endpoint(cfg.url, cfg.model, cfg.key_env, cfg.concurrency)
+    out, failures = Path(cfg.out), Counter()
+    sampling = {"max_tokens": cfg.max_tokens, "temperature": cfg.heat, "top_p": 1.0}
+
+    def jobs():
+        for i, p in enumerate(problems):
+            message = user_message(p.prompt, [Path(image) for image in p.images])
+            for n in range(cfg.samples):
+                seed = address((cfg.seed,), p.id, n)
+                yield (i, n), sampling | {"messages": [message], "seed": seed}
+
+    total = len(problems) * cfg.samples
+    for (i, n), reply in progress(ask_all(endpoint, jobs()), cfg.bench, total):
+        if isinstance(reply, Failure):
+            failures[f"{reply.error}: {reply.message}"] += 1
             continue
-        mean, error = accuracy(rows)
-        summary[kind] = {
-            "accuracy": mean,
-            "standard_error": error,
-            "problems": len({r["id"] for r in rows}),
-            "samples": len(rows),
-            "tokens": sum(r["tokens"] for r in rows) / len(rows),
-            "status": dict(Counter(r["status"] for r in rows)),
-            "behaviors": behaviors.rates([r["response"] for r in rows]),
-        }
+        thought = "" if reply.thought is None else f"<think>\n{reply.thought}\n</think>\n\n"
+        said = {"id": items[i]["id"], "sample": n, "seed": cfg.seed} | hashes(items[i], out)
+        said |= {"response": thought + reply.text, "finish": reply.finish}
+        yield said | {"tokens": reply.completion_tokens}
+    for why, count in failures.most_common(5):
+        print(f"{cfg.bench}: {count} requests failed: {why}")
+    if failures:
+        raise SystemExit(
+            f"{failures.total()} of {total} replies are missing: give the command again"
+        )
+
+
+# ---- grading
+
+
+def graded(record: dict, item: dict) -> dict:
+    """The record with its verdict and what metrics group by."""
+    options = {"choices": item.get("choices"), "precision": item.get("precision")}
+    options |= {"kind": item.get("kind"), "finish": record["finish"]}
+    verdict = extract.grade(str(item["answer"]), record["response"], **options)
+    row = record | {"score": verdict.score, "status": verdict.status, "rule": verdict.rule}
+    about = {name: item.get(name) for name in ("source", "answer", "category", "group", "seen")}
+    return row | about | {"extracted": verdict.answer, "image": bool(item["images"])}
+
+
+def regrade(out: Path) -> list[dict]:
+    """graded.jsonl and summary.json anew from items, records, and the judge's word if it is there.
+
+    ValueError names a record whose question has changed, and one without an item.
+    """
+    items = {item["id"]: item for item in read_rows(out / "items.jsonl")}
+    rows, judged = [], {(r["id"], r["sample"]): r for r in read_rows(out / "judged.jsonl")}
+    asked = lru_cache(None)(lambda name: hashes(items[name], out))
+    for record in read_records(out):
+        if record["id"] not in items:
+            raise ValueError(f"{out}: reply to {record['id']!r}, which is not among the items")
+        if any(record[name] != value for name, value in asked(record["id"]).items()):
+            raise ValueError(f"{out}: item {record['id']} is not what its reply was asked")
+        row = graded(record, items[record["id"]])
+        if verdict := judged.get((record["id"], record["sample"])):
+            row["judge_score"] = verdict["judge_score"]
+        rows.append(row)
+    if only_judge(json.loads((out / "protocol.json").read_text())):
+        rows = [row | {"score": None} for row in rows]
+    write_rows(out / "graded.jsonl", rows)
+    return rows
+
+
+def only_judge(protocol: dict) -> bool:
+    """MM-Vet's answers are sentences that no rule can grade: without a judge it has no score."""
+    return not protocol["data"] and benchmarks.named(protocol["bench"]).judge == "only"
+
+
+def same(a: str, b: str) -> bool:
+    """Are two extracted answers one, for maj@k? 1/2 and 0.5 are."""
+    return a == b or grade(a, f"\\boxed{{{b}}}", digits=6).score == 1
+
+
+def summarise(out: Path, rows: list[dict]) -> dict:
+    """summary.json: scores with intervals, chance, statuses, categories, behaviours, protocol."""
+    protocol = json.loads((out / "protocol.json").read_text())
+    items, metric, paper = read_rows(out / "items.jsonl"), "accuracy", {}
+    if not protocol["data"]:
+        bench = benchmarks.named(protocol["bench"])
+        metric = bench.metric
+        if len(items) > 0.95 * bench.size:  # a part of it is another benchmark
+            paper = {p.of: p.ovr for p in bench.paper if p.ovr is not None}
+        if metric == "accuracy":
+            paper.pop("mean", None)  # of the two MMMU-Pro: see show_table
+    summary = metrics.summarise(metric, rows, items=items, paper=paper, same=same)
+    asked = {item["id"]: item.get("question") or item["prompt"] for item in items}
+    summary |= {"behaviors": habits(rows, asked), "protocol": protocol}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records so far; a last line that was cut off by a kill is dropped, and sampled again."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        path.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
+def habits(rows: list[dict], asked: dict[str, str]) -> dict:
+    """What the lexicon finds in the thoughts: CBR, BTR, and what is behind them. A lexicon shows
+    trends; judge.py asks a model, as the paper does."""
+    thoughts = [
+        behaviors.without_echo(behaviors.thinking(row["response"]), asked[row["id"]])
+        for row in rows
+    ]
+    counts, tokens = behaviors.counts(thoughts), [row["tokens"] for row in rows]
+    transfer = behaviors.transfer_rates(counts)
+    found = {
+        "rates": behaviors.rates(counts),
+        "transfer": {visual: ratio for (_, visual), ratio in transfer.items()},
+        "by_score": behaviors.rates_by_score(counts, [row["score"] for row in rows]),
+    }
+    if None not in tokens:  # a server may not count
+        found["per_1000_tokens"] = behaviors.mean_counts(counts, tokens)
+        begun = counts.copy()
+        for i, (thought, n) in enumerate(zip(thoughts, tokens, strict=True)):
+            if (start := behaviors.opening(thought, n)) != thought:
+                begun[i] = behaviors.counts([start])
+        found["first_2000_tokens"] = behaviors.rates(begun)
+    return found
 
 
-def write_records(path: Path, records: list[dict]):
-    """All records anew; renamed when complete, because a reply costs more than its verdict."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
-    part.replace(path)
+def finish(out: Path) -> dict:
+    """Everything that follows from items and records."""
+    rows = regrade(out)
+    summary, items = summarise(out, rows), read_rows(out / "items.jsonl")
+    text = page(rows, items, out.name, summary["protocol"], out, limit=200)  # gallery.py has more
+    (out / "gallery.html").write_text(text, encoding="utf-8")
+    return summary
 
 
-def claim(out: Path, protocol: dict) -> list[dict]:
-    """Records of an earlier, unfinished run. ValueError if its protocol was another one."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "protocol.json"
-    if file.exists() and (before := json.loads(file.read_text())) != protocol:
-        changed = [
-            f"{k} {before.get(k)!r} -> {v!r}" for k, v in protocol.items() if before.get(k) != v
-        ]
-        raise ValueError(
-            f"{out} holds replies of another protocol ({'; '.join(changed)}): use another --out"
+# ---- several directories
+
+
+def show_table(folders: Iterable[str]) -> None:
+    summaries = {Path(f).name: json.loads((Path(f) / "summary.json").read_text()) for f in folders}
+    pro = {name: folder for folder in folders if (name := Path(folder).name).startswith("mmmu_pro")}
+    if len(pro) == 2:  # the paper's number is their mean
+        parts = {name: read_rows(Path(folder) / "graded.jsonl") for name, folder in pro.items()}
+        said = {"mean": benchmarks.named("mmmu_pro").paper[0].ovr}
+        both = metrics.summarise("mean of parts", metrics.as_parts(parts), paper=said)
+        summaries["mmmu_pro, both"] = both
+    print(metrics.table(summaries))
+    for name, summary in summaries.items():
+        if "protocol" in summary:
+            told = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
+            print(f"{name}: {told}")
+
+
+def show_comparison(before: Path, after: Path) -> dict:
+    summary = json.loads((before / "summary.json").read_text())
+    rows = [read_rows(out / "graded.jsonl") for out in (before, after)]
+    found = metrics.compare(summary["metric"], *rows)
+    for name, d in found["difference"].items():
+        print(
+            f"{name}: {d['before']:.3f} -> {d['after']:.3f}, {d['difference']:+.3f} "
+            f"[{d['low']:+.3f}, {d['high']:+.3f}], p {d['p']:.3g}"
         )
-    file.write_text(json.dumps(protocol, indent=1))
-    return read_records(out / "records.jsonl")
-
-
-def sample(cfg: Config, problems: list, out: Path) -> list[dict]:
-    """All records of the benchmark, those on disk and the missing ones."""
-    records = claim(out, {name: asdict(cfg)[name] for name in PROTOCOL})
-    count = Counter(r["id"] for r in records)
-    todo = [p for p in problems if count[p.id] < cfg.k]
-    asked, again = {p.id for p in problems}, {p.id for p in todo}
-    records = [r for r in records if r["id"] not in again]  # those outside --limit stay on disk
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    directory = data.model_directory(cfg.model)
-    tokenizer = data.load_tokenizer(directory)
-    model = load_model(directory, dtype, device)
-    sampler = TorchSampler(model, tokenizer, data.load_image_settings(directory))
-    write_records(out / "records.jsonl", records)
-    with (out / "records.jsonl").open("a") as file:
-        for start in progress(range(0, len(todo), CHUNK), cfg.bench):
-            part = todo[start : start + CHUNK]
-            rollouts = sampler.generate(part, cfg.k, cfg.max_tokens, cfg.temperature, (cfg.seed,))
-            for rollout in rollouts:
-                record = judged(rollout.problem, record_of(rollout, cfg.seed))
-                records.append(record)
-                file.write(json.dumps(record) + "\n")
-            file.flush()
-    return [r for r in records if r["id"] in asked]
+    print(f"McNemar: {found['mcnemar']}")
+    texts = [[behaviors.thinking(row["response"]) for row in run] for run in rows]
+    if [(r["id"], r["sample"]) for r in rows[0]] == [(r["id"], r["sample"]) for r in rows[1]]:
+        changes = behaviors.paired_difference(*reversed(texts), [row["id"] for row in rows[0]])
+        for name, (change, low, high) in changes.items():
+            print(f"{name}: {change:+.3f} of the replies [{low:+.3f}, {high:+.3f}]")
+    for way in ("gained", "lost"):
+        print(f"{way}: {len(found[way])}: {' '.join(map(str, found[way][:50]))}")
+    return found
 
 
 def main(cfg: Config):
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    problems = list(data.read_problems(cfg.data))
-    if twice := [name for name, n in Counter(p.id for p in problems).items() if n > 1]:
-        raise ValueError(f"{cfg.data}: ids {twice[:5]} stand more than once; each needs its own")
-    out = Path(cfg.regrade or cfg.out)
-    if cfg.regrade:
-        by_id = {p.id: p for p in problems}
-        records = [judged(by_id[r["id"]], r) for r in read_records(out / "records.jsonl")]
-        write_records(out / "records.jsonl", records)
-        protocol = json.loads((out / "protocol.json").read_text())
-    else:
-        records = sample(cfg, problems[: cfg.limit or None], out)
-        protocol = {name: asdict(cfg)[name] for name in PROTOCOL}
-    summary = summarise(records, protocol)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    for kind in ("image", "text"):
-        if kind in summary:
-            s = summary[kind]
-            shown = f"{s['accuracy']:.3f} +- {s['standard_error']:.3f}"
-            size = f"n {s['problems']} x {protocol['k']}"
-            print(f"{protocol['bench']} {kind:5} {shown}  {size}  {s['tokens']:.0f} tokens")
+    if cfg.table:
+        return show_table(cfg.table)
+    if cfg.compare:
+        return show_comparison(*map(Path, cfg.compare))
+    out, world = Path(cfg.regrade or cfg.out), None
+    if not cfg.regrade:
+        world = parallel.start(cfg.threads, cfg.dtype)
+        if world.main:
+            make_items(cfg)
+            claim(out, protocol_of(cfg))
+        world.wait()
+        items = read_rows(out / "items.jsonl")
+        sample(cfg, items, world)
+        world.wait()
+        if world.main:
+            settle(out, items)
+    if world is None or world.main:
+        print(metrics.table({out.name: finish(out)}))
+    if world is not None:
+        parallel.finish(world)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -174,6 +174,8 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "rope_scaling": {"type": "mrope", "mrope_section": sections},
         "vision_config": vision | {"tokens_per_second": 2},
+        # the hub's; without one, transformers warns that the tokenizer is broken, as Mistral's was
+        "transformers_version": "4.49.0",
     }
 
 

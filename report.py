@@ -3,11 +3,12 @@
     python report.py --run out/laptop
 
 Reads `data/test.jsonl` (the held-out problems), `STAGE/{run.json,metrics.jsonl}` of every stage and
-control, and `eval/STAGE/{greedy,sampled,reading}/records.jsonl` (one graded answer a row).
+control, and `eval/STAGE/{greedy,sampled,reading}/graded.jsonl` (one graded answer a row).
 Whatever was not run is said to be "not run". The page is one file without link or script: curves
-are inline SVG and pictures data URIs, so it can be mailed. It redraws the paper's Figures 3 to 5
-and Table 4 from this run. Every sentence that claims something is computed here from what was
-measured, and says so when a claim of the paper did not come out.
+are inline SVG and pictures data URIs, so it can be mailed. It redraws the paper's Figures 3, 5 and
+6 from this run and Table 4 in miniature; from `bench/STAGE/STEP/BENCH`, the benchmarks that
+runs/eval.sh has scored, Figure 4 and the whole Table 4. Every sentence that claims something is
+computed here from what was measured, and says so when a claim of the paper did not come out.
 
 How numbers are made. Every rate is right / total, summed over problems; the unit of its standard
 error is the problem (ratio estimator), as k samples of one are not k independent observations.
@@ -36,7 +37,7 @@ import numpy as np
 import tyro
 
 import behaviors
-from reward import grade
+import metrics
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -53,6 +54,7 @@ STAGES = {  # order of every table and figure: directory -> (name, what it is, c
     "rl_grpo": ("Cold start + GRPO", "control: group advantages, no critic", "#c79a1e"),
 }
 MAIN = ("base", "coldstart", "rl")
+BENCHED = (*MAIN, "average")  # what runs/eval.sh scores, in the order of training
 PAIRS = behaviors.PAIRS  # (linguistic, visual), four of them
 REFLECTION = "visual_reflection"
 HUES = dict(zip(behaviors.NAMES, (345, 215, 150, 262, 32, 190, 85, 300), strict=True))  # of a mark
@@ -61,6 +63,7 @@ PERCEPTION = "toy/reading"  # source of the rows that ask what a cell shows, and
 BINS = 10  # of RL steps in the behaviour curves
 INK, GRID = "#010203", "#030201"  # stand-ins: become currentColor and var(--line), light or dark
 SPAN = 2.0  # standard errors that make a difference between two stages a finding
+VERBS = {1: "gained", -1: "lost", 0: "changed nothing clear"}  # by the sign of such a finding
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,14 @@ class Rate:
         if self.value is None:
             return "n/a"
         digits = 1 if 0 < self.value < 0.0995 else 0  # 2.5 %, but 63 %
-        return f"{100 * self.value:.{digits}f} ± {100 * self.error:.{digits}f} %".replace(
-            " ", "\xa0"
-        )
+        value, error = (f"{100 * x:.{digits}f}" for x in (self.value, self.error))
+        return f"{value}\xa0±\xa0{error}\xa0%"
 
     def above(self, other: "Rate", span: float = SPAN) -> bool:
         """Larger by more than `span` standard errors of the difference."""
         if self.value is None or other.value is None:
             return False
-        return self.value - other.value > span * math.hypot(self.error, other.error)
+        return bool(self.value - other.value > span * math.hypot(self.error, other.error))
 
 
 def ratio(records: Iterable[dict], right: Callable, total: Callable = lambda record: 1) -> Rate:
@@ -180,6 +182,8 @@ class Run:
     seconds: dict[str, float]  # stage -> time to train it
     answers: dict[str, list[dict]]  # stage -> greedy records, perception rows left out
     stages: dict[str, dict]  # stage -> measure(...)
+    benchmarks: dict[str, list["Scored"]]  # benchmark -> its models, in the order of training
+    unscored: list[str]  # directories under bench/ that are left out, and why
 
 
 def read_run(directory: Path) -> Run:
@@ -187,19 +191,54 @@ def read_run(directory: Path) -> Run:
     problems = {row["id"]: row for row in read_rows(data / "test.jsonl")}
     trained = {path.parent.name for path in directory.glob("*/run.json")}
     known = trained | {path.name for path in (directory / "eval").glob("*") if path.is_dir()}
-    about, metrics, seconds, answers, stages = {}, {}, {}, {}, {}
+    about, logged, seconds, answers, stages = {}, {}, {}, {}, {}
     for name in [*(s for s in STAGES if s in known), *sorted(known - STAGES.keys())]:
         if name in trained:
             about[name] = json.loads((directory / name / "run.json").read_text(encoding="utf-8"))
-            metrics[name] = read_rows(directory / name / "metrics.jsonl")
-            steps = sum(row["seconds"] for row in metrics[name])
+            logged[name] = read_rows(directory / name / "metrics.jsonl")
+            steps = sum(row["seconds"] for row in logged[name])
             seconds[name] = about[name].get("seconds_total", steps)
-        files = [directory / "eval" / name / how / "records.jsonl" for how in MODES]
+        files = [directory / "eval" / name / how / "graded.jsonl" for how in MODES]
         greedy, sampled, reading = map(read_records, files)
         if greedy or sampled:
             stages[name] = measure(greedy + reading, sampled, problems)
             answers[name] = [record for record in greedy if record["source"] != PERCEPTION]
-    return Run(problems, data, about, metrics, seconds, answers, stages)
+    scored = read_benchmarks(directory)
+    return Run(problems, data, about, logged, seconds, answers, stages, *scored)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model on one benchmark: RUN/bench/STAGE/STEP/BENCH."""
+
+    stage: str
+    step: float  # of a checkpoint; infinite for the stage's last model, whose STEP is `end`
+    scores: dict[str, dict]  # headlines, by rule or else by judge: name -> estimate
+    summary: dict
+    folder: Path
+
+
+def read_benchmarks(directory: Path) -> tuple[dict[str, list[Scored]], list[str]]:
+    """{benchmark: its models in the order of training}; what is left out, with the reason."""
+    models, left_out = defaultdict(list), []
+    for folder in sorted(path for path in directory.glob("bench/*/*/*") if path.is_dir()):
+        stage, step, name = folder.parts[-3:]
+        file = folder / "summary.json"
+        summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        scores = summary and (summary["headline"] or (summary["judge"] or summary)["headline"])
+        if scores and stage in BENCHED:
+            number = math.inf if step == "end" else int(step.removeprefix("step_"))
+            models[name].append(Scored(stage, number, scores, summary, folder))
+            continue
+        why = "is no stage of the recipe" if scores else "has no score, which wants a judge"
+        left_out.append(f"{stage}/{step}/{name} {why if summary else 'is not finished'}")
+    for found in models.values():
+        found.sort(key=lambda model: (BENCHED.index(model.stage), model.step))
+    return dict(models), left_out
+
+
+def last_models(models: list[Scored]) -> dict[str, Scored]:
+    return {model.stage: model for model in models if model.step == math.inf}
 
 
 def results(run: Run) -> dict:
@@ -254,9 +293,8 @@ def panel(title: str, note: str, draw: Callable) -> str:
 
 def svg(text: str, title: str) -> str:
     """Matplotlib's file as a part of a page: no header, no links, the page's colours."""
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S
-    )
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'width="[^"]*pt"|height="[^"]*pt"', "", text, count=2)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
@@ -339,22 +377,18 @@ def bars(axes, groups: dict[str, list[tuple[Rate, str]]], sideways: bool = False
 
 def stage_bars(axes, run: Run, key: str) -> bool:
     """One bar for each stage that has the number."""
-    rates = {stage: found[key] for stage, found in run.stages.items()}
     groups = {
-        name_of(stage): [(rate, color_of(stage))]
-        for stage, rate in rates.items()
-        if rate.value is not None
+        name_of(stage): [(found[key], color_of(stage))]
+        for stage, found in run.stages.items()
+        if found[key].value is not None
     }
     return bool(groups) and bars(axes, groups, sideways=True)
 
 
 def hero(run: Run) -> str:
     note = "Greedy answers to problems no stage has trained on; whiskers are one standard error."
-    return panel(
-        "Picture problems solved",
-        note,
-        lambda axes: stage_bars(axes, run, "image_accuracy"),
-    )
+    title, key = "Picture problems solved", "image_accuracy"
+    return panel(title, note, lambda axes: stage_bars(axes, run, key))
 
 
 def figure_3(run: Run) -> list[str]:
@@ -368,9 +402,8 @@ def figure_3(run: Run) -> list[str]:
         return lines(axes, run.metrics.get("coldstart", []), names)
 
     def reward(axes):
-        drawn = lines(
-            axes, rl, {"reward_image": ("pictures", orange), "reward_text": ("text", blue)}
-        )
+        names = {"reward_image": ("pictures", orange), "reward_text": ("text", blue)}
+        drawn = lines(axes, rl, names)
         if drawn and alone:
             lines(axes, alone, {"reward_image": ("pictures, RL alone", purple)})
         percent(axes)
@@ -382,19 +415,13 @@ def figure_3(run: Run) -> list[str]:
         axes.set_ylim(bottom=0)
         return drawn
 
+    right = "Share of sampled answers that are right. Faint: each step; bold: a running mean."
+    tokens = "Mean tokens of an answer. The bands are the curriculum's length budgets: an answer "
+    tokens += "that is cut off earns nothing."
     return [
         panel("Cold start: loss", "Nats a token, on reasoning written in text alone.", loss),
-        panel(
-            "RL: reward",
-            "Share of sampled answers that are right. Faint: each step; bold: a running mean.",
-            reward,
-        ),
-        panel(
-            "RL: response length",
-            "Mean tokens of an answer. The bands are the curriculum's length budgets: an answer "
-            "that is cut off earns nothing.",
-            length,
-        ),
+        panel("RL: reward", right, reward),
+        panel("RL: response length", tokens, length),
     ]
 
 
@@ -439,18 +466,11 @@ def figure_5(run: Run) -> list[str]:
 
     seen = (REFLECTION, "visual_verification", "backtracking")
     spoken = ("backtracking", "verification", "subgoal_setting")
+    share = "Share of sampled answers <em>to pictures</em> that show it, ± one standard error."
+    text = "Linguistic behaviours in answers to text problems."
     first = [
-        panel(
-            "Visual reflection during RL",
-            "Share of sampled answers <em>to pictures</em> that show it, one standard error either "
-            "way.",
-            lambda axes: over_steps(axes, "image", seen),
-        ),
-        panel(
-            "The same run, on text",
-            "Linguistic behaviours in answers to text problems.",
-            lambda axes: over_steps(axes, "text", spoken),
-        ),
+        panel("Visual reflection during RL", share, lambda axes: over_steps(axes, "image", seen)),
+        panel("The same run, on text", text, lambda axes: over_steps(axes, "text", spoken)),
     ]
     note = "Answers to pictures that show the linguistic (pale) and the visual one (solid)."
     return first + [
@@ -459,28 +479,57 @@ def figure_5(run: Run) -> list[str]:
     ]
 
 
+# fmt: off
+SEEING = (  # what is measured, title, how to read it
+    ("read_accuracy", "Digits read right while reasoning",
+     "Of the digits an answer names cell by cell, the share that stands in the picture."),
+    ("perception_accuracy", "Single cells read right",
+     "“What is at B2 ?”: perception alone, no sum to work out."),
+    ("text_accuracy", "For comparison: text problems", "Solved with the grid written out."),
+)
+# fmt: on
+
+
 def table_4(run: Run) -> list[str]:
     """What each stage costs in seeing, beside problems where there is nothing to see."""
-    panels = (
-        (
-            "read_accuracy",
-            "Digits read right while reasoning",
-            "Of the digits an answer names cell by cell, the share that stands in the picture.",
-        ),
-        (
-            "perception_accuracy",
-            "Single cells read right",
-            "“What is at B2 ?”: perception alone, no sum to work out.",
-        ),
-        (
-            "text_accuracy",
-            "For comparison: text problems",
-            "Solved with the grid written out.",
-        ),
-    )
     return [
         panel(title, note, lambda axes, key=key: stage_bars(axes, run, key))
-        for key, title, note in panels
+        for key, title, note in SEEING
+    ]
+
+
+def figure_4(run: Run) -> list[str]:
+    """Each benchmark's first score and interval; both stages are drawn one wide, however long."""
+    scored = [model for models in run.benchmarks.values() for model in models]
+    steps = {}  # of a stage, so far
+    for stage in MAIN[1:]:
+        at = [m.step for m in scored if m.stage == stage and m.step < math.inf]
+        steps[stage] = max([len(run.metrics.get(stage, ())), *at])
+    ends = [f"cold start\n{steps['coldstart']:,} steps", f"RL\n{steps['rl']:,} steps"]
+
+    def place(model):
+        share = min(1, model.step / max(1, steps.get(model.stage, 1)))
+        return {"base": 0, "coldstart": share, "rl": 1 + share, "average": 2.45}[model.stage]
+
+    def draw(axes, models):
+        name, summary = next(iter(models[0].scores)), models[0].summary
+        unit, x = summary["scale"], [place(model) for model in models]
+        told = [next(iter(model.scores.values())) for model in models]
+        colors = [color_of(model.stage) for model in models]
+        y, low, high = ([unit * score[key] for score in told] for key in ("score", "low", "high"))
+        axes.plot(x, y, color=INK, alpha=0.35, lw=1.2)
+        axes.vlines(x, low, high, colors, lw=1.6)
+        axes.scatter(x, y, 25, colors, zorder=3)
+        axes.axvline(1, color=INK, lw=1, alpha=0.6)
+        if (paper := summary["paper"].get(name)) is not None:
+            axes.axhline(paper, color=INK, lw=1, ls="--", label="the paper's OVR-7B")
+            axes.legend(handlelength=1.6)
+        axes.set_xticks((0, 1, 2, 2.45), ["base", *ends, "average"])
+        axes.set(xlim=(-0.15, 2.7), ylabel=f"{name}, {'points' if unit == 1 else '%'}")
+
+    return [
+        panel(html.escape(name), "", lambda axes, models=models: draw(axes, models))
+        for name, models in run.benchmarks.items()
     ]
 
 
@@ -603,16 +652,14 @@ def insight_amplified(run: Run) -> tuple:
             count = sum(rate.value is not None and rate.value >= 0.05 for rate in shown)
             broad.append(f"{count} ({name_of(stage)})")
     if broad:
-        text += (
-            f" Behaviours of eight that stand in 5 % or more of those answers: {', '.join(broad)}."
-        )
+        text += " Behaviours of eight that stand in 5 % or more of those answers: "
+        text += f"{', '.join(broad)}."
     return title, True if fell and rose else (None if fell or rose else False), text
 
 
 def insight_strategic(run: Run) -> tuple:
-    title = (
-        "Transfer is strategic: backtracking becomes visual reflection, verification hardly does"
-    )
+    title = "Transfer is strategic: backtracking becomes visual reflection, "
+    title += "verification hardly does"
     found = [run.stages[stage]["transfer"]["image"] for stage in MAIN if stage in run.stages]
     if len(found) < 3:
         return title, "absent", "Needs all three stages."
@@ -648,10 +695,8 @@ def table(run: Run) -> str:
     for stage in [*STAGES, *(stage for stage in run.stages if stage not in STAGES)]:
         facts = [STAGES[stage][1]] if stage in STAGES else []
         facts += [f"{run.seconds[stage]:.0f}\xa0s"] if stage in run.seconds else []
-        color = f'style="background:{color_of(stage)}"'
-        row = (
-            f'<th scope="row"><i {color}></i>{name_of(stage)}<small>{"; ".join(facts)}</small></th>'
-        )
+        row = f'<th scope="row"><i style="background:{color_of(stage)}"></i>{name_of(stage)}'
+        row += f"<small>{'; '.join(facts)}</small></th>"
         if stage not in run.stages:
             row += f'<td class="absent" colspan="{len(COLUMNS)}">not run</td>'
         for heading, pick in COLUMNS.items() if stage in run.stages else ():
@@ -662,8 +707,69 @@ def table(run: Run) -> str:
             width = f"width:{100 * (rate.value or 0):.0f}%"
             row += f'<b style="{width};background:{color_of(stage)}"></b></td>'
         rows.append(f"<tr{'' if stage in MAIN else ' class=control'}>{row}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    return as_table(COLUMNS, rows)
+
+
+def as_table(headings: Iterable[str], rows: list[str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in headings)
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def differences(run: Run) -> tuple[dict[tuple, dict], list[str]]:
+    """{(benchmark, stage): {score: the stage minus the one before it}}, and what else to say."""
+    found, remarks = {}, [f"Left out: {what}." for what in run.unscored]
+    for name, models in run.benchmarks.items():
+        asked = [model.summary["protocol"] | {"model": ""} for model in models]
+        fields = sorted(set().union(*asked))
+        if odd := [f for f in fields if any(p.get(f) != asked[0].get(f) for p in asked)]:
+            remarks.append(f"{name}: its models were asked with different {', '.join(odd)}.")
+        last = last_models(models)
+        cut = {stage: model.summary["truncated"] for stage, model in last.items()}
+        if many := [f"{s} {share:.0%}" for s, share in cut.items() if share > metrics.NOTABLE]:
+            remarks.append(f"{name}: replies cut off, and so wrong: {', '.join(many)}.")
+        for old, new in itertools.pairwise(MAIN):
+            if old in last and new in last:
+                rows = [read_rows(last[stage].folder / "graded.jsonl") for stage in (old, new)]
+                try:
+                    told = metrics.compare(last[new].summary["metric"], *rows)["difference"]
+                    told = metrics.renamed(told, last[new].summary["k"])
+                    found[name, new] = {score: told[score] for score in last[new].scores}
+                except ValueError as error:  # other items, or scores by a judge alone
+                    remarks.append(f"{name}, {old} and {new} cannot be compared: {error}.")
+    return found, remarks
+
+
+def benchmark_table(run: Run, found: dict[tuple, dict]) -> str:
+    """The paper's Table 4: the stages' last models, and what cold start and RL have changed."""
+    rows, headings = (
+        [],
+        [*map(name_of, BENCHED), "Cold start − base", "RL − cold start", "In the paper"],
+    )
+    for name, models in run.benchmarks.items():
+        unit, last = models[0].summary["scale"], last_models(models)
+        sizes = [sorted({model.summary[key] for model in models}) for key in ("n", "k")]
+        n, k = (" or ".join(f"{size:,}" for size in some) for some in sizes)
+        for score in dict.fromkeys(score for model in models for score in model.scores):
+            cells = []
+            for stage in BENCHED:
+                value, error = "not scored", ""
+                if told := stage in last and last[stage].scores.get(score):
+                    value = f"{unit * told['score']:.1f}"
+                    error = "" if told["error"] is None else f" ± {unit * told['error']:.1f}"
+                cells.append((value, error))
+            for stage in MAIN[1:]:
+                value, interval = "–", ""
+                if told := found.get((name, stage), {}).get(score):
+                    value = f"{unit * told['difference']:+.1f}"
+                    value += "\xa0*" * (told["low"] > 0 or told["high"] < 0)
+                    interval = f"<br>[{unit * told['low']:+.1f}, {unit * told['high']:+.1f}]"
+                cells.append((value.replace("-", "−"), interval.replace("-", "−")))
+            cells.append((models[0].summary["paper"].get(score, "–"), ""))
+            row = f'<th scope="row">{html.escape(name)}<small>{score}; n {n}; k {k}</small></th>'
+            for heading, (value, small) in zip(headings, cells, strict=True):
+                row += f'<td data-name="{heading}"><span>{value}</span><small>{small}</small></td>'
+            rows.append(f"<tr>{row}</tr>")
+    return as_table(headings, rows)
 
 
 def mark_color(name: str) -> str:
@@ -702,9 +808,8 @@ def choose(run: Run, stages: list[str], count: int) -> list[tuple[str, str]]:
         return by_stage[stage][i]["score"]
 
     first, last = stages[0], stages[-1]
-    order = sorted(
-        ids, key=lambda i: -max(len(by_stage[s][i]["shown"]) for s in stages[1:] or stages)
-    )
+    later = stages[1:] or stages
+    order = sorted(ids, key=lambda i: -max(len(by_stage[s][i]["shown"]) for s in later))
     gains = [i for i in order if score(first, i) < score(last, i)]
     fails = [i for i in order if score(last, i) == 0]
     easy = [i for i in order if all(score(stage, i) == 1 for stage in stages)]
@@ -725,7 +830,7 @@ def examples(run: Run, count: int) -> str:
         for stage in stages:
             record = next(record for record in run.answers[stage] if record["id"] == i)
             right = record["score"] == 1
-            said = grade(problem["answer"], record["response"]).answer
+            said = record["extracted"]
             said = "no answer" if said is None else f"says {said.strip()}"
             verdict = f"{'✓' if right else '✗'} {html.escape(said)}"
             answers.append(
@@ -739,11 +844,9 @@ def examples(run: Run, count: int) -> str:
             f"<p>Right: <b>{html.escape(problem['answer'])}</b></p></div></div>"
             f'<div class="answers">{"".join(answers)}</div></article>'
         )
-    legend = "".join(
-        f'<mark style="--h:{HUES[name]}">{words(name)}</mark> ' for name in behaviors.NAMES
-    )
+    marks = (f'<mark style="--h:{HUES[name]}">{words(name)}</mark> ' for name in behaviors.NAMES)
     body = "".join(cards) or '<p class="absent">not run</p>'
-    return f'<p class="legend">{legend}</p>{body}'
+    return f'<p class="legend">{"".join(marks)}</p>{body}'
 
 
 PAGE = Template("""<!doctype html>
@@ -762,7 +865,8 @@ question; the text twin writes the grid out. Greedy unless it says sampled (temp
 $table</section>
 <section id="figure-3"><h2>How it learned <span>the paper's Figure 3</span></h2>
 <p>Stage 1 imitates reasoning written in text. Stage 2 rewards an answer with 1 if the boxed number
-is right and 0 if not; nothing rewards reasoning as such.</p>
+is right and 0 if not; nothing rewards reasoning as such. For RL on perception tasks alone, reward
+and length here are the paper's Figure 6.</p>
 <div class="grid">$figure_3</div></section>
 <section id="insights"><h2>The paper's three insights, asked of this run</h2>
 <div class="insights">$insights</div></section>
@@ -772,6 +876,7 @@ the visual one's share of answers over the linguistic one's.</p>
 <div class="grid">$figure_5</div></section>
 <section id="table-4"><h2>What reasoning costs in seeing <span>the paper's Table 4</span></h2>
 <p>$perception_text</p><div class="grid">$table_4</div></section>
+$benchmarks
 <section id="invariants"><h2>Is the RL sound?</h2>
 <p>Curves that should look a certain way whatever the model learns. When a run goes wrong, the first
 sign is usually here.</p><div class="grid">$invariants</div></section>
@@ -780,6 +885,14 @@ sign is usually here.</p><div class="grid">$invariants</div></section>
 <code>behaviors.py</code> finds.</p>$examples</section>
 </main><footer><p>$footer</p></footer></body></html>
 """)
+
+BENCHMARKS = Template("""<section id="benchmarks"><h2>Benchmarks
+<span>the paper's Figure 4 and Table 4</span></h2>
+<p>The first score of each benchmark with its 95 % interval, from the base over the checkpoints of
+both stages to the average. The two stages are drawn equally wide.</p>
+<div class="grid">$figure_4</div>
+<p class="under">± one standard error; n items, k samples of each. Differences are paired by item,
+in brackets their 95 % interval; * where it excludes 0. $text</p>$table</section>""")
 
 CSS = """
 :root{--ink:#20242c;--soft:#667080;--paper:#fbfaf7;--card:#fff;--line:#e3e1da;--good:#2c8a57;
@@ -800,7 +913,7 @@ h1 b{color:#d9652a;font-weight:650}
 section{margin-top:64px}
 h2{font-size:22px;font-weight:600;margin:0 0 6px;letter-spacing:-.01em}
 h2 span{font-size:14px;font-weight:400;color:var(--soft);margin-left:8px;white-space:nowrap}
-section>p{max-width:760px;color:var(--soft);margin:0 0 20px}
+section>p{max-width:760px;color:var(--soft);margin:0 0 20px}section>.under{margin-top:20px}
 .grid{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:18px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;
 padding:14px 14px 12px}
@@ -865,25 +978,33 @@ td[data-name]::before{content:attr(data-name);display:block;font-size:12px;color
 def perception_text(run: Run) -> str:
     """Did the cold start cost perception, and did RL bring it back? In numbers."""
     text = "In the paper the cold start costs some perception and RL recovers a part of it."
-    for key, what in (
-        ("perception_accuracy", "Single cells"),
-        ("read_accuracy", "Digits in reasoning"),
-    ):
+    keys = {"perception_accuracy": "Single cells", "read_accuracy": "Digits in reasoning"}
+    for key, what in keys.items():
         rates = [(stage, run.stages[stage][key]) for stage in MAIN if stage in run.stages]
         rates = [(stage, rate) for stage, rate in rates if rate.value is not None]
         course = ", ".join(f"{name_of(stage)} {rate}" for stage, rate in rates)
         text += f" {what}: {course or 'not measured'}"
         for (_, old), (stage, new) in itertools.pairwise(rates):
-            verb = (
-                "gained"
-                if new.above(old)
-                else "lost"
-                if old.above(new)
-                else "changed nothing clear"
-            )
-            text += f"; {name_of(stage)} {verb}"
+            text += f"; {name_of(stage)} {VERBS[new.above(old) - old.above(new)]}"
         text += "."
     return text
+
+
+def benchmarks(run: Run) -> str:
+    """The section of Figure 4 and Table 4; nothing where no benchmark was scored."""
+    if not run.benchmarks and not run.unscored:
+        return ""
+    found, remarks = differences(run)
+    text = ""
+    for stage in MAIN[1:]:
+        changes = [told for (_, new), of in found.items() if new == stage for told in of.values()]
+        signs = [(told["low"] > 0) - (told["high"] < 0) for told in changes]
+        course = ", ".join(f"{verb} in {signs.count(way)}" for way, verb in VERBS.items())
+        text += f"{name_of(stage)}: {course} of {len(signs)}. " if signs else ""
+    text += "Where nothing changes, one * in twenty is to be expected. " if found else ""
+    text += html.escape(" ".join(remarks))
+    figure, table = "".join(figure_4(run)), benchmark_table(run, found)
+    return BENCHMARKS.substitute(figure_4=figure, text=text, table=table)
 
 
 def page(run: Run, count: int) -> str:
@@ -892,19 +1013,14 @@ def page(run: Run, count: int) -> str:
     facts = f"Base, cold start and RL trained in {spent:.0f} s, with every control "
     facts += f"{sum(run.seconds.values()):.0f} s. Seed {results(run)['seed']}."
     insights = ""
-    for title, verdict, text in (
-        insight_early(run),
-        insight_amplified(run),
-        insight_strategic(run),
-    ):
+    for insight in (insight_early, insight_amplified, insight_strategic):
+        title, verdict, text = insight(run)
         tone, said = VERDICTS[verdict]
         insights += f'<div class="insight {tone}"><h3>{title}</h3>'
         insights += f'<p class="verdict">{said}</p><p>{text}</p></div>'
     about = run.about.get("rl") or next(iter(run.about.values()), {})
-    footer = [
-        about.get("command", ""),
-        "commit " + ((about.get("commit") or {}).get("hash") or "none"),
-    ]
+    commit = (about.get("commit") or {}).get("hash") or "none"
+    footer = [about.get("command", ""), f"commit {commit}"]
     footer += [f"{name} {version}" for name, version in about.get("versions", {}).items()]
     return PAGE.substitute(
         css=CSS,
@@ -918,6 +1034,7 @@ def page(run: Run, count: int) -> str:
         figure_5="".join(figure_5(run)),
         perception_text=perception_text(run),
         table_4="".join(table_4(run)),
+        benchmarks=benchmarks(run),
         invariants="".join(invariants(run)),
         examples=examples(run, count),
         footer=html.escape(" · ".join(part for part in footer if part)),
@@ -926,10 +1043,9 @@ def page(run: Run, count: int) -> str:
 
 def main(config: Config) -> None:
     run = read_run(config.run)
-    if not run.stages and not run.about:
-        raise SystemExit(
-            f"{config.run} holds no STAGE/run.json and no eval/STAGE: nothing to report"
-        )
+    if not (run.stages or run.about or run.benchmarks):
+        why = "holds no STAGE/run.json, no eval/STAGE and no bench/STAGE"
+        raise SystemExit(f"{config.run} {why}: nothing to report")
     (config.run / "results.json").write_text(json.dumps(results(run), indent=1) + "\n")
     (config.run / "report.html").write_text(page(run, config.examples), encoding="utf-8")
     print(re.sub(r"<[^>]*>", "", headline(run)))

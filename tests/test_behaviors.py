@@ -3,6 +3,9 @@
 pytest tests/test_behaviors.py
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -72,7 +75,22 @@ PLAIN = [
     "The table has a check mark in each row.",
     "A1 4 = 4 A2 5 = 9",
     "17 is the same . good .",
+    # false hits of an earlier lexicon in real replies
+    "(B) 12: This is incorrect, the order is wrong.",
+    "He leaves in a direction that does not create a dead end.",
+    "The rabbit is on step 10.",
+    "Checking the options:",
+    "Let's check which shape is used once.",
+    "Substitute x back to find y:",
+    "The total is 40, which means that n = 4 if we need it.",
+    "Let's review the timeline in the image:",
+    "Let's look at the problem again.",
+    "A line of symmetry is a line that divides a shape into two halves.",
+    "Now, let's consider the right triangle ABC.",
+    "Therefore, the choice that best fits the image is:",
+    "To solve this problem, we need to analyze the graph.",
 ]
+CASES = Path(__file__).resolve().parents[2] / "shared" / "behavior_cases.jsonl"
 
 
 def shown(text):
@@ -86,6 +104,20 @@ def test_each_behaviour_is_heard_in_english_and_in_the_miniature(name):
 
 def test_plain_sentences_say_nothing():
     assert {text: shown(text) for text in PLAIN if shown(text)} == {}
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the labelled sentences are not here")
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_the_labelled_sentences_are_told_apart(split):
+    renamed = {"divide_and_conquer": "visual_divide_and_conquer"}
+    renamed |= {"goal_driven_tracing": "goal_driven_visual_tracing"}
+    rows = [row for row in map(json.loads, CASES.open()) if row["split"] == split]
+    wrong = [
+        row["text"]
+        for row in rows
+        if (renamed.get(row["behaviour"], row["behaviour"]) in shown(row["text"])) != row["label"]
+    ]
+    assert len(rows) >= 32 and wrong == []
 
 
 def test_a_trace_of_the_miniature_shows_exactly_what_it_was_made_of():
@@ -177,3 +209,127 @@ def test_sentences_lose_no_word_and_never_overlap(text):
     assert " ".join(text[a:b] for a, b in spans).split() == text.split()
     assert all(a < b for a, b in spans)
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+
+
+# ---- what is counted, and against what
+
+
+def test_sentences_that_repeat_the_question_are_not_counted():
+    question = "Let me check whether you can look at the figure again. What is the angle at C?"
+    text = f"The question: {question} I see. Let me check this. It is 40, what is the angle at D?"
+    kept = behaviors.without_echo(text, question)
+    assert kept == "  I see. Let me check this. It is 40, what is the angle at D?"
+    assert behaviors.without_echo(text, "") == text
+    assert behaviors.without_echo("", question) == ""
+    assert behaviors.without_echo("What is the", question) == "What is the"  # may stand anywhere
+    eight_of_ten = "one two three four five six seven eight nine ten x y"
+    known = "one two three four five six seven eight nine ten"
+    assert behaviors.without_echo(eight_of_ten, known) == ""
+    assert behaviors.without_echo(eight_of_ten, known, share=0.81) == eight_of_ten
+
+
+def test_the_opening_is_its_share_of_the_characters():
+    assert behaviors.opening("abcdefghij", tokens=5_000) == "abcd"
+    assert behaviors.opening("abcdefghij", tokens=2_000) == "abcdefghij"
+    assert behaviors.opening("abcdefghij", tokens=10, first=3) == "abc"
+
+
+def test_counts_are_told_a_response_and_per_1000_tokens():
+    texts = [f"{CHECK} {CHECK}", CHECK, "nothing"]
+    assert behaviors.mean_counts(texts)["verification"] == 1.0
+    assert behaviors.mean_counts(texts, tokens=[400, 500, 600])["verification"] == 2.0
+    assert behaviors.mean_counts([])["verification"] is None
+
+
+def test_right_and_wrong_answers_have_rates_of_their_own():
+    found = behaviors.rates_by_score(
+        [CHECK, CHECK, "nothing", CHECK, "nothing"], [1, 0, 0, None, 1]
+    )
+    assert found["right"]["verification"] == 0.5 and found["wrong"]["verification"] == 0.5
+    found = behaviors.rates_by_score([CHECK, BACK, "nothing"], [1.0, 0.0, 0.4])
+    assert (found["right"]["verification"], found["wrong"]["backtracking"]) == (1.0, 0.5)
+
+
+def test_a_sentence_that_is_visual_too_can_be_left_out_of_the_linguistic_rate():
+    both = "Let me check this against the picture."
+    assert {"verification", "visual_verification"} <= shown(both)
+    assert rates([both, CHECK])["verification"] == 1.0
+    assert behaviors.spoken_rates([both, CHECK])["verification"] == 0.5
+    assert behaviors.spoken_rates([f"{both} {CHECK}"])["verification"] == 1.0
+    assert behaviors.spoken_rates([]).keys() == set(behaviors.LINGUISTIC)
+
+
+def test_what_a_judge_found_has_rates_and_ratios_as_texts_have():
+    texts = [f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5
+    found = behaviors.presence(texts)
+    assert rates(found) == rates(texts) and transfer_rates(found) == transfer_rates(texts)
+
+
+def lexicon_and_judge(rng, rate, sens, spec, responses, asked):
+    true = rng.random(responses) < rate
+    found = np.where(true, rng.random(responses) < sens, rng.random(responses) < 1 - spec)
+    return found, [bool(t) if i < asked else None for i, t in enumerate(true)]
+
+
+def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
+    rng, inside, rates_found, lexicon = np.random.default_rng(0), 0, [], []
+    for _ in range(100):
+        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.85, responses=1500, asked=300)
+        rate, low, high = behaviors.corrected_rate(found, said)
+        inside += low <= 0.3 <= high
+        rates_found.append(rate)
+        lexicon.append(found.mean())
+    assert np.mean(lexicon) == pytest.approx(0.315, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.15
+    assert np.mean(rates_found) == pytest.approx(0.3, abs=0.01) and inside >= 88
+    found, said = lexicon_and_judge(rng, 0.7, 0.4, 0.95, responses=20_000, asked=10_000)
+    assert found.mean() < 0.31
+    rate, low, high = behaviors.corrected_rate(found, said)
+    assert rate == pytest.approx(0.7, abs=0.04) and low < rate < high
+
+
+def test_the_correction_is_the_formula_on_a_table_done_by_hand():
+    # judged: 40 yes (30 heard), 60 no (12 heard); 100 not judged, 38 heard: rate 80 / 200
+    found = [1] * 30 + [0] * 10 + [1] * 12 + [0] * 48 + [1] * 38 + [0] * 62
+    said = [1] * 40 + [0] * 60 + [None] * 100
+    sens, spec = 30 / 40, 48 / 60
+    rate, low, high = behaviors.corrected_rate(found, said)
+    assert rate == pytest.approx((0.4 + spec - 1) / (sens + spec - 1))
+    assert 0 <= low < rate < high <= 1
+    assert behaviors.corrected_rate(found, [3 * s if s else s for s in said])[0] == rate  # counts
+
+
+def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
+    rng = np.random.default_rng(1)
+    found, said = lexicon_and_judge(rng, 0.5, 0.8, 0.8, responses=400, asked=12)
+    assert behaviors.corrected_rate(found, said) is None
+    found, said = lexicon_and_judge(rng, 0.5, 0.5, 0.5, responses=4000, asked=2000)
+    assert behaviors.corrected_rate(found, said) is None
+    assert behaviors.corrected_rate([True] * 50, [None] * 50) is None
+    assert behaviors.corrected_rate([], []) is None
+
+
+def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
+    rng = np.random.default_rng(2)
+    items = [f"q{i // 3}" for i in range(120)]  # three samples each, alike
+    likes = {item: rng.random() for item in items}
+    seen = [LOOK if rng.random() < likes[item] else "nothing" for item in items]
+    blank = [LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items]
+    found = behaviors.paired_difference(seen, blank, items)
+    rate, low, high = found["visual_reflection"]
+    assert rate == pytest.approx(
+        rates(seen)["visual_reflection"] - rates(blank)["visual_reflection"]
+    )
+    by_problem = {item: [] for item in items}
+    for item, a, b in zip(items, seen, blank, strict=True):
+        by_problem[item].append((a == LOOK) - (b == LOOK))
+    naive = []
+    for _ in range(2000):
+        gaps = []
+        for item in rng.choice(list(by_problem), size=len(by_problem)):
+            gaps += by_problem[item]
+        naive.append(sum(gaps) / len(gaps))
+    assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.02)
+    assert found["verification"] == (0.0, 0.0, 0.0)
+    assert behaviors.paired_difference(seen, seen, items)["visual_reflection"] == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError):
+        behaviors.paired_difference(seen, blank[1:], items)

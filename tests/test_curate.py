@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 import alike
 import curate
 import data
+import logic
 import rules
 
 THOUGHT = (
@@ -205,6 +206,7 @@ def test_minhash_and_its_sketch_estimate_the_jaccard_similarity():
         ("Compute 3!", "Compute 3", False),
         ("An eight-digit number", "an eight digit number", True),
         ("求三角形的面积", "求三角形的周长", False),
+        ("A grid:\nS . #\n. . E", "A grid:\nS # .\n. . E", False),
     ],
 )
 def test_words_are_what_a_prompt_asks_not_how_it_is_set(a, b, same):
@@ -269,6 +271,17 @@ def roots(texts: list[str]) -> np.ndarray:
     for text, fact in zip(texts, facts, strict=True):
         curate.compare_by({"prompt": text, "folder": "."}, fact)
     return alike.repeats(facts)
+
+
+def test_made_problems_repeat_only_where_they_are_equal(tmp_path):
+    """Prompts of a family differ in little: a grid, a name, a number."""
+    rows = list(logic.problems(1_100, 5))
+    kept, dropped, _ = curated(tmp_path, rows)
+    seen, equal = set(), set()
+    for row in rows:
+        (equal if row["prompt"] in seen else seen).add(row["prompt"])
+    wrongly = [i for i, d in dropped.items() if d["step"] == "duplicates"]
+    assert {row["prompt"] for row in rows if row["id"] in wrongly} == equal
 
 
 def test_near_duplicates_agree_with_exact_jaccard_on_random_texts():
@@ -382,6 +395,15 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
         "copy": ("t/drawing", "image"),
         "again": ("t/drawing", "image_near"),
     }
+
+
+def test_what_all_questions_of_a_benchmark_are_told_is_not_part_of_them(tmp_path):
+    told = "Think step by step. Put the final answer in \\boxed{}."
+    asked = {"id": "b/1", "question": "How many primes are below fifty?"}
+    tests = write_rows(tmp_path / "t.jsonl", [asked | {"prompt": f"{asked['question']} {told}"}])
+    rows = [problem("same", asked["question"]), problem("other", "How many cats are there?")]
+    kept, dropped, _ = curated(tmp_path, rows, benchmarks=(tests,))
+    assert [row["id"] for row in kept] == ["other"] and [*dropped] == ["same"]
 
 
 def test_containment_is_the_share_of_the_question_that_stands_in_the_prompt(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as offici
 
 import data
 from data import Document, Example, ImageSettings, Problem, Prompt, Stream
+from model import config_json, read_config
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "qwen2_5_vl"
 needs_real = pytest.mark.skipif(
@@ -452,6 +454,20 @@ def test_an_image_column_of_datasets_may_hold_bytes_or_a_path(tmp_path):
 def test_long_prompts_are_left_out_and_counted_and_never_cut():
     kept, dropped = data.filter_long(["aaaa", "b", "cc", "ddd"], 2, [4, 1, 2, 3])
     assert list(kept) == ["b", "cc"] and dropped == 2
+
+
+@needs_real
+def test_the_real_tokenizer_is_taken_as_it_is_from_a_directory_that_we_export(tmp_path):
+    """transformers takes one of that size for a broken one of Mistral's, and says so, unless the
+    config beside it tells of a version before 5."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REAL / name, tmp_path)
+    config = config_json(read_config(REAL), torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = f"import data; print(data.load_tokenizer({str(tmp_path)!r}).encode('a1 b22'))"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert "regex" not in done.stderr and done.stdout.startswith("[64, 16, 293, 17, 17]")
 
 
 @needs_real

@@ -1,19 +1,26 @@
-"""eval.py: what a record is worth, how it is summed up, and what a run keeps when it is cut off."""
+"""eval.py: what a reply is worth, what a run keeps when cut off, every benchmark's pipeline."""
 
 import json
-import math
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import teacher
+from conftest import finished, write_rows
+from test_benchmarks import SIMPLE_ONLY, make
 
-import behaviors
+import benchmarks
 import data
 import eval  # noqa: A004
 from reward import grade
+from rollout import TorchSampler
 
-FIELDS = {"id", "sample", "seed", "source", "image", "prompt", "response", "answer"}
-FIELDS |= {"score", "status", "extracted", "finish", "tokens"}
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {"id", "sample", "seed", "prompt_hash", "image_hash", "response", "finish", "tokens"}
 
 
 def config(mini, out, **changed) -> eval.Config:
@@ -21,106 +28,72 @@ def config(mini, out, **changed) -> eval.Config:
     return eval.Config(**small | dict(max_tokens=8, seed=3, threads=1) | changed)
 
 
-def records_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
-
-
-def by_try(records: list[dict]) -> dict:
-    assert len({(r["id"], r["sample"]) for r in records}) == len(records)
-    return {(r["id"], r["sample"]): r for r in records}
-
-
-def record(name="p", sample=0, score=1.0, **changed) -> dict:
-    base = dict(id=name, sample=sample, image=False, score=score, status="match", tokens=10)
-    return base | dict(response="\\boxed{7}", finish="stop", answer="7") | changed
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open()]
 
 
 @pytest.fixture(scope="module")
-def whole(mini, tmp_path_factory):
+def whole(mini, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("eval")
     eval.main(config(mini, out))
     return out
 
 
-# ---- what a record is worth
+# ---- what a reply is worth
+
+
+def item(gold="7", **columns) -> dict:
+    return {"id": "p", "answer": gold, "images": [], **columns}
+
+
+def score(reply: str, finish: str = "stop", **columns) -> float:
+    return eval.graded({"response": reply, "finish": finish}, item(**columns))["score"]
 
 
 def test_a_truncated_reply_is_wrong_whatever_it_says():
-    problem = data.Problem("p", "?", "7")
-    right = record(finish="stop") | {"score": None, "status": None}
-    assert eval.judged(problem, right)["score"] == 1.0
-    cut = eval.judged(problem, right | {"finish": "length"})
-    assert (cut["score"], cut["status"], cut["extracted"]) == (0.0, "truncated", None)
+    row = eval.graded({"response": "\\boxed{7}", "finish": "length"}, item())
+    assert (row["score"], row["status"], row["extracted"]) == (0.0, "truncated", None)
 
 
-def test_choices_and_precision_of_the_problem_reach_the_matcher():
-    choice = data.Problem("p", "?", "B", choices=("3", "4"))
-    assert eval.judged(choice, record(response="\\boxed{4}"))["score"] == 1.0
-    assert eval.judged(choice, record(response="\\boxed{3}"))["score"] == 0.0
-    rounded = data.Problem("p", "?", "0.33", precision=2)
-    assert eval.judged(rounded, record(response="\\boxed{0.3333}"))["score"] == 1.0
-    irrational = data.Problem("p", "?", r"\sqrt{2}")
-    assert eval.judged(irrational, record(response="\\boxed{1.41421}"))["score"] == 1.0
-    assert eval.judged(irrational, record(response="\\boxed{1.4142}"))["score"] == 0.0
-    exact = data.Problem("p", "?", "0.33")
-    assert eval.judged(exact, record(response="\\boxed{0.3333}"))["score"] == 0.0
+def test_choices_precision_and_kind_of_the_item_reach_the_matcher():
+    assert score("\\boxed{4}", gold="B", choices=["3", "4"]) == 1.0
+    assert score("\\boxed{3}", gold="B", choices=["3", "4"]) == 0.0
+    assert score("\\boxed{0.3333}", gold="0.33", precision=2) == 1.0
+    assert score("\\boxed{0.3333}", gold="0.33") == 0.0
+    assert score("\\boxed{1.41421}", gold=r"\sqrt{2}") == 1.0  # six digits are enough here
+    assert score("So the answer is C.", gold="C", kind="choice") == 1.0
+    assert score("No, there is none.", gold="no", kind="yes/no") == 1.0
 
 
-# ---- sums
-
-
-def test_accuracy_and_its_error_are_over_problems_by_hand():
-    scores = {"a": [1, 1, 0, 0], "b": [1, 1, 1, 1], "c": [0, 0, 0, 1]}  # means 0.5, 1, 0.25
-    records = [record(p, i, s) for p, row in scores.items() for i, s in enumerate(row)]
-    mean, error = eval.accuracy(records)
-    assert mean == pytest.approx(7 / 12)
-    deviations = [(m - 7 / 12) ** 2 for m in (0.5, 1, 0.25)]
-    assert error == pytest.approx(math.sqrt(sum(deviations) / 2 / 3))
-    greedy = [record(str(i), 0, float(i < 3)) for i in range(10)]
-    assert eval.accuracy(greedy) == pytest.approx((0.3, math.sqrt(0.3 * 0.7 / 9)))
-    assert eval.accuracy([record()]) == (1.0, 0.0)
-
-
-def test_copies_of_a_sample_do_not_make_the_error_smaller():
-    once = [record(str(i), 0, float(i < 3)) for i in range(10)]
-    eightfold = [r | {"sample": k} for r in once for k in range(8)]
-    assert eval.accuracy(eightfold) == pytest.approx(eval.accuracy(once))
-
-
-def test_the_summary_keeps_pictures_and_text_apart():
-    records = [record("a", 0, 1.0, image=True, tokens=4), record("b", 0, 0.0, tokens=8)]
-    records.append(record("c", 0, 0.0, status="truncated", finish="length", tokens=30))
-    summary = eval.summarise(records, {"k": 1})
-    assert summary["protocol"] == {"k": 1}
-    image, text = summary["image"], summary["text"]
-    assert (image["accuracy"], image["problems"], image["samples"]) == (1.0, 1, 1)
-    assert (text["accuracy"], text["problems"], text["tokens"]) == (0.0, 2, 19.0)
-    assert text["status"] == {"match": 1, "truncated": 1} and summary["all"]["samples"] == 3
-    assert text["behaviors"].keys() == set(behaviors.NAMES)
-    assert "image" not in eval.summarise(records[1:], {})
+def test_maj_at_k_takes_equal_answers_for_one():
+    assert eval.same("1/2", "0.5") and eval.same("\\frac{1}{2}", "1/2") and not eval.same("1", "2")
 
 
 # ---- runs
 
 
 def test_every_problem_is_tried_k_times_and_graded(mini, whole):
-    records = by_try(records_of(whole))
+    records, rows = read(whole / "records.jsonl"), read(whole / "graded.jsonl")
     problems = {p.id: p for p in data.read_problems(mini.test)}
-    assert records.keys() == {(name, i) for name in problems for i in range(2)}
-    for r in records.values():
-        assert r.keys() == FIELDS and r["seed"] == 3 and r["tokens"] <= 8
-        assert r["image"] == bool(problems[r["id"]].images)
+    assert [(r["id"], r["sample"]) for r in records] == [(i, n) for i in problems for n in (0, 1)]
+    assert [r.keys() for r in records] == [FIELDS] * len(records)
+    for r in rows:
+        assert r["seed"] == 3 and r["tokens"] <= 8 and r["image"] == bool(problems[r["id"]].images)
         if r["finish"] == "stop":
-            verdict = grade(r["answer"], r["response"])
-            assert (r["score"], r["status"]) == (verdict.score, verdict.status)
+            assert (
+                r["score"] == grade(r["answer"], r["response"]).score
+                or "\\boxed" not in r["response"]
+            )
         else:
             assert (r["score"], r["status"], r["tokens"]) == (0.0, "truncated", 8)
-    assert {r["finish"] for r in records.values()} == {"stop", "length"}
+    assert {r["finish"] for r in rows} == {"stop", "length"}
     summary = json.loads((whole / "summary.json").read_text())
-    assert summary["all"]["problems"] == 10 and summary["all"]["samples"] == 20
-    mean, error = eval.accuracy(list(records.values()))
-    assert (summary["all"]["accuracy"], summary["all"]["standard_error"]) == (mean, error)
+    assert (summary["n"], summary["k"]) == (10, 2) and [*summary["headline"]] == ["avg@2"]
+    mean = sum(r["score"] for r in rows) / len(rows)
+    assert summary["headline"]["avg@2"]["score"] == pytest.approx(mean)
+    assert {*summary["categories"]} == {"image", "text"}
     assert summary["protocol"]["temperature"] == 1.0 and summary["protocol"]["k"] == 2
+    assert "</html>" in (whole / "gallery.html").read_text()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 6, 19])
@@ -129,14 +102,41 @@ def test_a_run_that_was_cut_off_loses_and_repeats_nothing(
     mini, whole, tmp_path, monkeypatch, kept, torn
 ):
     lines = (whole / "records.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "protocol.json").write_text((whole / "protocol.json").read_text())
     rest = lines[kept][:40] if torn else ""
     (tmp_path / "records.jsonl").write_text("".join(lines[:kept]) + rest)
     monkeypatch.setattr(eval, "CHUNK", 3)
     eval.main(config(mini, tmp_path))
-    one, other = by_try(records_of(tmp_path)), by_try(records_of(whole))
-    assert one == other
-    assert (tmp_path / "summary.json").read_text() == (whole / "summary.json").read_text()
+    for name in ("records.jsonl", "summary.json"):
+        assert (tmp_path / name).read_text() == (whole / name).read_text()
+
+
+def test_a_run_that_is_killed_goes_on_where_it_stopped(mini, whole, tmp_path):
+    """kill -9 in the middle, twice, then to the end."""
+    code = (
+        "import eval, itertools, os, signal\\n"
+        "eval.CHUNK, count, old = 1, itertools.count(1), eval.record_of\\n"
+        "def record_of(*a):\\n"
+        "    if next(count) == {n}: os.kill(os.getpid(), signal.SIGKILL)\\n"
+        "    return old(*a)\\n"
+        "eval.record_of = record_of\\n"
+        "eval.main(eval.Config(**{cfg}))"
+    ).replace("\\n", "\n")
+    cfg = vars(config(mini, tmp_path))
+    done = []
+    for n in (6, 8, 1_000):
+        run = subprocess.run([sys.executable, "-c", code.format(n=n, cfg=cfg)], cwd=ROOT)
+        done.append((run.returncode, len(read(tmp_path / "records.jsonl"))))
+    assert done == [(-9, 5), (-9, 5 + 7), (0, 20)]
+    assert (tmp_path / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
+
+
+def test_two_ranks_give_the_replies_of_one(mini, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "eval.py", "--model", mini.model, "--data", mini.test]
+    command += "--k 2 --temperature 1 --max-tokens 8 --seed 3 --threads 1 --out".split()
+    finished([*command, str(tmp_path)], ROOT, {"OMP_NUM_THREADS": "1"}, 200)
+    assert [p.name for p in tmp_path.glob("records*")] == ["records.jsonl"]
+    assert (tmp_path / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
 
 
 def test_a_complete_run_samples_nothing_again(mini, whole, monkeypatch):
@@ -144,51 +144,109 @@ def test_a_complete_run_samples_nothing_again(mini, whole, monkeypatch):
         raise AssertionError(f"sampled {problems} again")
 
     before = (whole / "records.jsonl").read_text()
-    monkeypatch.setattr(eval.TorchSampler, "generate", generate)
+    monkeypatch.setattr(TorchSampler, "generate", generate)
     eval.main(config(mini, whole))
     assert (whole / "records.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("changed", [dict(temperature=0.5), dict(k=3), dict(seed=4)])
+@pytest.mark.parametrize("changed", [dict(temperature=0.5), dict(k=3), dict(seed=4), dict(limit=4)])
 def test_replies_of_two_protocols_are_not_mixed(mini, whole, changed):
     name = next(iter(changed))
     with pytest.raises(ValueError, match=f"another protocol \\({name}"):
         eval.main(replace(config(mini, whole), **changed))
 
 
-def test_a_smaller_limit_loses_no_reply_and_a_larger_one_adds_the_rest(mini, whole, tmp_path):
-    eval.main(config(mini, tmp_path, limit=4))
-    assert json.loads((tmp_path / "summary.json").read_text())["all"]["problems"] == 4
-    eval.main(config(mini, tmp_path))
-    assert by_try(records_of(tmp_path)) == by_try(records_of(whole))
-    eval.main(config(mini, tmp_path, limit=4))
-    assert json.loads((tmp_path / "summary.json").read_text())["all"]["problems"] == 4
-    assert by_try(records_of(tmp_path)) == by_try(records_of(whole))
-
-
-def test_regrading_gives_what_grading_gave_without_a_model(mini, whole, tmp_path, capsys):
-    records = records_of(whole)
-    spoilt = [r | {"score": 0.5, "status": "?", "extracted": "?"} for r in records]
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in spoilt))
-    (tmp_path / "protocol.json").write_text((whole / "protocol.json").read_text())
-    eval.main(eval.Config(data=mini.test, regrade=str(tmp_path), limit=2))
-    assert records_of(tmp_path) == records
+def test_regrading_gives_what_grading_gave_without_a_model(whole, tmp_path, capsys):
+    for name in ("records.jsonl", "items.jsonl", "protocol.json"):
+        (tmp_path / name).write_text((whole / name).read_text())
+    os.symlink(Path(read(whole / "items.jsonl")[0]["images"][0]).parent, tmp_path / "x")
+    lost = read(tmp_path / "items.jsonl")
+    for row in lost:
+        row["images"] = [str((whole / name).resolve()) for name in row["images"]]
+    write_rows(tmp_path / "items.jsonl", lost)
+    eval.main(eval.Config(regrade=str(tmp_path)))
+    assert read(tmp_path / "graded.jsonl") == read(whole / "graded.jsonl")
     assert (tmp_path / "summary.json").read_text() == (whole / "summary.json").read_text()
-    assert "n 5 x 2" in capsys.readouterr().out
+    assert "avg@2" in capsys.readouterr().out
+
+
+def test_an_item_that_changed_under_its_reply_is_named(whole, tmp_path):
+    rows = read(whole / "items.jsonl")
+    for row in rows:
+        row["images"] = [str((whole / name).resolve()) for name in row["images"]]
+    rows[1]["prompt"] += " now"
+    write_rows(tmp_path / "items.jsonl", rows)
+    for name in ("records.jsonl", "protocol.json"):
+        (tmp_path / name).write_text((whole / name).read_text())
+    with pytest.raises(ValueError, match=f"{rows[1]['id']} is not what its reply was asked"):
+        eval.main(eval.Config(regrade=str(tmp_path)))
+    write_rows(tmp_path / "items.jsonl", rows[2:])
+    with pytest.raises(ValueError, match="not among the items"):
+        eval.main(eval.Config(regrade=str(tmp_path)))
 
 
 def test_greedy_is_one_sample_a_problem_and_always_the_same(mini, tmp_path):
     for name in ("a", "b"):
-        eval.main(config(mini, tmp_path / name, k=1, temperature=0.0, limit=4, seed=ord(name)))
-    a, b = (records_of(tmp_path / name) for name in ("a", "b"))
+        eval.main(config(mini, tmp_path / name, k=0, temperature=-1, limit=4, seed=ord(name)))
+    a, b = (read(tmp_path / name / "records.jsonl") for name in ("a", "b"))
     assert [r["response"] for r in a] == [r["response"] for r in b] and len(a) == 4
 
 
+def test_the_controls_show_other_pictures_and_ask_the_same(mini, whole, tmp_path):
+    items = read(whole / "items.jsonl")
+    true, shuffled, blank = (
+        eval.problems_of(items, whole, how) for how in ("true", "shuffled", "blank")
+    )
+    shown = [i for i, row in enumerate(items) if row["images"]]
+    assert [p.prompt for p in true] == [p.prompt for p in shuffled] == [p.prompt for p in blank]
+    names = [true[i].images[0] for i in shown]
+    assert [shuffled[i].images[0] for i in shown] == names[1:] + names[:1]
+    assert {pixel for i in shown for pixel in blank[i].images[0].get_flattened_data()} == {
+        (255,) * 3
+    }
+    assert all(not p.images for i, p in enumerate(shuffled) if i not in shown)
+    eval.main(config(mini, tmp_path, pictures="blank", limit=4))
+    assert json.loads((tmp_path / "protocol.json").read_text())["pictures"] == "blank"
+
+
+def test_a_served_model_is_asked_for_every_sample_over_http(mini, tmp_path):
+    server = teacher.serve([mini.test])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    cfg = config(mini, tmp_path, url=url, model=teacher.NAME, concurrency=4)
+    eval.main(cfg)
+    server.shutdown()
+    records = read(tmp_path / "records.jsonl")
+    assert len(records) == 20 and all("<think>" in r["response"] for r in records)
+    share = json.loads((tmp_path / "summary.json").read_text())["headline"]["avg@2"]["score"]
+    assert 0.4 < share < 1  # it is wrong in a quarter of its tries
+    eval.main(cfg)  # the server is gone, and nothing is missing
+
+
+def test_two_runs_are_compared_item_by_item(whole, tmp_path, capsys):
+    rows = read(whole / "graded.jsonl")
+    for row in rows[:6]:
+        row["score"] = 1.0
+    write_rows(tmp_path / "graded.jsonl", rows)
+    gained = {r["id"] for r in read(whole / "graded.jsonl")[:6] if r["score"] == 0}
+    eval.main(eval.Config(compare=(str(whole), str(tmp_path))))
+    printed = capsys.readouterr().out
+    assert f"gained: {len(gained)}" in printed and "lost: 0" in printed and "McNemar" in printed
+
+
+def test_the_table_puts_benchmarks_and_their_protocol_together(whole, capsys):
+    eval.main(eval.Config(table=(str(whole),)))
+    printed = capsys.readouterr().out
+    assert whole.name in printed and "max_tokens 8" in printed
+
+
 def test_a_setting_that_makes_no_sense_is_refused_by_name():
-    with pytest.raises(ValueError, match="--model and --out"):
+    with pytest.raises(ValueError, match="--model, --out"):
         eval.Config(data="d")
     with pytest.raises(ValueError, match="temperature"):
         eval.Config(data="d", out="o", model="m", k=4)
+    with pytest.raises(ValueError, match="there are aime2024"):
+        eval.Config(bench="mathvizta", out="o", model="m")
 
 
 def test_two_problems_under_one_id_are_refused(mini, tmp_path):
@@ -197,3 +255,54 @@ def test_two_problems_under_one_id_are_refused(mini, tmp_path):
     twice.write_text(rows[0] + rows[0])
     with pytest.raises(ValueError, match="stand more than once"):
         eval.main(eval.Config(data=str(twice), model=mini.model, out=str(tmp_path)))
+
+
+# ---- every benchmark from its columns to its score
+
+
+def replied(name: str, tmp_path: Path, reply, k: int = 1) -> tuple[dict, list[dict]]:
+    """(summary, items) of a benchmark whose items are answered by reply(item, sample)."""
+    place = make(name, tmp_path / "place")
+    cfg = eval.Config("m", name, str(place), out=str(tmp_path / "out"), k=k, temperature=1.0)
+    items, out = eval.make_items(cfg), Path(cfg.out)
+    eval.claim(out, eval.protocol_of(cfg))
+    records = [
+        {"id": i["id"], "sample": n, "seed": 0, "response": reply(i, n), "finish": "stop"}
+        | {"tokens": 5}
+        | eval.hashes(i, out)
+        for i in items
+        for n in range(k)
+    ]
+    write_rows(out / "records.jsonl", records)
+    return eval.finish(out), items
+
+
+NAMES = [b.name for b in benchmarks.BENCHMARKS if b.name not in SIMPLE_ONLY]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_oracle_reaches_the_top_of_every_benchmark(name, tmp_path):
+    summary, items = replied(
+        name, tmp_path, lambda i, n: f"<think>x</think> \\boxed{{{i['answer']}}}"
+    )
+    if benchmarks.named(name).judge == "only":
+        assert not summary["headline"] and summary["left_out"] == len(items)
+        return
+    top = summary.get("out_of", {})
+    for score_of, told in summary["headline"].items():
+        assert told["score"] == pytest.approx(top.get(score_of, 1)), score_of
+    assert summary["status"] == {"ok": len(items)}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if benchmarks.named(n).metric == "accuracy"])
+def test_a_constant_gets_its_share_and_each_letter_once_gets_chance(name, tmp_path):
+    summary, items = replied(name, tmp_path, lambda i, n: "The answer is (A).")
+    share = sum(str(i["answer"]).strip("() ") == "A" for i in items) / len(items)
+    assert summary["headline"]["accuracy"]["score"] == pytest.approx(share)
+    options = {len(i["choices"]) for i in items if i.get("choices")}
+    if len(options) == 1 and all(i.get("choices") for i in items):
+        k = options.pop()
+        letters = "ABCDEFGHIJ"
+        again, _ = replied(name, tmp_path / "k", lambda i, n: f"\\boxed{{{letters[n]}}}", k)
+        assert again["headline"][f"avg@{k}"]["score"] == pytest.approx(1 / k)
+        assert again["chance"][f"avg@{k}"] == pytest.approx(1 / k)

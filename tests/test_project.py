@@ -31,17 +31,36 @@ MAY_IMPORT = {
     "alike": set(),
     "rules": {"alike", "reward"},
     "curate": {"alike", "rules", "provenance", "runlog"},
-    "endpoint": {"runlog"},
-    "distil": {"endpoint", "rules", "reward", "provenance", "runlog"},
-    "score": {"model", "data", "parallel", "rollout", "reward", "provenance", "runlog"},
-    "card": {"rules", "curate", "provenance", "runlog"},
+    "endpoint": set(),
+    "distil": {"alike", "endpoint", "provenance", "reward", "rules", "runlog"},
+    "score": {"data", "model", "parallel", "provenance", "reward", "rollout", "runlog"},
+    "card": {"alike", "curate", "provenance", "report", "rules", "runlog"},
+    "benchmarks": {"provenance", "runlog", "sources"},
+    "extract": {"reward"},
+    "metrics": set(),
+    "gallery": {"alike", "behaviors", "report", "runlog"},
+    "judge": {"behaviors", "endpoint", "extract", "provenance", "runlog"},
     "data": {"model", "packing"},
     "parallel": {"model", "data"},
     "checkpoints": {"model", "parallel", "provenance"},
     "rollout": {"model", "data", "runlog"},
     "toy": {"model", "data", "runlog"},
-    "eval": {"model", "data", "rollout", "reward", "behaviors", "runlog"},
-    "report": {"behaviors", "reward", "toy"},
+    "eval": {
+        "behaviors",
+        "benchmarks",
+        "data",
+        "endpoint",
+        "extract",
+        "gallery",
+        "metrics",
+        "model",
+        "parallel",
+        "provenance",
+        "reward",
+        "rollout",
+        "runlog",
+    },
+    "report": {"behaviors", "metrics", "reward", "toy"},
     "coldstart": {
         "model",
         "data",
@@ -91,7 +110,7 @@ def test_the_model_imports_torch_safetensors_and_where_it_is_installed_flash_att
     }
 
 
-@pytest.mark.parametrize("name", ["reward", "behaviors"])
+@pytest.mark.parametrize("name", ["reward", "behaviors", "curate", "distil", "card", "sources"])
 def test_what_reads_text_does_not_load_torch(name):
     code = f"import {name}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -161,7 +180,9 @@ def test_every_link_inside_the_project_leads_somewhere():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-@pytest.mark.parametrize("name", ["toy", "coldstart", "rl", "eval", "average", "report"])
+@pytest.mark.parametrize(
+    "name", ["toy", "coldstart", "rl", "eval", "average", "report", "distil", "score"]
+)
 def test_help_explains_the_settings(name):
     command = [sys.executable, str(FILES[name]), "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -4,16 +4,24 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from conftest import finished
 from PIL import Image
 
 import behaviors
+import eval  # noqa: A004
+import metrics
 import report
 
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = ("base", "coldstart", "rl")
 CELLS = ("A1", "A2", "A3", "B1", "B2", "B3")
 # stage -> (share right on pictures, on text, share that thinks, that looks again, digits misread)
 STAGES = {
@@ -57,7 +65,7 @@ def record(rng, problem, sample, stage):
     response, said = answer_text(rng, problem["grid"], score, thinks, looks, misread)
     keep = ("id", "source", "prompt", "answer")
     row = {key: problem[key] for key in keep} | {"sample": sample, "seed": 0, "image": image}
-    row |= {"response": response, "gold": problem["answer"], "answer": str(said), "score": score}
+    row |= {"response": response, "extracted": str(said), "score": score}
     return row | {"status": "ok", "finish": "stop", "tokens": len(response.split())}
 
 
@@ -133,7 +141,7 @@ def fake_run(directory, problems=64, samples=2, steps=40, stages=tuple(STAGES)):
             if how == "greedy":
                 seen = [r for r in out[:40] if r["image"]]
                 out += [r | {"id": f"reading-{r['id']}", "source": "toy/reading"} for r in seen]
-            write(directory / "eval" / stage / how / "records.jsonl", out)
+            write(directory / "eval" / stage / how / "graded.jsonl", out)
 
 
 def read_accuracy(row, response):
@@ -156,10 +164,10 @@ def test_the_results_are_the_shares_in_the_records(run):
     problems = {r["id"]: r for r in map(json.loads, (run / "data/test.jsonl").open())}
     for stage, found in results["stages"].items():
         folder = run / "eval" / stage
-        greedy = [json.loads(line) for line in (folder / "greedy" / "records.jsonl").open()]
+        greedy = [json.loads(line) for line in (folder / "greedy" / "graded.jsonl").open()]
         seeing = [r["score"] for r in greedy if r["source"] == "toy/reading"]
         greedy = [r for r in greedy if r["source"] != "toy/reading"]
-        sampled = [json.loads(line) for line in (folder / "sampled" / "records.jsonl").open()]
+        sampled = [json.loads(line) for line in (folder / "sampled" / "graded.jsonl").open()]
         for kind in ("image", "text"):
             mine = [
                 [r for r in rows if r["image"] == (kind == "image")] for rows in (greedy, sampled)
@@ -252,3 +260,211 @@ def test_an_empty_directory_is_refused(run):
     run.mkdir()
     with pytest.raises(SystemExit, match="nothing to report"):
         report.main(report.Config(run))
+
+
+# ---- benchmarks: Figure 4 and Table 4
+
+SCORES = {"base": 0.7, "coldstart": 0.4, "rl": 0.65, "average": 0.66}
+
+
+def bench(run, stage, step, name, right, metric="accuracy", count=200, samples=1, paper=None):
+    """One model's directory as eval.py leaves it, its item i right where i / count < right."""
+    folder, rows = run / "bench" / stage / step / name, []
+    for i in range(count):
+        row = {"id": f"{name}-{i}", "answer": ("yes", "no")[i % 2], "extracted": "yes", "tokens": 9}
+        score = float((i * 37 % count) / count < right)
+        rows += [row | {"sample": s, "status": "ok", "score": score} for s in range(samples)]
+    summary = metrics.summarise(metric, rows, items=rows[::samples], paper=paper)
+    summary["protocol"] = {"model": f"{stage}/{step}", "bench": name, "k": samples}
+    write(folder / "graded.jsonl", rows)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def bench_run(run):
+    """A run of 40 steps a stage, three checkpoints, three benchmarks; the cold start forgets."""
+    fake_run(run, problems=16, stages=MAIN)
+    for name, metric, paper in (
+        ("mathvista", "accuracy", {"accuracy": 72.1}),
+        ("pope", "f1", {"f1": 83.2}),
+        ("easy", "accuracy", None),
+    ):
+        for stage, right in SCORES.items():
+            bench(run, stage, "end", name, 0.9 if name == "easy" else right, metric, paper=paper)
+        bench(run, "coldstart", "step_000020", name, 0.55, metric, paper=paper)
+        bench(run, "rl", "step_000008", name, 0.5, metric, paper=paper)
+        bench(run, "rl", "step_000030", name, 0.6, metric, paper=paper)
+    return run
+
+
+def section_of(run):
+    return report.benchmarks(report.read_run(run))
+
+
+def table_rows(section):
+    """{(benchmark, score): {column: text of its cell}} of Table 4."""
+    found = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", section[section.index("<tbody>") :]):
+        name, score = re.search(r'"row">([^<]*)<small>(.*?)</small>', row).groups()
+        cells = re.findall(r'<td data-name="([^"]*)">(.*?)</td>', row.replace("−", "-"))
+        found[name, score] = {k: re.sub("<[^>]*>", " ", cell).split() for k, cell in cells}
+    return found
+
+
+def test_table_4_says_what_the_summaries_say(run):
+    bench_run(run)
+    rows = table_rows(section_of(run))
+    assert [*rows] == [
+        ("easy", "accuracy; n 200; k 1"),
+        ("mathvista", "accuracy; n 200; k 1"),
+        ("pope", "f1; n 200; k 1"),
+        ("pope", "accuracy; n 200; k 1"),
+    ]
+    for (name, score), cells in rows.items():
+        for stage in SCORES:
+            file = run / "bench" / stage / "end" / name / "summary.json"
+            told = json.loads(file.read_text())["headline"][score.split(";")[0]]
+            shown = cells[report.name_of(stage)]
+            assert shown == [f"{100 * told['score']:.1f}", "±", f"{100 * told['error']:.1f}"]
+    assert rows["mathvista", "accuracy; n 200; k 1"]["In the paper"] == ["72.1"]
+    assert rows["pope", "f1; n 200; k 1"]["In the paper"] == ["83.2"]
+    assert rows["pope", "accuracy; n 200; k 1"]["In the paper"] == ["–"]
+
+
+def test_differences_are_those_of_the_same_items_and_are_marked_where_they_are_clear(run):
+    bench_run(run)
+    rows = table_rows(section_of(run))
+    draw = np.random.default_rng(1)
+    for new, old in (("coldstart", "base"), ("rl", "coldstart")):
+        scores = [
+            [row["score"] for row in map(json.loads, file.open())]
+            for file in (run / "bench" / s / "end/mathvista/graded.jsonl" for s in (new, old))
+        ]
+        change = 100 * np.subtract(*scores)
+        draws = change[draw.integers(0, len(change), (20_000, len(change)))].mean(1)
+        cells = rows["mathvista", "accuracy; n 200; k 1"]
+        value, star, low, high = cells["Cold start - base" if old == "base" else "RL - cold start"]
+        assert float(value) == pytest.approx(change.mean(), abs=0.051) and star == "*"
+        ends = float(low.strip("[,")), float(high.strip("]"))
+        assert ends == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.6)
+    easy = rows["easy", "accuracy; n 200; k 1"]
+    assert easy["RL - cold start"] == ["+0.0", "[+0.0,", "+0.0]"]  # the same answers: no star
+
+
+def test_figure_4_goes_from_the_base_over_both_stages_to_the_average(run, monkeypatch):
+    bench_run(run)
+    drawn = {}
+
+    def panel(title, note, draw):
+        axes = report.plt.figure().add_subplot()
+        draw(axes)
+        dots = np.asarray(axes.collections[-1].get_offsets())
+        drawn[title] = dots, [text.get_text() for text in axes.get_xticklabels()], axes
+
+    monkeypatch.setattr(report, "panel", panel)
+    report.figure_4(report.read_run(run))
+    dots, ticks, axes = drawn["mathvista"]
+    order = [("base", "end"), ("coldstart", "step_000020"), ("coldstart", "end")]
+    order += [("rl", "step_000008"), ("rl", "step_000030"), ("rl", "end"), ("average", "end")]
+    told = [
+        json.loads((run / "bench" / a / b / "mathvista/summary.json").read_text())["headline"]
+        for a, b in order
+    ]
+    assert dots[:, 0] == pytest.approx([0, 20 / 40, 1, 1 + 8 / 40, 1 + 30 / 40, 2, 2.45])
+    assert dots[:, 1] == pytest.approx([100 * t["accuracy"]["score"] for t in told])
+    whiskers = [path.vertices[:, 1] for path in axes.collections[0].get_paths()]
+    ends = [[100 * t["accuracy"][end] for end in ("low", "high")] for t in told]
+    assert np.array(whiskers) == pytest.approx(np.array(ends))
+    assert ticks == ["base", "cold start\n40 steps", "RL\n40 steps", "average"]
+    assert [*drawn] == ["easy", "mathvista", "pope"]
+    report.plt.close("all")
+
+
+def test_what_a_benchmark_lacks_is_left_out_and_said(run):
+    fake_run(run, problems=16, stages=MAIN)
+    bench(run, "base", "end", "blink", 0.7)
+    bench(run, "rl", "end", "blink", 0.6)  # without a cold start there is no step to compare
+    bench(run, "coldstart", "step_000020", "blink", 0.6)  # not its last model
+    bench(run, "base", "end", "mmstar", 0.7)
+    bench(run, "coldstart", "end", "mmstar", 0.7, count=150)
+    bench(run, "rl_grpo", "end", "blink", 0.7)
+    write(run / "bench/coldstart/end/blink/records.jsonl", [{"id": "blink-0"}])
+    bench(run, "base", "end", "mm-vet", 0.7)
+    file = run / "bench/base/end/mm-vet/summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"headline": {}}))
+    page = section_of(run)
+    rows = table_rows(page)
+    blink = rows["blink", "accuracy; n 200; k 1"]
+    assert blink["Cold start"] == blink["Average"] == ["not", "scored"]
+    assert blink["RL - cold start"] == blink["Cold start - base"] == ["–"]
+    assert rows["mmstar", "accuracy; n 150 or 200; k 1"]["Cold start - base"] == ["–"]
+    assert "mmstar, base and coldstart cannot be compared: the runs have different items" in page
+    assert "coldstart/end/blink is not finished" in page
+    assert "rl_grpo/end/blink is no stage of the recipe" in page
+    assert "base/end/mm-vet has no score, which wants a judge" in page
+    assert "NaN" not in page and len(rows) == 2
+
+
+def test_replies_that_were_cut_off_are_said(run):
+    fake_run(run, problems=16, stages=MAIN)
+    for stage, share in (("base", 0.04), ("rl", 0.12)):
+        bench(run, stage, "end", "blink", 0.7)
+        file = run / "bench" / stage / "end/blink/summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"truncated": share}))
+    assert "blink: replies cut off, and so wrong: rl 12%." in section_of(run)
+
+
+def test_models_that_were_not_asked_alike_are_said(run):
+    fake_run(run, problems=16, stages=("base", "coldstart"))
+    bench(run, "base", "end", "blink", 0.7)
+    bench(run, "coldstart", "end", "blink", 0.7, samples=2)
+    page = section_of(run)
+    assert "blink: its models were asked with different k." in page
+    rows = table_rows(page)
+    assert rows["blink", "accuracy; n 200; k 1 or 2"]["Base"][0] == "70.0"
+    assert rows["blink", "avg@2; n 200; k 1 or 2"]["Cold start"][0] == "70.0"
+
+
+def test_a_page_with_benchmarks_is_one_file_and_without_there_is_no_such_section(run):
+    bench_run(run)
+    report.main(report.Config(run))
+    page = (run / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page)
+    assert page.count("<svg") == 1 + 3 + 6 + 3 + 3 + 9 and "$" not in page
+    ids = re.findall(r'<clipPath id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert "Cold start: gained in 0, lost in 3, changed nothing clear in 1 of 4." in page
+    assert "Cold start + RL: gained in 3, lost in 0, changed nothing clear in 1 of 4." in page
+    shutil.rmtree(run / "bench")
+    assert section_of(run) == ""
+
+
+def test_the_script_scores_what_is_not_scored_yet(mini, tmp_path):
+    """Base: there. Cold start: its end, a checkpoint, and one that is its end once more."""
+    model = tmp_path / "coldstart/model"
+    for folder in ("base/model", "coldstart/model", "coldstart/checkpoints/step_000002/model"):
+        shutil.copytree(mini.model, tmp_path / folder)
+    other = tmp_path / "coldstart/checkpoints/step_000001/model"
+    shutil.copytree(mini.model, other)
+    weights = safetensors.numpy.load_file(other / "model.safetensors")
+    halved = {name: weight / 2 for name, weight in weights.items()}
+    safetensors.numpy.save_file(halved, other / "model.safetensors", {"format": "pt"})
+    there = tmp_path / "bench/base/end/mine"
+    small = {"data": mini.text, "max_tokens": 8, "threads": 1}
+    eval.main(eval.Config(f"{tmp_path}/base/model", bench="mine", out=str(there), **small))
+    before = {path: path.stat().st_mtime_ns for path in there.iterdir()}
+    command = ["bash", "runs/eval.sh", str(tmp_path), "--max-tokens", "8", "--threads", "1"]
+    output = finished(command, ROOT, {"BENCHES": f"mine={mini.text}"}, 200)
+    said = re.findall(r"^== (.* mine)$", output, flags=re.M)
+    assert said == ["coldstart/end mine", "coldstart/step_000001 mine"]
+    assert "step_000002 is the end of its stage" in output
+    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == before
+    run = report.read_run(tmp_path)
+    order = [(scored.stage, scored.step) for scored in run.benchmarks["mine"]]
+    assert order == [("base", math.inf), ("coldstart", 1), ("coldstart", math.inf)]
+    assert json.loads((tmp_path / "bench/coldstart/end/mine/protocol.json").read_text())[
+        "model"
+    ] == str(model)
+    page = (tmp_path / "report.html").read_text()
+    section = page[page.index('<section id="benchmarks"') :]
+    assert ("mine", "accuracy; n 4; k 1") in table_rows(section)

@@ -1,0 +1,117 @@
+"""A stand-in for R1 behind an OpenAI-compatible address, which knows the answers.
+
+    python tests/teacher.py --rows problems.jsonl --port 8000
+
+It thinks in set phrases, is wrong in a quarter of its tries and sometimes breaks off, so that what
+depends on a teacher can be run whole where there is none. What it writes teaches the form, and
+nothing else. Not a mock of a client: requests go over HTTP, replies are streamed.
+"""
+
+import json
+import random
+import sys
+import zlib
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+NAME = "teacher"
+WRONG, CUT = 0.25, 0.05
+OPENINGS = (
+    "Okay, so I need to work this out.",
+    "Let me read the problem again.",
+    "Hmm, let us see.",
+)
+STEPS = (
+    "First, I need to see what is given and what is asked.",
+    "Let me write down every condition and look at them one at a time.",
+    "If this were {other}, one of the conditions would fail, so that is not it.",
+    "Then only one value is left.",
+    "So the value has to be {value}.",
+)
+CHECKS = (
+    "Wait, let me check that once more. Yes, it fits: {value}.",
+    "Let me verify this against the statement. {value} agrees with all of it.",
+    "Going back over the steps, I find no mistake.",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A teacher for the problems of some files."""
+
+    rows: tuple[str, ...]  # JSONL files {"prompt", "answer", "choices"?}
+    port: int = 8000  # on this machine alone; 0: any that is free
+
+
+def answers(files) -> dict[str, tuple[str, list]]:
+    rows = [json.loads(line) for path in files for line in Path(path).open()]
+    return {plain(row["prompt"]): (str(row["answer"]), row.get("choices") or []) for row in rows}
+
+
+def plain(prompt: str) -> str:
+    return prompt.replace("<image>", "").strip()
+
+
+def reply(asked: dict, known: dict) -> tuple[str, str, str]:
+    """(thought, text, finish) for a request."""
+    content = asked["messages"][-1]["content"]
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)
+    rng = random.Random(zlib.crc32(f"{content}/{asked.get('seed')}".encode()))
+    value, choices = next(v for prompt, v in known.items() if content.strip().startswith(prompt))
+    others = [x for x in "ABCDEFGH"[: len(choices)] if x != value] or [str(rng.randint(100, 999))]
+    other = rng.choice(others)
+    if rng.random() < WRONG:
+        value, other = other, value
+    said = [rng.choice(OPENINGS), *STEPS, rng.choice(CHECKS)]
+    thought = " ".join(said).format(value=value, other=other)
+    if rng.random() < CUT:
+        return thought[: len(thought) // 2], "", "length"
+    return thought, f"The answer is \\boxed{{{value}}}.", "stop"
+
+
+class Teacher(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    known: dict = {}
+
+    def do_GET(self):
+        self.answer("application/json", json.dumps({"data": [{"id": NAME}]}))
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        thought, text, finish = reply(asked, self.known)
+        deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": thought}]
+        choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        choices.append({"index": 0, "delta": {"content": text}, "finish_reason": finish})
+        usage = {"prompt_tokens": 20, "completion_tokens": len((thought + text).split())}
+        events = [*({"choices": [choice]} for choice in choices), {"choices": [], "usage": usage}]
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
+        self.answer("text/event-stream", "".join(lines))
+
+    def answer(self, kind: str, body: str):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body.encode())))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        """Says nothing: one line a request would hide everything else."""
+
+
+def serve(files, port: int = 0) -> ThreadingHTTPServer:
+    handler = type("Knowing", (Teacher,), {"known": answers(files)})
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 512})
+    return server(("127.0.0.1", port), handler)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    cfg = tyro.cli(Config, description=__doc__)
+    server = serve(cfg.rows, cfg.port)
+    print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
+    server.serve_forever()

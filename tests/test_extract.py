@@ -1,0 +1,404 @@
+"""extract.py: what counts as an answer, what never does, and what official verdicts say to it."""
+
+import json
+import random
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import extract
+import reward
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+OFFICIAL = SHARED / "data" / "regression" / "official_outputs.jsonl"
+CHOICES = ["red", "blue", "12 cm", "15 cm", "A cube"]
+
+
+def said(reply: str, choices=CHOICES, kind: str | None = None) -> str:
+    """The answer, or the status if there is none."""
+    found = extract.extract(reply, choices=choices, kind=kind)
+    assert (found.answer is None) == (found.status != "ok"), found
+    return found.answer if found.status == "ok" else found.status
+
+
+def table(rows: dict, **options):
+    wrong = {reply: (said(reply, **options), want) for reply, want in rows.items()}
+    wrong = {reply: pair for reply, pair in wrong.items() if pair[0] != pair[1]}
+    assert not wrong, f"reply: (found, wanted) {wrong}"
+
+
+# --- what is an answer ---------------------------------------------------------------------------
+
+
+def test_an_option_may_be_given_by_letter_by_text_or_by_both():
+    table({
+        "Answer: C": "C", "ANSWER: C": "C", "Answer:C": "C", "Answer is C": "C", "Ans: C": "C",
+        "The answer is (C) 12 cm.": "C", "The correct answer is **C**: 12 cm": "C", "**C**": "C",
+        "Long.\n\n**Answer: C. 12 cm**": "C", "**Final Answer**\n\n(C)": "C", "Answer:\n\nC": "C",
+        "### Final answer:\n\n**C**": "C", "The answer is 12 cm.": "C", "12 cm": "C",
+        "Reasoning ...\n12 cm": "C", "Therefore the length is 12 cm.": "C", "**C: 12 cm**": "C",
+        "I'd go with (D).": "D", "So, the best choice would be D": "D", "D is correct.": "D",
+        "Option B": "B", "B)": "B", "B. blue": "B", "(b)": "B", "answer is b) blue": "B",
+        "The correct option is B because it is blue.": "B", "blue": "B", "Blue.": "B",
+        "Answer: \\(\\text{C}\\)": "C", "Answer: $C$": "C", "the answer is $\\mathbf{C}$": "C",
+        "The answer is \"C\".": "C", "答案是C": "C", "Answer: [C]": "C", "*Answer*: D": "D",
+        "<answer> (C) 12 cm </answer>": "C", "<Thought process>: long <Answer>: C": "C",
+        '{"answer": "D", "why": "because"}': "D", "The answer I get is C": "C",
+        "So the length is 15 cm, which corresponds to D.": "D", "It must be D": "D",
+        "The shape with the largest area is (D).": "D", "\\(15\\text{ cm}\\)": "D",
+        "The closest option to 14.5 is D. 15 cm": "D", "The answer is A cube.": "E",
+        "A cube": "E", "A": "A", "The answer is A.": "A",
+    })  # fmt: skip
+
+
+def test_the_last_box_comes_before_everything_else():
+    table({
+        "\\boxed{A} then \\boxed{\\text{(B) blue}}": "B", "\\boxed{12}": "C", "\\boxed{C}": "C",
+        "\\boxed{\\text{\\textbf{D}}}. Answer: A": "D", "\\boxed{99}": "99", "\\boxed{=12}": "C",
+        "\\boxed{A} or \\boxed{B}": "unparsed", "\\boxed{A or B}": "unparsed",
+        "\\boxed{D": "unparsed", "\\boxed{}": "unparsed", "Answer: A. \\boxed{ = }": "unparsed",
+    })  # fmt: skip
+    assert said("\\boxed{\\frac{1}{\\sqrt{2}}}", None) == "\\frac{1}{\\sqrt{2}}"
+
+
+def test_the_last_statement_counts_and_one_that_says_nothing_is_passed():
+    table({
+        "Answer: B\n\nWait. Answer: C": "C", "The answer is A? No. The answer is D.": "D",
+        "The answer is C. Option A is wrong.": "C", "The answer is clear: option C.": "C",
+        "The answer is D. This answer is correct.": "D", "The correct answer is C, not A.": "C",
+        "One might think the answer is A. So it is (B).": "B", "If the answer is A, x.": "unparsed",
+    })  # fmt: skip
+
+
+def test_several_letters_are_a_set():
+    rows = {
+        "Answer: A, C": "A, C",
+        "The answer is C and A.": "A, C",
+        "AC": "A, C",
+        "A and C": "A, C",
+    }
+    table(rows | {"Both A and C are correct.": "A, C", "(A), (C), and (D)": "A, C, D"})
+    table(rows, choices=None, kind="choice")
+    assert extract.grade("A, C", "The answers are C and A").score == 1
+    assert extract.grade("A, C", "The answer is A").score == 0
+    assert extract.grade("A", "The answer is A, C", choices=CHOICES).score == 0
+
+
+def test_yes_and_no_are_read_where_they_answer():
+    table({
+        "Yes": "yes", "yes.": "yes", "YES": "yes", "Yes, there is a dog.": "yes", "No": "no",
+        "No, there is no dog.": "no", "Yes there is": "yes", "**Yes**, it is.": "yes", "no": "no",
+        "The picture shows a dog, so it is yes": "yes", "Therefore, the answer is no.": "no",
+        "I see a dog.\n\nYes.": "yes", "A long text. So, yes, it is 5.": "yes", "Hence, no.": "no",
+        "Yes, at first. So the answer is no.": "no", "\\boxed{\\text{Yes, there is}}": "yes",
+        "No, I cannot see a dog in the image.": "no", "<think>no</think>Yes": "yes",
+        'The answer is "no", since it is red.': "no", "I would say no.": "no",
+    }, choices=None, kind="yes/no")  # fmt: skip
+
+
+def test_other_words_that_begin_with_yes_or_no_are_no_answer():
+    replies = ["Nothing is there.", "Yesterday it rained.", "No. 5 is the largest.", "Not sure.",
+               "There is no dog.", "No dogs are visible.", "Yes or no? Hard.", "Answer: yes or no",
+               "No one is here", "Yes, at first.\nThus, no.", "It is no longer so."]  # fmt: skip
+    table(dict.fromkeys(replies, "unparsed"), choices=None, kind="yes/no")
+
+
+def test_options_may_be_yes_and_no():
+    table({"Yes, because it is.": "A", "No.": "B", "Answer: No": "B"}, choices=["Yes", "No"])
+
+
+def test_a_value_is_taken_whole_with_its_unit_and_without_its_reason():
+    table({
+        "42": "42", "The answer is 42.": "42", "The answer is 42 cm because it is.": "42 cm",
+        "So x = 42.": "42", "Therefore, the area is 42 square cm.": "42 square cm", "**12**": "12",
+        "The final answer is \\(\\frac{1}{2}\\).": "\\frac{1}{2}", "Answer: 3.14": "3.14",
+        "Answer: -5": "-5", "ANSWER: 073": "073", "The answer is (2, 3).": "(2, 3)",
+        "Answer: 1,234": "1,234", "Answer: $5.50": "$5.50", "The answer is $[0,1)$.": "[0,1)",
+        '{"solution": "long", "short answer": "12.5"}': "12.5", "The answer is 3:30": "3:30",
+        "So the total is:\n\n\\[ 5 + 3 = 8 \\]": "8", "The value of x is 60.": "60",
+        "Answer: x = 5, y = 3": "x = 5, y = 3", "Answer: about 5 km": "5 km", "blue": "blue",
+        "Answer: 5 (as said)": "5", "Not Applicable": "Not Applicable", "42 km": "42 km",
+        "Answer: Dr. Smith": "Dr. Smith", "The closest value to 4.5 is 4.": "4",
+        "Answer: 1.5 m/s. It moves": "1.5 m/s", "The answer is $6 / 2 = 3$.": "6 / 2 = 3",
+        "Answer: red, blue and green": "red, blue and green",
+    }, choices=None)  # fmt: skip
+
+
+# --- what is none --------------------------------------------------------------------------------
+
+
+def test_nothing_is_guessed():
+    replies = ["A dog is in the picture.", "I think it is big.", "I", "A circle and B circle.",
+               "Vitamin C is important.", "Point A lies on the line. So it is big.", "E = mc^2",
+               "The image shows a tree.", "Answer: $LETTER", "Answer: K", "Triangle ABC is large",
+               "So A is the midpoint of BC.", "Therefore, D = 5.", "A's height is 5", "Grade A",
+               "Thus, I, the judge, rest.", "So I can answer a question.", "In figure a, x.",
+               "A. red\nB. blue\nC. 12 cm\nD. 15 cm", "The answer is 14 cm.", "All of them",
+               "In figure A there is a dog. In figure B there is a cat.", "13 cm",
+               "Long.\n(A) has a larger area than (B).", "None of the options."]  # fmt: skip
+    found = {reply: extract.grade("A", reply, choices=CHOICES[:4]) for reply in replies}
+    assert {r: v for r, v in found.items() if v.score or (v.answer or "X") in "ABCDE"} == {}
+
+
+def test_talk_about_the_answer_is_not_the_answer():
+    replies = ["To find the answer\nwe add 5 and 6", "The answer is correct.", "My answer depends."]
+    table(dict.fromkeys(replies, "unparsed"), choices=None, kind="choice")
+    assert said(replies[0], None) == "unparsed"
+
+
+def test_two_letters_or_a_negation_are_unparsed():
+    replies = ["either A or B", "The answer is either A or B.", "The answer is A or B", "A/B",
+               "The answer is (A) or (C).", "Answer: A or maybe C", "Neither A nor B.", "B or C",
+               "The answer is not B.", "It is not option B.", "(A) is wrong.", "A: wrong",
+               "Therefore, options B and C are possible.", "So C and D grow (D to E).",
+               "The answer isn't A."]  # fmt: skip
+    table(dict.fromkeys(replies, "unparsed"))
+
+
+def test_only_what_stands_after_the_last_thought_counts():
+    table({
+        "<think>Answer: A</think>Answer: B": "B", "Answer: A</think>B": "B", "": "empty",
+        "<think>Answer: A</think>": "empty", "<think>\\boxed{A}</think> \n": "empty",
+        "<think>Answer: A": "unparsed", "a</think>Answer: A <think> no": "unparsed", " \n": "empty",
+        "<think>a</think>A</think>\nB": "B", "<think>a</think>A<think>b</think>C": "C",
+    })  # fmt: skip
+
+
+def test_a_refusal_is_told_apart_unless_an_answer_follows():
+    replies = ["I cannot see the image.", "I'm sorry, I can't help with that.",
+               "I'm sorry, but I am unable to view images.", "I can’t assist with this question.",
+               "I'm unable to identify or interpret histological images. Please say more.",
+               "I'm unable to view the content of the image and provide the answer.",
+               "As an AI model, I cannot view images.", "It cannot be determined."]  # fmt: skip
+    for kind in extract.KINDS:
+        table(dict.fromkeys(replies, "refused"), choices=None, kind=kind)
+    table(dict.fromkeys(replies, "refused"))
+    table(
+        {"Sorry, I made a mistake. The answer is C.": "C", "I cannot see it well. Answer: B": "B"}
+    )
+
+
+def test_a_truncated_reply_is_wrong_whatever_stands_in_it():
+    verdict = extract.grade("C", "\\boxed{C}", choices=CHOICES, finish="length")
+    assert verdict == (0.0, "truncated", None, "finish")
+
+
+# --- what public harnesses get wrong -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gold, reply, choices, score, status",
+    [
+        ("D", "A closer look shows blue. Answer: (D)", CHOICES, 1, "ok"),  # BLINK: first letter
+        ("A", "A closer look shows nothing.", CHOICES, 0, "unparsed"),
+        ("yes", "Yes, a dog lies there.", None, 1, "ok"),  # POPE: the whole reply must be yes
+        ("no", "It shows a cat.", None, 0, "unparsed"),  # not a "no"
+        ("Yes", "The dog is brown, so the answer is yes.", None, 1, "ok"),  # MME: 4 characters
+        ("no", "Nowhere but here: yes.", None, 0, "ok"),
+        ("A", "I'm sorry, I can't view images.", CHOICES, 0, "refused"),  # MMMU-Pro: a random one
+        ("B", "$s=\\boxed{11 \\text{ km}}$", ["9", "$11 \\mathrm{~km}$"], 1, "ok"),  # MATH-V: units
+        ("A", "\\boxed{\\text{(A)}} \\frac{1}{2}", ["$\\frac12$", "$1$"], 1, "ok"),
+        ("D", "Answer: D", ["d", "a", "b", "c"], 1, "ok"),  # GPQA: texts of options are letters
+        ("A", "\\boxed{d}", ["d", "a", "b", "c"], 1, "ok"),
+        ("B", "14.9", ["10", "15", "20"], 0, "unparsed"),  # MathVista: no nearest option
+    ],
+)  # fmt: skip
+def test_replies_that_public_harnesses_grade_wrongly(gold, reply, choices, score, status):
+    verdict = extract.grade(gold, reply, choices=choices)
+    assert (verdict.score, verdict.status) == (score, status), verdict
+
+
+def test_precision_and_six_digits_are_handed_on():
+    assert extract.grade("3.7", "The answer is 3.72", precision=1).score == 1
+    assert extract.grade("3.7", "The answer is 3.72").score == 0
+    assert extract.grade("\\pi", "The answer is 3.14159").score == 1
+    assert extract.grade("\\pi", "The answer is 3.14").score == 0
+
+
+def test_a_gold_that_cannot_be_read_has_no_score():
+    verdict = extract.grade("", "The answer is 1")  # LogicVista has such an item
+    assert verdict == (None, "ok", "1", "unreadable gold")
+
+
+def test_an_answer_that_would_close_its_box_early_is_unparsed():
+    assert extract.grade("5", "Answer: 5}{").score == 0
+    assert extract.grade("5", "Answer: 5} 6 {").status == "unparsed"
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="choice, yes/no, free"):
+        extract.extract("1", kind="number")
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+PHRASES = [
+    "Answer: {0}", "The answer is {0}.", "The answer is ({0}) {1}.", "**{0}**", "({0})", "{0}",
+    "{0}.", "**({0}) {1}**", "Therefore, option {0} is correct.", "The answer is **{0}. {1}**",
+    "\\boxed{{{0}}}", "So I choose ({0}).", "$\\boxed{{\\text{{({0})}}}}$", "Final answer: ({0})",
+    "the correct choice is {0}, since it fits.", "Option {0}", "Thus, the answer is:\n\n{0}",
+    "Answer: \\( \\text{{{0}}} \\)", "It is {1}.\n\nAnswer: {0}) {1}", "{1}", "Answer is ({0}){1}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_honest_phrases_give_every_letter_of_every_number_of_options(count):
+    texts = [
+        "an oak",
+        "bay leaf",
+        "A pear tree",
+        "12 cm",
+        "$\\frac{1}{2}$",
+        "both",
+        "red",
+        "x",
+        "no",
+    ]
+    texts = (texts + ["none of the above"])[:count]
+    for letter, text in zip(extract.LABELS, texts, strict=False):
+        for phrase in PHRASES:
+            reply = "<think>Is it A or B?</think>A look helps.\n\n" + phrase.format(letter, text)
+            assert said(reply, texts) == letter, reply
+
+
+WORDS = [
+    "answer is ",
+    "Answer: ",
+    "A",
+    " or ",
+    "(B)",
+    "\\boxed{",
+    "}",
+    "{",
+    "yes",
+    "no",
+    "\n",
+    "**",
+]
+WORDS += [
+    "$",
+    "</think>",
+    "<think>",
+    ". ",
+    "=",
+    "5",
+    "\\text{",
+    "I'm sorry, I can't help",
+    "red",
+    ", ",
+]
+
+
+@given(st.lists(st.sampled_from(WORDS)), st.sampled_from(extract.KINDS), st.booleans())
+def test_no_mixture_of_its_own_words_makes_it_raise(parts, kind, has_choices):
+    choices = CHOICES if has_choices else None
+    found = extract.extract("".join(parts), choices=choices, kind=kind)
+    assert found.status in ("ok", "empty", "unparsed", "refused")
+    verdict = extract.grade("B", "".join(parts), choices=choices, kind=kind)
+    assert verdict.score in (0.0, 1.0) and (verdict.score == 0.0 or verdict.status == "ok")
+
+
+@given(st.text(), st.sampled_from(extract.KINDS))
+def test_no_text_makes_it_raise(text, kind):
+    assert extract.grade("yes", text, kind=kind).score in (0.0, 1.0)
+    assert extract.grade("A", "Answer: " + text, choices=CHOICES, kind=kind).score in (0.0, 1.0)
+
+
+HOSTILE = [
+    "{", "}", "answer is ", "answer is\n", "answer ", "\\boxed{", "\\boxed{1}", "\\text{", "A or ",
+    "**", "(A) ", "$", "yes ", "so ", ". ", "\n", " ", "(", "1", "is ", "= ", "answer to ",
+    "\\frac", "<think>", "the answer is A cube or ", "</think>", "I cannot ", "sorry ", "option A ",
+    "^{", "answer, ", "I don't have ", "# ", "'", "0123456789" * 20, "(A)(B)", "1,", "a/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", extract.KINDS)
+def test_hostile_texts_cost_milliseconds(kind):
+    for unit in HOSTILE:
+        reply = unit * (100_000 // len(unit))
+        for text in (reply, reply + "\nAnswer: " + reply, "Answer: A" + reply):
+            times = []
+            for _ in range(3):  # the fastest of three: other programs run here too
+                start = time.perf_counter()
+                extract.grade("A", text, choices=CHOICES * 2, kind=kind)
+                times.append(time.perf_counter() - start)
+            assert min(times) < 0.1, f"{unit!r}: {min(times):.3f} s"
+
+
+# --- agreement with others -----------------------------------------------------------------------
+
+
+def test_what_the_reward_calls_right_is_right_here():
+    path = SHARED / "reward_cases.jsonl"
+    if not path.exists():
+        pytest.skip("needs the shared reward cases")
+    for case in map(json.loads, path.read_text().splitlines()):
+        options = {name: case.get(name) for name in ("choices", "precision")}
+        ours = extract.grade(case["gold"], case["response"], **options)
+        paid = reward.grade(case["gold"], case["response"], digits=6, **options)
+        assert ours.score == paid.score or paid.status == "no_box", (case, ours, paid)
+
+
+@pytest.fixture(scope="module")
+def official() -> list[dict]:
+    if not OFFICIAL.exists():
+        pytest.skip("needs the shared official outputs")
+    rows = [json.loads(line) for line in OFFICIAL.read_text().splitlines()]
+    start = time.perf_counter()
+    for row in rows:
+        choices = row["options"] or None
+        row["ours"] = extract.grade(row["answer"], row["response"], choices=choices)
+    assert (time.perf_counter() - start) / len(rows) * 3040 < 5  # seconds for all of MATH-V
+    return rows
+
+
+def test_official_verdicts_of_mmmu_pro_agree(official):
+    rows = [row for row in official if row["bench"] == "mmmu_pro"]
+    for file in {row["file"] for row in rows}:
+        of = [row for row in rows if row["file"] == file]
+        agree = sum(row["ours"].score == row["official_correct"] for row in of)
+        assert agree >= 0.98 * len(of), f"{file}: {agree} of {len(of)}"
+
+
+def test_nothing_that_is_officially_right_is_lost_on_mathvision(official):
+    counts = defaultdict(Counter)
+    for row in official:
+        if row["bench"] == "mathvision":
+            lost = row["official_correct"] and not row["ours"].score
+            counts[row["file"]] += Counter(
+                official=row["official_correct"], ours=int(row["ours"].score), lost=int(lost)
+            )
+    kept = [c["lost"] == 0 and c["ours"] > c["official"] for c in counts.values()]
+    assert kept and all(kept), counts
+
+
+def test_an_official_guess_is_unparsed_or_refused(official):
+    guessed = [row for row in official if row["ours"].status not in ("ok", "truncated")]
+    assert {row["ours"].status for row in guessed} <= {"refused", "unparsed", "empty"}
+    assert all(row["ours"].score == 0 and row["ours"].answer is None for row in guessed)
+    assert sum(row["ours"].status == "refused" for row in guessed) >= 10
+
+
+def test_without_their_statement_real_replies_give_the_same_answer_or_none(official):
+    found = Counter()
+    for row in official:
+        if row["options"] and row["ours"].rule in ("answer", "box"):
+            rest = re.sub(r"(?i)[^\n.]*(?:\banswer\b|\\boxed).*", "", row["response"])
+            rest = extract.extract(rest, choices=row["options"])
+            found[rest.status == "ok", rest.answer == row["ours"].answer] += 1
+    assert found[True, True] > 50 and found[True, False] <= 0.03 * found[True, True], found
+
+
+def test_real_replies_restyled_as_statements_keep_their_verdict(official):
+    rng = random.Random(0)
+    for row in rng.sample([r for r in official if r["options"] and r["ours"].status == "ok"], 100):
+        letter = row["ours"].answer
+        if len(letter) == 1:
+            reply = row["response"].replace("\\boxed", "") + f"\n\nThe answer is ({letter})."
+            again = extract.grade(row["answer"], reply, choices=row["options"])
+            assert (again.score, again.answer) == (row["ours"].score, letter), reply

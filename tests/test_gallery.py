@@ -1,0 +1,268 @@
+"""The gallery against naive counts, hostile replies, and a browser where there is one."""
+
+import base64
+import hashlib
+import random
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import write_rows
+from PIL import Image
+
+import behaviors
+import gallery
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="x" <!-- {$css}'
+THOUGHT = (
+    "<think>Let me look at the image again. It is 3.\n\nLet me double-check.</think>So \\boxed{3}"
+)
+STATUSES = ("ok", "ok", "ok", "truncated", "unparsed", "refused", "empty")
+
+
+class Page(HTMLParser):
+    """Every element as a namespace, in order: tag, attrs, text inside it, elements around it."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        element = SimpleNamespace(tag=tag, attrs=dict(attrs), text="", around=list(self.open))
+        self.elements.append(element)
+        if tag not in ("meta", "img", "input"):
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element.text += data
+
+    def all(self, tag: str, **attrs: str) -> list:
+        found = [element for element in self.elements if element.tag == tag]
+        return [e for e in found if all(e.attrs.get(key) == attrs[key] for key in attrs)]
+
+
+def item(i: int, **more) -> dict:
+    row = {"id": f"b/{i}", "source": "b", "prompt": "asked", "question": f"how many {i}?"}
+    return row | {"answer": "3", "category": f"kind {i % 3}"} | more
+
+
+def graded(i: int, response: str = THOUGHT, **more) -> dict:
+    row = {"id": f"b/{i}", "sample": 0, "response": response, "finish": "stop", "tokens": 7}
+    return row | {"score": 1.0, "status": "ok", "extracted": "3", "rule": "box"} | more
+
+
+def many(count: int) -> list[dict]:
+    draw = random.Random(1)
+    rows = [graded(i, status=draw.choice(STATUSES)) for i in range(count)]
+    for row in rows:
+        row["score"] = draw.choice([0.0, 1.0, None]) if row["status"] == "ok" else 0.0
+    return rows
+
+
+def shown(rows, items, folder=Path("."), **more) -> Page:
+    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, **more))
+
+
+def outcome(row: dict) -> str:
+    said = {0.0: "wrong", 1.0: "right", None: "ungraded"}
+    return row["status"] if row["status"] != "ok" else said[row["score"]]
+
+
+def test_the_numbers_are_those_of_a_naive_count():
+    rows, items = many(90), [item(i) for i in range(90)]
+    page, counts = shown(rows, items), Counter(map(outcome, rows))
+    (numbers,) = page.all("p", **{"class": "numbers"})
+    assert dict(re.findall(r"([a-z]+) (\d+)", numbers.text)) == {k: str(counts[k]) for k in counts}
+    for name, naive in (
+        ("status", counts),
+        ("score", Counter(outcome(row | {"status": "ok"}) for row in rows)),
+        ("category", Counter(each["category"] for each in items)),
+    ):
+        (select,) = page.all("select", name=name)
+        options = [e for e in page.all("option") if select in e.around and e.attrs["value"]]
+        told = {e.attrs["value"]: e.text for e in options}
+        assert told == {value: f"{value} ({n})" for value, n in naive.items()}
+        data = Counter(card.attrs[f"data-{name}"] for card in page.all("article"))
+        assert data == naive
+
+
+def test_hostile_texts_are_inert():
+    bad = item(0, question=HOSTILE, category=HOSTILE, choices=[HOSTILE], images=[HOSTILE])
+    bad |= {"answer": HOSTILE, "id": HOSTILE}
+    row = graded(0, f"<think>{HOSTILE}</think>{HOSTILE}\ud800", id=HOSTILE, extracted=HOSTILE)
+    rows = [row | {"rule": HOSTILE}, graded(1, HOSTILE, id=HOSTILE + "lost")]
+    text = gallery.page(rows, [bad], HOSTILE, {HOSTILE: HOSTILE}, Path("."))
+    page, plain = Page(text), shown([graded(0)], [item(0, choices=["x"])])
+    extra = {e.tag for e in page.elements} - {e.tag for e in plain.elements}
+    assert not extra and [e.text for e in page.all("script")] == [gallery.SCRIPT]
+    assert not [a for e in page.elements for a in e.attrs if a.startswith("on")]
+    assert page.all("h1")[0].text == HOSTILE and "<!--" not in text
+    assert sum(HOSTILE in e.text for e in page.all("article")) == 2
+
+
+def test_the_page_has_no_address_and_allows_only_its_own_script(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    page = shown([graded(0)], [item(0, images=["a.png"])], tmp_path)
+    names = ("src", "href", "action", "srcset", "data", "poster")
+    used = [e.attrs[name] for e in page.elements for name in names if name in e.attrs]
+    assert len(used) == 1 and used[0].startswith("data:image/webp;base64,")
+    assert not re.search(r"url\(|@import|https?:", gallery.CSS + gallery.OWN_CSS + gallery.SCRIPT)
+    (policy,) = (e.attrs["content"] for e in page.all("meta") if "http-equiv" in e.attrs)
+    digest = base64.b64encode(hashlib.sha256(page.all("script")[0].text.encode()).digest()).decode()
+    parts = "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'"
+    assert " ".join(policy.split()).split("; ") == [*parts, f"script-src 'sha256-{digest}'"]
+
+
+def test_each_picture_is_stored_once_and_small(tmp_path):
+    Image.effect_noise((1500, 900), 50).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "same.png")
+    Image.new("RGBA", (20, 20), (1, 2, 3, 0)).save(tmp_path / "b.png")
+    items = [item(0, images=["a.png", "b.png"]), item(1, images=["same.png"])]
+    rows = [graded(0, sample=s) for s in range(3)] + [graded(1)]
+    page = shown(rows, items, tmp_path)
+    first = {e.attrs["id"]: e.attrs["src"] for e in page.all("img") if "src" in e.attrs}
+    assert len(first) == 2 == len(set(first.values()))
+    later = [e.attrs["data-same"] for e in page.all("img") if "src" not in e.attrs]
+    assert Counter(later) == {"picture-0": 3, "picture-1": 2}
+    big = base64.b64decode(first["picture-0"].split(",")[1])
+    (tmp_path / "c.webp").write_bytes(big)
+    assert Image.open(tmp_path / "c.webp").size == (480, 288)
+
+
+def test_a_draw_is_balanced_seeded_ordered_and_said():
+    rows = [graded(i, score=float(i % 10 == 0)) for i in range(400)]  # 40 right
+    for limit, right in ((60, 30), (200, 40), (390, 40), (1, 0)):
+        drawn = gallery.draw(rows, limit, 0)
+        assert len(drawn) == limit and sum(row["score"] for row in drawn) == right
+        assert [row["id"] for row in rows if row in drawn] == [row["id"] for row in drawn]
+    mostly = [row | {"score": 1.0 - row["score"]} for row in rows]  # 40 wrong
+    assert sum(row["score"] == 0 for row in gallery.draw(mostly, 200, 0)) == 40
+    once, twice, other = (gallery.draw(rows, 60, seed) for seed in (0, 0, 1))
+    assert once == twice
+    for score in (0.0, 1.0):
+        assert [r for r in once if r["score"] == score] != [r for r in other if r["score"] == score]
+    page = shown(rows, [item(i) for i in range(400)], limit=60, seed=5)
+    (note,) = page.all("p", **{"class": "note"})
+    assert note.text.startswith("60 of 400 replies, drawn by seed 5: 30 right, 30 not.")
+    assert len(page.all("article")) == 60
+    whole = shown(rows, [item(i) for i in range(400)], limit=400)
+    assert len(whole.all("article")) == 400 and not whole.all("p", **{"class": "note"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        THOUGHT,
+        "Wait, that is wrong. Let me verify & check <b>. \n Let me re-examine the image.\n",
+        "<think>First, I need x. Let me recheck the figure, then",
+        "Let me look at the picture again",
+    ],
+)
+def test_highlights_stand_at_the_spans_that_the_lexicon_gives(text):
+    page = shown([graded(0, text)], [item(0)])
+    spans = behaviors.find(text)
+    naive = {}  # sentence, or its part on one side of a tag -> names
+    for span in spans:
+        pieces = re.split("<think>|</think>", text[span.start : span.end])  # a tag is not shown
+        for piece in filter(None, pieces):
+            naive.setdefault(piece, []).append(span.name.replace("_", " "))
+    marks = [e for e in page.all("mark") if any(a.tag == "article" for a in e.around)]
+    assert spans and [(e.text, e.attrs["title"]) for e in marks] == [
+        (piece, ", ".join(names)) for piece, names in naive.items()
+    ]
+    (card,) = page.all("article")
+    assert set(card.attrs["data-behaviour"].split("\n")) == {span.name for span in spans}
+
+
+def test_the_thought_is_folded_and_the_answer_is_not():
+    for response, thought, answer in (
+        (THOUGHT, THOUGHT[len("<think>") : THOUGHT.rindex("</think>")], "So \\boxed{3}"),
+        ("a</think> b</think>\n\nc", "a</think> b", "c"),
+        ("<think>never done", "never done", "no answer"),
+        ("just 3", None, "just 3"),
+        ("", None, "no answer"),
+    ):
+        page = shown([graded(0, response)], [item(0)])
+        folded = [e.text for e in page.all("p") if any(a.tag == "details" for a in e.around)]
+        assert folded == ([thought] if thought else [])
+        (right,) = (e for e in page.all("div") if e.text.startswith("rightsays 3 rule: box"))
+        assert [e.text for e in page.all("p") if e.around[-1] is right] == [answer]
+
+
+def test_options_gold_judge_and_facts_stand_on_the_card():
+    row = graded(0, score=0.0, extracted="C", judge_score=1.0)
+    asked = item(0, choices=["red", "green", "(C)"], answer="B")
+    (card,) = shown([row], [asked]).all("article")
+    for part in ("A red", "B green", "Gold B", "says C", "judge: right", "7 tokens", "kind 0"):
+        assert part in card.text
+    looks = {e.text.strip(): e.attrs["class"] for e in shown([row], [asked]).all("li")}
+    assert looks == {"A red": "", "B green": "gold", "C": "said"}
+    (card,) = shown([graded(0, judge_score=None, extracted=None)], [asked]).all("article")
+    assert "judge: ungraded" in card.text and "nothing was read" in card.text
+    (card,) = shown([graded(0, tokens=None)], [asked]).all("article")
+    assert "tokens not counted" in card.text
+
+
+def test_what_is_missing_is_named_and_not_a_crash(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    items = [item(0, images=["gone.png", "broken.png"]), item(1)]
+    page = shown([graded(0), graded(1), graded(7)], items, tmp_path)
+    first, second, third = (card.text for card in page.all("article"))
+    assert "gone.png cannot be shown" in first and "broken.png cannot be shown" in first
+    assert "no picture" in second and "No item has the id b/7" in third
+    with pytest.raises(FileNotFoundError, match="no items.jsonl in it"):
+        gallery.Config(run=str(tmp_path))
+
+
+def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium on this machine")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    rows, items = many(60), [item(i, images=["a.png"]) for i in range(60)]
+    rows[0]["response"] += "<script>document.title = 'broken'</script>"
+    write_rows(tmp_path / "items.jsonl", items)
+    write_rows(tmp_path / "graded.jsonl", rows)
+    gallery.main(gallery.Config(run=str(tmp_path)))
+    address = f"file://{tmp_path}/gallery.html#status=wrong&category=kind 1&text=how MANY"
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", address]
+    command.insert(1, f"--user-data-dir={tmp_path / 'profile'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    page = Page(done.stdout)
+    wanted = [
+        row["id"]
+        for row, asked in zip(rows, items, strict=True)
+        if outcome(row) == "wrong" and asked["category"] == "kind 1"
+    ]
+    left = [e for e in page.all("article") if "hidden" not in e.attrs]
+    assert wanted and [re.search(r"b/\d+", e.text)[0] for e in left] == wanted
+    assert page.all("output")[0].text == f"{len(wanted)} of 60"
+    assert page.all("title")[0].text == "b"
+    assert all("open" in e.attrs for e in page.all("details"))  # the words may stand in the thought
+    sources = {e.attrs["src"] for e in page.all("img")}
+    assert len(page.all("img")) == 60 and len(sources) == 1
+
+
+def test_the_command_reads_the_summary(tmp_path, capsys):
+    write_rows(tmp_path / "items.jsonl", [item(0)])
+    write_rows(tmp_path / "graded.jsonl", [graded(0), graded(0, sample=1)])
+    told = {"score": 0.5, "error": 0.1, "low": 0.25, "high": 0.75}
+    summary = {"headline": {"accuracy": told}, "scale": 100, "protocol": {"model": "m", "k": 2}}
+    write_rows(tmp_path / "summary.json", [summary])
+    gallery.main(gallery.Config(run=str(tmp_path), out=str(tmp_path / "x.html"), limit=1))
+    page = Page((tmp_path / "x.html").read_text())
+    assert page.all("h1")[0].text == "b, accuracy 50.0 (25.0 to 75.0)"
+    assert page.all("p", **{"class": "facts"})[0].text == "model m · k 2"
+    assert capsys.readouterr().out == f"{tmp_path / 'x.html'}: 1 of 2 replies\n"

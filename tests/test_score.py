@@ -1,0 +1,581 @@
+"""score.py: its figures against naive loops, its bytes against kills, ranks and chunks.
+
+    pytest tests/test_score.py       # starts itself under torchrun, twice
+
+The plain model is a Qwen2 of random weights and a byte-level BPE of a few merges, so that tokens
+would grow over the boundary of prompt and response if they could.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finished, write_rows
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import data
+import parallel
+import score
+from model import load_model
+from provenance import beside, fingerprint
+from reward import grade
+from rollout import TorchSampler
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 300  # seconds; a start takes about 10, and ten times that on a busy machine
+WORDS = "so the sum of two and three is five , wait , let me check again :".split()
+
+
+def sentence(i: int, words: int) -> str:
+    return " ".join(WORDS[(i * 7 + k * (i + 1)) % len(WORDS)] for k in range(words))
+
+
+def text_rows() -> list[dict]:
+    """Of many lengths; some responses begin with what a tokenizer would join to the prompt."""
+    rows = []
+    for i in range(23):
+        response = ("\n" * (i % 3)) + sentence(i, 1 + (i * 5) % 17) + f" \\boxed{{{i}}}"
+        about = {
+            "id": f"r{i}",
+            "source": ("a", "b")[i % 2],
+            "prompt": sentence(i + 3, 40 if i == 11 else 2 + i % 9),
+        }
+        rows.append(about | {"response": response})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> str:
+    """Directory of a causal LM with a token before every text, as Llama has one."""
+    directory = tmp_path_factory.mktemp("plain")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = [AddedToken("<s>", special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet)
+    inner.train_from_iterator([" ".join(WORDS), "\n\n\n", "\n\n\n\n"] * 9, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(directory)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3)
+    config = Qwen2Config(vocab_size=inner.get_vocab_size(), **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    return str(directory)
+
+
+def loss_config(plain, out: Path, **changed) -> score.Config:
+    rows = out.parent / "rows.jsonl"
+    if not rows.exists():
+        rows.parent.mkdir(exist_ok=True)
+        write_rows(rows, text_rows())
+    small = dict(rows=str(rows), kind="loss", model=plain, out=str(out), tokens=30, pack_tokens=70)
+    return score.Config(**small | dict(chunk=5, threads=1) | changed)
+
+
+def passes_config(mini, out: Path, **changed) -> score.Config:
+    small = dict(rows=mini.train, kind="passes", model=mini.model, out=str(out), samples=5)
+    small |= dict(max_tokens=10, prompt_tokens=64, sampler_batch=15, chunk=5, seed=3, threads=1)
+    return score.Config(**small | changed)
+
+
+def records_of(out) -> list[dict]:
+    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+
+
+def begun(cfg: score.Config, whole: score.Config, parts: dict[int, str]) -> Path:
+    """The state of a killed run: the whole one's protocol, and what its ranks had written."""
+    out = Path(cfg.out)
+    out.parent.mkdir(exist_ok=True)
+    beside(out, "protocol.json").write_text(beside(whole.out, "protocol.json").read_text())
+    for rank, text in parts.items():
+        beside(out, f"rank{rank}.part.jsonl").write_text(text)
+    return out
+
+
+@pytest.fixture(scope="module")
+def losses(plain, tmp_path_factory) -> score.Config:
+    cfg = loss_config(plain, tmp_path_factory.mktemp("loss") / "x.losses.jsonl")
+    score.main(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def passes(mini, tmp_path_factory) -> score.Config:
+    cfg = passes_config(mini, tmp_path_factory.mktemp("passes") / "x.passes.jsonl")
+    score.main(cfg)
+    return cfg
+
+
+# ------------------------------------------------------------------ loss
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_the_response_row_by_row_and_unpadded(plain, losses):
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    found, cut = records_of(losses.out), 0
+    rows = records_of(losses.rows)
+    assert [r["id"] for r in found] == [r["id"] for r in rows]
+    for row, record in zip(rows, found, strict=True):
+        prompt = tokenizer.encode(row["prompt"] + "\n\n")
+        ids = prompt + tokenizer.encode(row["response"], add_special_tokens=False)
+        cut += len(ids) > losses.tokens
+        ids = ids[: losses.tokens]
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats = [-logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
+        assert record["tokens"] == len(nats)
+        if nats:
+            assert record["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+        else:
+            assert record["loss"] is None and f"prompt of {len(prompt)} tokens" in record["why"]
+    nulls = sum(r["loss"] is None for r in found)
+    assert cut > nulls > 0  # both were met
+    assert len({r["loss"] for r in found}) > 15
+
+
+def test_no_token_holds_an_end_of_the_prompt_and_a_beginning_of_the_response(plain):
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    example = data.Example("x", "the sum", "\n\nis five")
+    joined = tokenizer.encode("the sum\n\n\n\nis five")
+    document = score.plain_document(example, tokenizer)
+    assert len(document.ids) > len(joined)  # together they would share a token
+    assert tokenizer.decode(document.prompt.ids) == "<s>the sum\n\n"
+    assert tokenizer.decode(document.response_ids) == "\n\nis five"
+    assert document.ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("pack_tokens", [30, 10_000])
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_batches_do_not_change_a_loss(plain, losses, tmp_path, pack_tokens, chunk):
+    cfg = replace(losses, out=str(tmp_path / "o.jsonl"), pack_tokens=pack_tokens, chunk=chunk)
+    score.main(cfg)
+    for one, other in zip(records_of(cfg.out), records_of(losses.out), strict=True):
+        assert one == other | {"loss": one["loss"]}
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-6)
+
+
+def test_a_batch_holds_no_more_than_its_tokens_and_the_longest_come_first():
+    seen = []
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids, attention_mask, use_cache):
+            seen.append((input_ids.shape, attention_mask.sum(1).tolist()))
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
+
+    sizes = [3, 9, 4, 9, 2, 5, 10]
+    prompt = data.Prompt([1], [1], None, (), ())
+    documents = [data.Document(prompt, [2] * (size - 1)) for size in sizes]
+    found = score.plain_logps(documents, Model(), 20)
+    assert [len(x) for x in found] == [size - 1 for size in sizes]
+    assert all(x.tolist() == pytest.approx([-math.log(7)] * len(x)) for x in found)
+    assert [lengths for _, lengths in seen] == [[10, 9], [9, 5], [4, 3, 2]]
+    assert all(math.prod(shape) <= 20 for shape, _ in seen)
+
+
+def test_logits_in_bfloat16_are_summed_in_float32_and_in_chunks(monkeypatch):
+    torch.manual_seed(0)
+    logits, targets = (4 * torch.randn(50, 90)).bfloat16(), torch.randint(90, (50,))
+    wanted = logits.double().log_softmax(-1)[torch.arange(50), targets]
+    monkeypatch.setattr(score, "HEAD_CHUNK", 7)
+    found = score.target_logps(logits, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_our_own_model_packed_equals_row_by_row_with_pictures_and_the_stop_token(mini, tmp_path):
+    rows = records_of(mini.replay) + records_of(mini.sft)[:9]
+    for row in rows:  # the miniature's pictures
+        row["images"] = [str(Path(mini.replay).parent / name) for name in row.get("images", [])]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    out = str(tmp_path / "own.losses.jsonl")
+    sizes = dict(tokens=40, pack_tokens=150, chunk=6, threads=1)
+    score.main(score.Config(rows=path, kind="loss", model=mini.model, out=out, **sizes))
+    model = load_model(mini.model)
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    lengths, pictures = [], 0
+    for example, record in zip(data.read_examples(path), records_of(out), strict=True):
+        document = data.encode_example(example, tokenizer, settings)
+        lengths.append(len(document))
+        (pack,) = data.pack([document], len(document))
+        logps = model(**pack.inputs).log_softmax(-1)
+        first = len(document.prompt.ids)
+        assert document.ids[-1] == tokenizer.convert_tokens_to_ids(data.STOP)
+        nats = [-logps[t - 1, document.ids[t]].item() for t in range(first, min(40, len(document)))]
+        assert record["id"] == example.id and record["tokens"] == len(nats) > 0
+        assert record["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+        pictures += len(example.images)
+    assert pictures and min(lengths) < 40 < max(lengths)
+    short = str(tmp_path / "short.losses.jsonl")  # a chunk of which nothing can be scored
+    score.main(score.Config(path, "loss", mini.model, short, tokens=1, threads=1))
+    assert {(r["loss"], r["tokens"]) for r in records_of(short)} == {(None, 0)}
+
+
+def test_a_model_that_overflows_gives_null_and_says_so():
+    document = data.Document(data.Prompt([1], [1], None, (), ()), [2, 3])
+    record = score.loss_record("x", document, torch.tensor([-1.0, math.nan]), 9)
+    assert record == {"id": "x", "loss": None, "tokens": 2, "why": "the loss is not finite"}
+
+
+def test_a_hub_name_is_read_from_the_cache(plain, losses, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "model_directory", {"Qwen/Qwen2.5-tiny": plain}.__getitem__)
+    cfg = replace(losses, model="Qwen/Qwen2.5-tiny", out=str(tmp_path / "o.jsonl"))
+    score.main(cfg)
+    assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
+    protocol = json.loads(beside(cfg.out, "protocol.json").read_text())
+    assert protocol["model"] == cfg.model and protocol["weights"] == fingerprint(plain)
+
+
+def test_a_model_that_reads_fewer_tokens_is_refused(plain, tmp_path):
+    cfg = loss_config(plain, tmp_path / "o.jsonl", tokens=600, pack_tokens=600)
+    with pytest.raises(ValueError, match="--tokens 512"):
+        score.main(cfg)
+
+
+# ------------------------------------------------------------------ passes
+
+
+def test_passes_are_those_of_each_problem_sampled_alone(mini, passes):
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    sampler = TorchSampler(load_model(mini.model), tokenizer, settings)
+    found = records_of(passes.out)
+    problems = data.read_problems(mini.train)
+    assert [r["id"] for r in found] == [p.id for p in problems]
+    for problem, record in zip(problems, found, strict=True):
+        wanted = Counter(samples=5)
+        for sample in range(5):
+            (rollout,) = [
+                r for r in sampler.generate([problem], 5, 10, 1.0, (3,)) if r.sample == sample
+            ]
+            verdict = grade(problem.answer, rollout.text)
+            wanted["passes"] += int(rollout.stopped and verdict.score)
+            wanted["truncated"] += not rollout.stopped
+            wanted["no_box"] += verdict.status in ("no_box", "unclosed")
+            wanted["tokens"] += len(rollout.response_ids)
+        wanted["tokens"] = round(wanted["tokens"] / 5, 1)
+        assert record == {"id": problem.id} | {
+            name: wanted[name] for name in record if name != "id"
+        }
+    assert 0 < sum(r["passes"] for r in found) < 60 and sum(r["truncated"] for r in found)
+
+
+def rollout_of(problem: data.Problem, text: str, stopped: bool = True, tokens: int = 3):
+    prompt = data.Prompt([1], [1], None, (), ())
+    return score.Rollout(problem, 0, prompt, [1] * tokens, stopped=stopped, text=text)
+
+
+def test_a_try_that_was_cut_is_wrong_and_options_reach_the_matcher():
+    problem = data.Problem("p", "?", "B", choices=("3", "4"))
+    tries = [
+        rollout_of(problem, r"\boxed{4}"),
+        rollout_of(problem, r"\boxed{B}", tokens=6),
+        rollout_of(problem, r"\boxed{3}"),
+        rollout_of(problem, r"\boxed{B}", stopped=False),
+        rollout_of(problem, r"\boxed{B", stopped=False),
+    ]
+    record = score.pass_record(problem, tries)
+    assert record == dict(id="p", passes=2, samples=5, truncated=2, no_box=1, tokens=3.6)
+    rounded = data.Problem("p", "?", "0.33", precision=2)
+    assert score.pass_record(rounded, [rollout_of(rounded, r"\boxed{0.3333}")])["passes"] == 1
+
+
+def test_a_prompt_that_is_too_long_is_not_tried_and_says_so(mini, passes, tmp_path):
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    problems = data.read_problems(mini.train)
+    sizes = {
+        p.id: len(data.encode_prompt(p.prompt, p.images, tokenizer, settings).ids) for p in problems
+    }
+    limit = sorted(sizes.values())[5]
+    cfg = replace(passes, out=str(tmp_path / "o.jsonl"), prompt_tokens=limit)
+    score.main(cfg)
+    whole = {r["id"]: r for r in records_of(passes.out)}
+    long = [name for name, size in sizes.items() if size > limit]
+    for record in records_of(cfg.out):
+        if record["id"] in long:
+            why = f"prompt longer than {limit} tokens"
+            assert record == dict(id=record["id"], passes=None, why=why)
+        else:
+            assert record == whole[record["id"]]
+    missing = json.loads(beside(cfg.out, "report.json").read_text())["not_measured"]
+    assert 0 < len(long) < 12 and sum(missing.values()) == len(long)
+
+
+# ------------------------------------------------------------------ what came out
+
+
+def test_the_summary_by_hand():
+    cfg = score.Config(rows="r.jsonl", kind="loss", model="m", out="o.jsonl", samples=3)
+    values = {"a": [1.0, 2.0, 3.0, 5.0, 100.0], "b": [None]}
+    pairs = [(source, {"loss": x}) for source, losses in values.items() for x in losses]
+    found = score.summarise(cfg, pairs)
+    assert found["loss"]["a"]["median"] == 3 and found["loss"]["a"]["mad"] == 2
+    assert len(found["loss"]["a"]["deciles"]) == 9 and found["loss"]["a"]["deciles"][4] == 3
+    assert found["loss"]["b"]["median"] is None
+    assert found["not_measured"] == {"a": 0, "b": 1}
+    pairs = [("a", {"passes": x}) for x in (0, 0, 3, 1, None)] + [("b", {"passes": None})]
+    found = score.summarise(replace(cfg, kind="passes"), pairs)
+    assert found == {"passes": {"a": [2, 1, 0, 1], "b": [0] * 4}, "not_measured": {"a": 1, "b": 1}}
+
+
+def test_the_report_says_what_was_measured_of_what_and_how(passes, losses, capsys):
+    for cfg in (passes, losses):
+        folder = Path(cfg.out).parent
+        assert not list(folder.glob("*.part*"))
+        report = json.loads(beside(cfg.out, "report.json").read_text())
+        protocol = json.loads(beside(cfg.out, "protocol.json").read_text())
+        assert report["protocol"] == protocol and report["config"] == asdict(cfg)
+        assert list(report["inputs"].values()) == [fingerprint(cfg.rows)] == [protocol["rows"]]
+        assert report["output"] == {Path(cfg.out).name: fingerprint(cfg.out)}
+        assert protocol["dtype"] == "float32" and protocol["weights"] == fingerprint(cfg.model)
+    found = records_of(passes.out)
+    counts = json.loads(beside(passes.out, "report.json").read_text())["passes"]
+    sources = {p.id: p.source for p in data.read_problems(passes.rows)}
+    for source in ("mini/image", "mini/text"):
+        mine = Counter(r["passes"] for r in found if sources[r["id"]] == source)
+        assert counts[source] == [mine[k] for k in range(6)]
+    score.main(losses)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    medians = json.loads(beside(losses.out, "report.json").read_text())["loss"]
+    for source in ("a", "b"):
+        (line,) = [line for line in lines if line[:1] == [source]]
+        assert float(line[3]) == round(medians[source]["median"], 4)
+        assert int(line[1]) == sum(r["source"] == source for r in records_of(losses.rows))
+
+
+# ------------------------------------------------------------------ kills, ranks, refusals
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (5, 0), (7, 3), (15, 7), (23, 0), (4, 19)])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(losses, tmp_path, kept, torn):
+    """Lines of two ranks, the first from the beginning, the second from the end."""
+    lines = Path(losses.out).read_text().splitlines(keepends=True)
+    first, last = kept
+    rest = lines[first][:17] if torn and first < 23 else ""
+    texts = {0: "".join(lines[:first]) + rest, 3: "".join(lines[23 - last :])}
+    out = begun(replace(losses, out=str(tmp_path / "o.jsonl")), losses, texts)
+    score.main(replace(losses, out=str(out)))
+    assert out.read_bytes() == Path(losses.out).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "o.jsonl",
+        "o.protocol.json",
+        "o.report.json",
+    ]
+
+
+def test_only_chunks_that_lack_a_row_are_measured_and_as_a_whole(losses, tmp_path, monkeypatch):
+    lines = Path(losses.out).read_text().splitlines(keepends=True)
+    out = begun(replace(losses, out=str(tmp_path / "o.jsonl")), losses, {0: "".join(lines[:12])})
+    asked, measure = [], score.losses
+
+    def noted(examples, **options):
+        asked.append([example.id for example in examples])
+        return measure(examples, **options)
+
+    monkeypatch.setattr(score, "losses", noted)
+    score.main(replace(losses, out=str(out)))
+    assert asked == [[f"r{i}" for i in range(k, min(k + 5, 23))] for k in (10, 15, 20)]
+
+
+def test_a_complete_run_loads_no_model(losses, passes, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(score, "loss_scorer", refuse)
+    monkeypatch.setattr(score, "pass_scorer", refuse)
+    for cfg in (losses, passes):
+        before = Path(cfg.out).read_bytes()
+        report, part = beside(cfg.out, "report.json"), beside(cfg.out, "rank1.part.jsonl")
+        report.unlink()  # killed between the last rename and the end
+        part.write_bytes(before[:50])
+        score.main(cfg)
+        assert Path(cfg.out).read_bytes() == before
+        assert report.exists() and not part.exists()
+
+
+@pytest.mark.parametrize(
+    "kind, changed",
+    [("losses", dict(tokens=25))]
+    + [("passes", {name: 4}) for name in ("samples", "max_tokens", "prompt_tokens", "seed")]
+    + [("passes", dict(temperature=0.5)), ("passes", dict(dtype="bfloat16"))],
+)
+def test_another_protocol_is_refused_by_name(request, kind, changed, monkeypatch):
+    cfg = request.getfixturevalue(kind)
+    ((name, value),) = changed.items()
+    before = json.loads(beside(cfg.out, "protocol.json").read_text())[name]
+    if name == "dtype":  # without a process group, which bfloat16 would have
+        world = parallel.World(0, 1, torch.device("cpu"), torch.bfloat16)
+        monkeypatch.setattr(parallel, "start", lambda *_: world)
+    with pytest.raises(ValueError, match=f"another protocol \\({name} {before!r} -> {value!r}\\)"):
+        score.main(replace(cfg, **changed))
+
+
+def test_a_restart_on_changed_rows_weights_or_a_foreign_file_is_refused(plain, tmp_path):
+    cfg = loss_config(plain, tmp_path / "o.jsonl")
+    out = begun(cfg, cfg, {}) if beside(cfg.out, "protocol.json").exists() else Path(cfg.out)
+    write_rows(out, [{"id": "r0", "loss": 1.0, "tokens": 1}])
+    with pytest.raises(ValueError, match="another protocol \\(kind None -> 'loss'"):
+        score.main(cfg)
+    out.unlink()
+    score.main(cfg)
+    rows = Path(cfg.rows).read_text()
+    write_rows(Path(cfg.rows), text_rows()[:-1])
+    with pytest.raises(ValueError, match="another protocol \\(rows 'sha256 .* 23 lines"):
+        score.main(cfg)
+    Path(cfg.rows).write_text(rows)
+    protocol = json.loads(beside(out, "protocol.json").read_text())
+    trained = protocol | {"weights": "sha256 of what it was before"}
+    beside(out, "protocol.json").write_text(json.dumps(trained))
+    with pytest.raises(ValueError, match="another protocol \\(weights"):
+        score.main(cfg)
+
+
+def test_a_broken_row_is_named_before_a_model_is_loaded(plain, tmp_path):
+    cfg = loss_config("no model", tmp_path / "o.jsonl")
+    rows = text_rows()
+    del rows[2]["response"]
+    write_rows(Path(cfg.rows), rows)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: column 'response' is missing"):
+        score.main(cfg)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: column 'answer' is missing"):
+        score.main(replace(cfg, kind="passes"))
+
+
+def test_ids_that_stand_twice_are_named(plain, tmp_path):
+    cfg = loss_config(plain, tmp_path / "o.jsonl")
+    write_rows(Path(cfg.rows), text_rows() + text_rows()[4:6])
+    with pytest.raises(ValueError, match=r"2 ids stand more than once, as \['r4', 'r5'\]"):
+        score.main(cfg)
+    assert not beside(cfg.out, "protocol.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(out="o.json"), "o.json must be a .jsonl"),
+        (dict(out="x/../r.jsonl"), "would be overwritten"),
+        (dict(tokens=9000), "tokens 9000 must be in 1 to pack_tokens 8192"),
+        (dict(samples=0), "must be positive"),
+        (dict(temperature=0.0), "8 greedy tries"),
+        (dict(sampler="vllm", temperature=0.5), "temperature 1"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(changed, message):
+    base = dict(rows="r.jsonl", kind="passes", model="m", out="o.jsonl")
+    with pytest.raises(ValueError, match=message):
+        score.Config(**base | changed)
+
+
+def killed_in_chunk(number: int):
+    """score.append that in this chunk of the process writes a line and a half, and is killed -9."""
+    append, calls = score.append, []
+
+    def half(file, records):
+        calls.append(None)
+        if len(calls) == number:
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            file.write(text[: text.index("\n") + 20])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(file, records)
+
+    return half
+
+
+def every_other(world, count: int, key: str, dynamic: bool):
+    """parallel.turns of which each rank surely gets some."""
+    return range(world.rank, count, world.size)
+
+
+def worker(job: str, folder: Path):
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
+    configs = json.loads((folder / "configs.json").read_text())
+    cfgs = {name: score.Config(**given) for name, given in configs.items()}
+    if job == "one":  # a process alone: killed in its second chunk
+        score.append = killed_in_chunk(2)
+        score.main(cfgs["resumed by two"])
+    world, finish = parallel.start(1), parallel.finish
+    parallel.finish = lambda world: None  # the next run uses the group again
+    if job == "two":
+        score.main(cfgs["resumed by two"])  # by the counter, which may deal all to one
+        parallel.turns = every_other
+        score.main(cfgs["losses"])
+        score.main(cfgs["passes"])
+        world.wait()
+        finish(world)
+    if job == "kill":
+        parallel.turns = every_other
+        if world.rank == 1:
+            score.append = killed_in_chunk(1)
+        score.main(cfgs["resumed by one"])
+
+
+def torchrun(job: str, folder: Path) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, "--nproc-per-node=2", __file__, job, str(folder)]
+
+
+@pytest.fixture(scope="module")
+def ranks(losses, passes, tmp_path_factory) -> Path:
+    """Folder of runs by two ranks; one was begun by a process alone, one is left to one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    names = {"losses": losses, "passes": passes, "resumed by two": passes, "resumed by one": losses}
+    configs = {
+        name: asdict(replace(cfg, out=str(folder / f"{name.replace(' ', '_')}.jsonl")))
+        for name, cfg in names.items()
+    }
+    (folder / "configs.json").write_text(json.dumps(configs))
+    both = dict(cwd=folder, env=os.environ | ours, stdout=subprocess.PIPE, timeout=LIMIT)
+    alone = subprocess.run([sys.executable, __file__, "one", str(folder)], **both)
+    assert alone.returncode == -signal.SIGKILL
+    assert (folder / "resumed_by_two.rank0.part.jsonl").read_text().count("\n") == 6
+    dead = subprocess.run(torchrun("kill", folder), stderr=subprocess.STDOUT, **both)
+    assert dead.returncode != 0 and "Signal 9 (SIGKILL)" in dead.stdout.decode()
+    assert not (folder / "resumed_by_one.jsonl").exists()
+    assert (folder / "resumed_by_one.rank1.part.jsonl").read_text()[-1] != "\n"
+    finished(torchrun("two", folder), folder, ours, LIMIT)
+    return folder
+
+
+def test_two_ranks_give_the_bytes_of_one(ranks, losses, passes):
+    assert (ranks / "losses.jsonl").read_bytes() == Path(losses.out).read_bytes()
+    assert (ranks / "passes.jsonl").read_bytes() == Path(passes.out).read_bytes()
+    assert not list(ranks.glob("losses.rank*")) + list(ranks.glob("passes.rank*"))
+
+
+def test_one_rank_is_killed_and_two_go_on_to_the_same_bytes(ranks, passes):
+    assert (ranks / "resumed_by_two.jsonl").read_bytes() == Path(passes.out).read_bytes()
+
+
+def test_two_ranks_are_killed_and_one_goes_on_to_the_same_bytes(ranks, losses):
+    configs = json.loads((ranks / "configs.json").read_text())
+    score.main(score.Config(**configs["resumed by one"]))
+    assert (ranks / "resumed_by_one.jsonl").read_bytes() == Path(losses.out).read_bytes()
+    assert not list(ranks.glob("resumed_by_one.rank*"))
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], Path(sys.argv[2]))

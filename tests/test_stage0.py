@@ -1,0 +1,154 @@
+"""runs/data.sh from end to end: local copies of sets, a teacher that knows the answers over HTTP, a
+language model, the miniature as the model to be trained; then the stages on what came out."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import teacher
+from conftest import write_rows
+from test_score import plain  # noqa: F401  a small causal language model
+from test_sources import cell, write_parquet
+
+import data
+import logic
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGIC = 44  # each of eleven families four times
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open()]
+
+
+def stage0(what: str, out: Path, **ours) -> str:
+    environment = os.environ | {"OUT": str(out), "WORKERS": "2", "OMP_NUM_THREADS": "1"} | ours
+    done = subprocess.run(
+        ["bash", "runs/data.sh", what],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def funnel(path: Path) -> dict:
+    """{step: (rows in, rows kept)} over all sources; in = kept + reasons is checked."""
+    found = {}
+    for step, sources in json.loads(path.read_text())["steps"].items():
+        for of in sources.values():
+            assert of["in"] == of["kept"] + sum(of["reasons"].values())
+        found[step] = tuple(sum(of[x] for of in sources.values()) for x in ("in", "kept"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory, plain) -> Path:  # noqa: F811
+    """out/ after `runs/data.sh sft`: R1 traces of a set, and logic problems given to a teacher."""
+    place, out = tmp_path_factory.mktemp("sets"), tmp_path_factory.mktemp("sft")
+    row = {"problem": "What is 2 + 2, and why?", "solution": "4", "answer": "4", "uuid": "u"}
+    row |= {"source": "amc", "is_reasoning_complete": [True, True, False]}
+    thought = "We count two and then two more, on our fingers, which gives us four fingers in all. "
+    good = f"<think>{thought * 2}</think>\n\nIt is \\boxed{{4}}."
+    row |= {"generations": [good, good.replace("4", "5"), good]}
+    row |= {"correctness_math_verify": [True, True, True], "correctness_llama": None}
+    write_parquet(place / "data" / "train-00000-of-00001.parquet", [row])
+    known = write_rows(place / "known.jsonl", list(logic.problems(LOGIC, 0)))
+    test = {"id": "bench/1", "question": logic.problem(0, 3)["prompt"]}
+    bench = write_rows(place / "bench.jsonl", [test])
+    server = teacher.serve([known])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stage0(
+        "sft",
+        out,
+        SETS=f"openr1_math={place}",
+        LOGIC=str(LOGIC),
+        URL=f"http://127.0.0.1:{server.server_port}/v1",
+        TEACHER=teacher.NAME,
+        LM=plain,
+        SCORE="--tokens 512 --threads 1",
+        BENCHMARKS=bench,
+    )
+    server.shutdown()
+    return out
+
+
+def test_sets_and_a_teacher_become_the_rows_of_the_cold_start(sft):
+    rows = read(sft / "sft.jsonl")
+    assert len(data.read_examples(sft / "sft.jsonl")) == len(rows) > 30
+    assert {row["source"] for row in rows} >= {"openr1_math", "logic/calendar"}
+    origins = {row["id"]: row["origin"] for row in rows}
+    assert origins["openr1_math/u/0"]["set"] == "open-r1/OpenR1-Math-220k"
+    taught = [o for o in origins.values() if "distilled" in o]
+    assert len(taught) == len(rows) - 1 and {o["distilled"]["model"] for o in taught} == {"teacher"}
+    assert "logic/deduction/0-2" in origins and "logic/zebra/0-3" not in origins  # a test question
+
+
+def test_every_row_that_is_not_there_has_a_step_and_a_reason(sft):
+    raw = {
+        row["id"] for name in ("openr1_math", "logic") for row in read(sft / f"raw/{name}.jsonl")
+    }
+    gone = [r for p in ("problems", "distilled", "sft") for r in read(sft / f"{p}.dropped.jsonl")]
+    assert all(row["reason"] and row["step"] for row in gone)
+    kept = {row["id"] for row in read(sft / "sft.jsonl")}
+    assert kept | {row["id"] for row in gone} == raw and not kept & {row["id"] for row in gone}
+    assert {
+        "id": "logic/zebra/0-3",
+        "step": "benchmarks",
+        "reason": "contaminated",
+    }.items() <= next(row for row in gone if row["id"] == "logic/zebra/0-3").items()
+    assert any(r["id"] == "openr1_math/u/1" and r["reason"] == "wrong_box" for r in gone)
+    assert funnel(sft / "problems.report.json")["benchmarks"] == (LOGIC, LOGIC - 1)
+    assert json.loads((sft / "sft.report.json").read_text())["losses"]
+
+
+def test_the_page_tells_of_every_step(sft):
+    page = (sft / "sft.card.html").read_text()
+    for word in ("logic/calendar", "openr1_math", "distil", "contaminated", "wrong box"):
+        assert word in page or word.replace(" ", "_") in page, word
+
+
+def test_pictures_and_the_model_to_be_trained_become_the_problems_of_rl(mini, tmp_path):
+    rows = [row for row in read(Path(mini.train)) if row["images"]]
+    folder = Path(mini.train).parent
+    raw = [
+        {"problem": row["prompt"], "answer": row["answer"], "images": [cell(shade)]}
+        for shade, row in enumerate(rows)
+    ]
+    for row, of in zip(raw, rows, strict=True):
+        row["images"] = [{"bytes": (folder / of["images"][0]).read_bytes(), "path": None}]
+    write_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", raw)
+    options = {"SETS": f"geometry3k={tmp_path / 'set'}", "LOGIC": "0", "MODEL": mini.model}
+    options["PASSES"] = "--samples 4 --max-tokens 12 --prompt-tokens 64 --threads 1"
+    stage0("rl", tmp_path / "out", **options)
+    kept = read(tmp_path / "out" / "rl.jsonl")
+    scores = {row["id"]: row["passes"] for row in read(tmp_path / "out" / "rl.scores.jsonl")}
+    assert len(scores) == len(rows)
+    assert {row["id"] for row in kept} == {i for i, n in scores.items() if 0 < n < 4} != set()
+    about = json.loads((tmp_path / "out" / "rl.report.json").read_text())
+    assert about["passes"] == {"geometry3k": [list(scores.values()).count(n) for n in range(5)]}
+    command = "torchrun --standalone rl.py --steps 1 --problems 4 --samples 2 --critic-steps 1"
+    command += " --lengths 12 --length-from 0 --prompt-tokens 64 --pack-tokens 256 --threads 1"
+    command += f" --model {mini.model} --data {tmp_path}/out/rl.jsonl --out {tmp_path}/run"
+    program = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_second_call_does_nothing_anew_and_a_word_that_is_no_stage_is_refused(sft):
+    before = {path: path.stat().st_mtime_ns for path in sft.glob("*.jsonl")}
+    options = {"SETS": "openr1_math=gone", "LOGIC": str(LOGIC), "URL": "http://127.0.0.1:1/v1"}
+    stage0("sft", sft, **options, TEACHER="teacher")
+    assert {path: path.stat().st_mtime_ns for path in sft.glob("*.jsonl")} == before
+    done = subprocess.run(
+        ["bash", "runs/data.sh", "both"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "sft or rl, not both" in done.stdout

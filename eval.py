@@ -373,7 +373,7 @@ def same(a: str, b: str) -> bool:
 
 
 def summarise(out: Path, rows: list[dict]) -> dict:
-    """summary.json: scores with intervals, chance, statuses, categories, behaviours, protocol."""
+    """What summary.json holds: scores with intervals, chance, statuses, habits, the protocol."""
     protocol = json.loads((out / "protocol.json").read_text())
     items, metric, paper = read_rows(out / "items.jsonl"), "accuracy", {}
     if not protocol["data"]:
@@ -386,7 +386,6 @@ def summarise(out: Path, rows: list[dict]) -> dict:
     summary = metrics.summarise(metric, rows, items=items, paper=paper, same=same)
     asked = {item["id"]: item.get("question") or item["prompt"] for item in items}
     summary |= {"behaviors": habits(rows, asked), "protocol": protocol}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
@@ -415,11 +414,15 @@ def habits(rows: list[dict], asked: dict[str, str]) -> dict:
 
 
 def finish(out: Path) -> dict:
-    """Everything that follows from items and records."""
+    """Everything that follows from items and records. summary.json comes last, and whole: it says
+    that a benchmark is done (runs/eval.sh)."""
     rows = regrade(out)
     summary, items = summarise(out, rows), read_rows(out / "items.jsonl")
     text = page(rows, items, out.name, summary["protocol"], out, limit=200)  # gallery.py has more
     (out / "gallery.html").write_text(text, encoding="utf-8")
+    part = out / "summary.part"
+    part.write_text(json.dumps(summary, indent=1))
+    part.replace(out / "summary.json")
     return summary
 
 

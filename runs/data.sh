@@ -6,7 +6,8 @@
 #   SETS="geometry3k puzzlevqa=downloads/PuzzleVQA/data mmk12" MODEL=out/coldstart/model \
 #     BENCHMARKS="out/bench/*/items.jsonl" bash runs/data.sh rl        # out/data/rl.jsonl, out/data/rl.card.html
 #
-# SETS        names of sources.py, each with =DIR where a local copy is to be read and not the Hub
+# SETS        names of sources.py, each with =DIR where a local copy is to be read and not the Hub, which
+#             wants HF_HUB_OFFLINE=0
 # LOGIC       problems made by program, beside the sets (default 10000; 0: none)
 # URL TEACHER an OpenAI-compatible server and its model, for responses; without them, rows that bring a
 #             response (openr1_math) are all there is

@@ -596,13 +596,14 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
         distil.main(config(server, folders[0], str(folders[0] / "problems.jsonl"), keep=2))
         asked = {(prompt, body["seed"]) for prompt, body, _ in server.requests}
     replies = folders[1] / "t.replies.jsonl"
-    with serving(hold=0.1) as server:
+    with serving(hold=0.3) as server:
         cfg = config(server, folders[1], str(folders[1] / "problems.jsonl"), keep=2)
         process = subprocess.Popen(command(cfg), stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
         while not replies.exists() or replies.read_bytes().count(b"\n") < 40:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        server.hold = 5  # nor can it end before the signal
         process.send_signal(number)
         output, _ = process.communicate(timeout=20)
         assert process.returncode == (-9 if number == signal.SIGKILL else 1)

@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "rollout",
         "runlog",
     },
-    "report": {"behaviors", "metrics", "reward", "toy"},
+    "report": {"behaviors", "metrics", "toy"},
     "coldstart": {
         "model",
         "data",

@@ -1,6 +1,7 @@
 """rl.py --sampler vllm, whole: two ranks with an engine each, killed, resumed, exported, served.
+And eval.py on two such ranks.
 
-    bash runs/test.sh tests/test_vllm_run.py      # four starts of vLLM, two minutes
+    bash runs/test.sh tests/test_vllm_run.py      # five starts of vLLM, two minutes and a half
 
 One run feeds most tests: torchrun starts rl.py on two ranks, both are killed once a checkpoint is
 there, the same command goes on and finishes, and `vllm serve` as the model card has it answers a
@@ -33,6 +34,7 @@ from test_vllm import HOME, LIMIT, ROOT, raised, why_not
 
 import checkpoints
 import data
+import eval as evaluate
 import parallel
 import rl
 from model import load_model
@@ -154,6 +156,21 @@ def command_line(settings: dict) -> list[str]:
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_benchmark_sampled_by_engines_on_two_ranks_equals_the_torch_sampler(mini, tmp_path):
+    """Greedy, token for token; and what vLLM has told is graded alike."""
+    settings = dict(model=mini.model, data=mini.test, max_tokens=BUDGET, threads=1)
+    engines = settings | dict(sampler="vllm", sampler_batch=16, kv_cache_gb=0.05, prompt_tokens=200)
+    log = tmp_path / "eval.log"
+    words = command_line(engines | {"out": tmp_path / "vllm"})
+    words[words.index(str(ROOT / "rl.py"))] = str(ROOT / "eval.py")
+    with started(words, log) as process:
+        finish(process, log)
+    evaluate.main(evaluate.Config(**settings, out=str(tmp_path / "torch")))
+    said = [lines_of(tmp_path / name / "graded.jsonl") for name in ("vllm", "torch")]
+    assert said[0] == said[1] and len(said[0]) == 10
+    assert not [*(tmp_path / "vllm").glob("records.rank*")]
 
 
 # ------------------------------------------------------------------ one run

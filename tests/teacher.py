@@ -2,9 +2,9 @@
 
     python tests/teacher.py --rows problems.jsonl --port 8000
 
-It thinks in set phrases, is wrong in a quarter of its tries and sometimes breaks off, so that what
-depends on a teacher can be run whole where there is none. What it writes teaches the form, and
-nothing else. Not a mock of a client: requests go over HTTP, replies are streamed.
+It thinks in one set phrase, is wrong in a quarter of its tries and sometimes breaks off, so that
+what depends on a teacher can be run whole where there is none. What it writes teaches the form,
+and nothing else. Not a mock of a client: requests go over HTTP, replies are streamed.
 """
 
 import json
@@ -19,22 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 NAME = "teacher"
 WRONG, CUT = 0.25, 0.05
-OPENINGS = (
-    "Okay, so I need to work this out.",
-    "Let me read the problem again.",
-    "Hmm, let us see.",
-)
-STEPS = (
-    "First, I need to see what is given and what is asked.",
-    "Let me write down every condition and look at them one at a time.",
-    "If this were {other}, one of the conditions would fail, so that is not it.",
-    "Then only one value is left.",
-    "So the value has to be {value}.",
-)
-CHECKS = (
-    "Wait, let me check that once more. Yes, it fits: {value}.",
-    "Let me verify this against the statement. {value} agrees with all of it.",
-    "Going back over the steps, I find no mistake.",
+THOUGHT = (
+    "Let me look at every condition. If it were {other}, one of them would fail. So it has to be "
+    "{value}. Let me check that once more: {value} fits."
 )
 
 
@@ -66,8 +53,7 @@ def reply(asked: dict, known: dict) -> tuple[str, str, str]:
     other = rng.choice(others)
     if rng.random() < WRONG:
         value, other = other, value
-    said = [rng.choice(OPENINGS), *STEPS, rng.choice(CHECKS)]
-    thought = " ".join(said).format(value=value, other=other)
+    thought = THOUGHT.format(value=value, other=other)
     if rng.random() < CUT:
         return thought[: len(thought) // 2], "", "length"
     return thought, f"The answer is \\boxed{{{value}}}.", "stop"

@@ -4,10 +4,10 @@
 #   bash -c 'requirements=requirements-gpu.txt; source runs/setup.sh; HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-3B-Instruct'
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/one_gpu.sh
 #
-# Expected, derived and not measured (3.1 B trained parameters, 16 B of state each):
-#   memory    cold start 50 GB of state, 8 GB of activations at 16k tokens
-#             PPO the same for the model at work; the other waits in host memory (40 GB of it)
-#   time      18k tokens/s on an H200 in the cold start; a PPO step of 64 x 8 responses of 3k tokens: 6 min
+# Expected, derived by plan.py and not measured (3.1 B trained parameters, 16 B of state each):
+#   memory    cold start 74 of 80 GB at 16k tokens; PPO 75 while it learns, the model that waits
+#             does so in 74 GB of host memory. On 141 GB: --kv-cache-gb 60 --sampler-batch 256
+#   time      21k tokens/s in the cold start; a PPO step of 64 x 8 responses of 3k tokens: 1.3 min
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
@@ -22,7 +22,7 @@ MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/one_gpu}
 [ -e "$OUT/rl/model" ] || torchrun --standalone rl.py --model "$OUT/coldstart/model" --data "$RL" \
   --out "$OUT/rl" --steps 200 --problems 64 --samples 8 --lengths 4096 8192 --length-from 0 100 \
   --prompt-tokens 4096 --pack-tokens 16384 --lr 1e-6 --critic-lr 5e-6 --warmup 20 \
-  --sampler vllm --sampler-batch 128 --kv-cache-gb 16 --offload --recompute selective \
+  --sampler vllm --sampler-batch 128 --kv-cache-gb 7 --offload --recompute selective \
   --save-every 20 --keep-every 20
 
 [ -e "$OUT/average/model" ] || python average.py \

@@ -13,10 +13,11 @@
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #
-# Expected, derived and not measured (8.29 B parameters, 16 B of state each, 24k to 48k tokens a response):
-#   memory    cold start 56 GB a GPU at 64k tokens (8 GPUs); PPO 42 to 59 GB with --offload, 54 to 71 without
-#   time      cold start 10 M responses of 8k tokens: 14 days on 8 H200, 2 days on 64
-#             one PPO step of 8,192 x 10k tokens: 75 min on 8 H100, 63 on 8 H200, 11 on 64 H100 (900 steps: 7 days)
+# Expected, derived by plan.py and not measured (7.6 B parameters trained, 16 B of state each, 24k to 48k tokens a response):
+#   memory    of 80 GB a GPU on 8: cold start 66; PPO 55 while it samples, 67 while it learns, 73 while weights go over
+#             to the engine; 176 GB of host memory a node. With --recompute selective H200s are needed
+#   time      cold start: 83 s a step of 640 sequences of 8k tokens on 8 H100, 15 days for 10 M; 46 h on 64
+#             one PPO step of 8,192 x 10k tokens: 2 h on 8 H100 (70 min of it sampling), 19 min on 64 (900 steps: 12 days)
 #   disk      17 GB a model in bfloat16, 200 GB the state of one PPO checkpoint (two are kept)
 # Watch it: tail -f $OUT/rl/metrics.jsonl; cat $OUT/rl/heartbeat/*.json
 set -euo pipefail
@@ -34,7 +35,7 @@ fi
 # Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 sequences a step, packs of 64k tokens, 2e-4
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 5 --batch 640 --pack-tokens 65536 --max-tokens 65536 \
-  --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute selective \
+  --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute full \
   --valid 1024 --valid-every 250 --save-every 250 --keep-every 2500
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
@@ -42,7 +43,7 @@ fi
   --out "$OUT/rl" --steps 900 --problems 512 --samples 16 \
   --lengths 24576 32768 49152 --length-from 0 300 700 --prompt-tokens 8192 --pack-tokens 65536 \
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --critic-steps 4 --gamma 1 --lam 1 --epsilon 0.2 \
-  --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute selective \
+  --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute full \
   --save-every 20 --keep-every 100 --dump-minutes 120
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "benchmarks": {"provenance", "runlog", "sources"},
     "extract": {"reward"},
     "metrics": set(),
+    "plan": {"model", "parallel"},
     "gallery": {"alike", "behaviors", "report", "runlog"},
     "judge": {"behaviors", "endpoint", "extract", "provenance", "runlog"},
     "data": {"model", "packing"},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -598,7 +599,11 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
     replies = folders[1] / "t.replies.jsonl"
     with serving(hold=0.3) as server:
         cfg = config(server, folders[1], str(folders[1] / "problems.jsonl"), keep=2)
-        process = subprocess.Popen(command(cfg), stdout=subprocess.PIPE, text=True)
+        # tests that run in the background of a shell are deaf to SIGINT, and so would this one be
+        listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command(cfg), stdout=subprocess.PIPE, text=True, preexec_fn=listens
+        )
         deadline = time.monotonic() + 60
         while not replies.exists() or replies.read_bytes().count(b"\n") < 40:
             assert process.poll() is None and time.monotonic() < deadline

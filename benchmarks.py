@@ -25,10 +25,8 @@ category?}, with a letter as answer if there are options: read if the official o
 import ast
 import base64
 import hashlib
-import json
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,7 +37,6 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import tyro
 
-from provenance import beside, write_report
 from runlog import progress
 from sources import (
     IMAGE_MARKER,
@@ -51,6 +48,7 @@ from sources import (
     checked_rows,
     chosen,
     columns,
+    into_file,
     json_rows,
     row_files,
 )
@@ -848,22 +846,7 @@ def main(cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     limit = cfg.limit or None
     found = read(benchmark, cfg.place or None, images_to=out.parent / "images", limit=limit)
-    kept, reasons, part = 0, Counter(), beside(out, "part")
-    with part.open("w") as items, beside(out, "dropped.jsonl").open("w") as dropped:
-        for row in progress(found, benchmark.name, total=limit or benchmark.size):
-            if isinstance(row, Dropped):
-                reasons[row.reason] += 1
-                dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")
-            else:
-                kept += 1
-                items.write(json.dumps(row) + "\n")
-    part.replace(out)
-    of = {"in": kept + reasons.total(), "kept": kept, "reasons": dict(reasons)}
-    inputs, hub = ([cfg.place], "") if cfg.place else ([], benchmark.hub)
-    write_report(out, cfg, inputs, {"read": {benchmark.name: of}}, hub=hub)
-    print(f"{out}: {kept:,} of {benchmark.size:,} items; dropped: {dict(reasons) or 'none'}")
-    if not kept:
-        sys.exit(f"{out}: no item can be used; {beside(out, 'dropped.jsonl')} says why")
+    into_file(progress(found, benchmark.name, total=limit or benchmark.size), cfg, benchmark)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def changes(run: Path, config, start: int) -> str:
     """What differs between run.json and the settings and data of today, FREE ones left out."""
     about = json.loads((run / "run.json").read_text(encoding="utf-8"))
     before, now = about["config"], json.loads(json.dumps(dataclasses.asdict(config)))
-    names = [name for name in now if name not in FREE and before.get(name) != now[name]]
-    found = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in names]
+    names = [name for name in now if name not in FREE]
+    found = provenance.changes({n: before.get(n) for n in names}, {n: now[n] for n in names})
     for path, fingerprint in about.get("data", {}).items():
         if provenance.fingerprint(path) != fingerprint:
             found.append(f"{path} has changed since")

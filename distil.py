@@ -35,7 +35,7 @@ import tyro
 
 from alike import DAMAGED
 from endpoint import Endpoint, Failure, Reply, Totals, Unusable, each, picture_type, user_message
-from provenance import beside, command_line, write_report
+from provenance import beside, changes, command_line, write_report
 from reward import extract, grade
 from rules import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
 from runlog import compact, progress
@@ -133,7 +133,7 @@ def checked(line: bytes, folder: str) -> tuple[dict, str, str]:
     """One line as read_rows gives it, before it is known among others."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, "malformed", f"not JSON: {error}"
     if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
         return {}, "malformed", f"no row with an id: {line[:80]!r}"
@@ -257,10 +257,8 @@ def claim(path: Path, cfg: Config, empty: bool) -> None:
         if not path.exists():
             raise ValueError(f"{path} is lost, which says how its replies were asked for")
         before = json.loads(path.read_text())
-        pairs = {name: (before.get(name), value) for name, value in protocol.items()}
-        if changed := [f"{n} {old!r} -> {new!r}" for n, (old, new) in pairs.items() if old != new]:
-            changes = "; ".join(changed)
-            raise ValueError(f"{cfg.out}: replies of another protocol ({changes}): another --out")
+        if found := "; ".join(changes(before, protocol)):
+            raise ValueError(f"{cfg.out}: replies of another protocol ({found}): another --out")
     path.write_text(json.dumps(protocol, indent=1))
 
 

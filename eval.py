@@ -45,7 +45,7 @@ import parallel
 from endpoint import Endpoint, Failure, ask_all, user_message
 from gallery import page
 from model import load_model
-from provenance import fingerprint
+from provenance import changes, fingerprint
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler, address
 from runlog import progress
@@ -65,7 +65,7 @@ class Config:
     k: int = 0  # samples an item; 0: the benchmark's (AIME 16, else 1)
     temperature: float = -1.0  # 0: greedy; -1: the benchmark's (AIME 1, else 0)
     max_tokens: int = 160  # of a reply: the miniature's; a reasoner of 7B wants 32768
-    prompt_tokens: int = 0  # vllm's room for a prompt; 0: 4096, or a quarter of a short max_tokens
+    prompt_tokens: int = 4096  # vllm's room for a prompt; a picture of a megapixel takes 1,300
     pictures: Literal["true", "blank", "shuffled"] = "true"  # controls: is the picture looked at?
     limit: int = 0  # first items (or groups) only; 0: all
     seed: int = 0
@@ -191,10 +191,8 @@ def claim(out: Path, protocol: dict) -> None:
     """ValueError if the directory holds replies of another protocol."""
     file = out / "protocol.json"
     before = json.loads(file.read_text()) if file.exists() else protocol
-    if before != protocol:
-        names = [n for n in before | protocol if before.get(n) != protocol.get(n)]
-        changed = "; ".join(f"{n} {before.get(n)!r} -> {protocol.get(n)!r}" for n in names)
-        raise ValueError(f"{out} holds replies of another protocol ({changed}): another --out")
+    if found := "; ".join(changes(before, protocol)):
+        raise ValueError(f"{out} holds replies of another protocol ({found}): another --out")
     file.write_text(json.dumps(protocol, indent=1))
 
 
@@ -256,9 +254,11 @@ def record_of(rollout: Rollout, asked: dict, seed: int) -> dict:
 
 
 def sample(cfg: Config, items: list[dict], world) -> None:
-    """Appends the missing replies; an item of which one is missing is asked anew as a whole."""
+    """Appends the missing replies. A sampler tries an item again as a whole if a reply is missing,
+    its prompt is read once; of a server, which may cost, only what is missing is asked."""
     out = Path(cfg.out)
-    count = Counter(record["id"] for record in read_records(out))
+    done = {(record["id"], record["sample"]) for record in read_records(out)}
+    count = Counter(name for name, _ in done)
     world.wait()  # nobody writes before all have read
     todo = [item for item in items if count[item["id"]] < cfg.samples]
     if not todo:
@@ -266,13 +266,14 @@ def sample(cfg: Config, items: list[dict], world) -> None:
     problems = problems_of(todo, out, cfg.pictures)
     chunks = [range(at, min(at + CHUNK, len(todo))) for at in range(0, len(todo), CHUNK)]
     if cfg.url:
-        replies = ask_endpoint(cfg, todo, problems)
+        replies = ask_endpoint(cfg, todo, problems, done)
     else:
         sampler = open_sampler(cfg, world)
         drawn = (cfg.samples, cfg.max_tokens, cfg.heat, (cfg.seed,))
         turns = parallel.turns(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
+        asked = lru_cache(None)(lambda i: hashes(todo[i], out))
         replies = (
-            record_of(rollout, hashes(todo[chunk[rollout.index]], out), cfg.seed)
+            record_of(rollout, asked(chunk[rollout.index]), cfg.seed)
             for chunk in (chunks[turn] for turn in progress(turns, cfg.bench, len(chunks)))
             for rollout in sampler.generate([problems[i] for i in chunk], *drawn)
         )
@@ -289,12 +290,13 @@ def open_sampler(cfg: Config, world):
     if cfg.sampler == "torch":
         model = load_model(directory, world.dtype, world.device)
         return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
-    room = (cfg.prompt_tokens or min(4096, cfg.max_tokens)) + cfg.max_tokens
-    memory = (cfg.sampler_batch, room, cfg.kv_cache_gb)
+    memory = (cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb)
     return VllmSampler(directory, tokenizer, settings, *memory, world.dtype)
 
 
-def ask_endpoint(cfg: Config, items: list[dict], problems: list[data.Problem]) -> Iterator[dict]:
+def ask_endpoint(
+    cfg: Config, items: list[dict], problems: list[data.Problem], done: set[tuple[str, int]]
+) -> Iterator[dict]:
     """Records of a served model; what it fails at is told, and asked again by the same command."""
     if cfg.pictures == "blank":
         raise ValueError("--pictures blank is for a model directory, not for a server")
@@ -305,11 +307,11 @@ def ask_endpoint(cfg: Config, items: list[dict], problems: list[data.Problem]) -
     def jobs():
         for i, p in enumerate(problems):
             message = user_message(p.prompt, [Path(image) for image in p.images])
-            for n in range(cfg.samples):
+            for n in (n for n in range(cfg.samples) if (p.id, n) not in done):
                 seed = address((cfg.seed,), p.id, n)
                 yield (i, n), sampling | {"messages": [message], "seed": seed}
 
-    total = len(problems) * cfg.samples
+    total = sum((p.id, n) not in done for p in problems for n in range(cfg.samples))
     for (i, n), reply in progress(ask_all(endpoint, jobs()), cfg.bench, total):
         if isinstance(reply, Failure):
             failures[f"{reply.error}: {reply.message}"] += 1
@@ -340,7 +342,7 @@ def graded(record: dict, item: dict) -> dict:
 
 
 def regrade(out: Path) -> list[dict]:
-    """graded.jsonl and summary.json anew from items, records, and the judge's word if it is there.
+    """graded.jsonl anew from items, records, and the judge's word if it is there.
 
     ValueError names a record whose question has changed, and one without an item.
     """
@@ -400,6 +402,7 @@ def habits(rows: list[dict], asked: dict[str, str]) -> dict:
     transfer = behaviors.transfer_rates(counts)
     found = {
         "rates": behaviors.rates(counts),
+        "without_visual": behaviors.spoken_rates(thoughts),  # sentences that are both left out
         "transfer": {visual: ratio for (_, visual), ratio in transfer.items()},
         "by_score": behaviors.rates_by_score(counts, [row["score"] for row in rows]),
     }

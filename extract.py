@@ -422,9 +422,9 @@ def grade(gold, reply, *, choices=None, precision=None, kind=None, finish="stop"
     irrational gold 6 right digits are enough. A gold that cannot be read scores None: then the item
     is at fault, not the reply.
     """
-    if finish == "length":
-        return Verdict(0.0, "truncated", None, "finish")
-    status, answer, rule = extract(reply, choices=choices, kind=kind or kind_of(gold, choices))
+    status, answer, rule = "truncated", None, "finish"
+    if finish != "length":
+        status, answer, rule = extract(reply, choices=choices, kind=kind or kind_of(gold, choices))
     if reward.read_gold(gold)[1] is None:
         return Verdict(None, status, answer, "unreadable gold")
     if status != "ok":

@@ -92,6 +92,12 @@ def provenance(config) -> dict:
     }
 
 
+def changes(before: dict, now: dict) -> list[str]:
+    """What differs, as "k 1 -> 2", where nothing may; a name that one of them lacks is None."""
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
+
+
 def fingerprints(config) -> dict[str, str]:
     """{source: fingerprint} of what the config's fields `data` and `replay` name."""
     sources = [str(getattr(config, name, "")) for name in ("data", "replay")]

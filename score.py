@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import parallel
 from model import HEAD_CHUNK, Qwen25VL, load_model
-from provenance import beside, fingerprint, write_report
+from provenance import beside, changes, fingerprint, write_report
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler
 from runlog import progress
@@ -288,12 +288,10 @@ def claim(cfg: Config, protocol: dict, ids: list[str]) -> list[int]:
         raise ValueError(f"{cfg.rows}: {len(twice)} ids stand more than once, as {twice[:5]}")
     before = json.loads(file.read_text()) if file.exists() else {}
     if before or parts_of(cfg.out) or Path(cfg.out).exists():
-        names = [name for name in before | protocol if before.get(name) != protocol.get(name)]
-        changed = [f"{name} {before.get(name)!r} -> {protocol.get(name)!r}" for name in names]
-        if changed:
+        if found := "; ".join(changes(before, protocol)):
             raise ValueError(
-                f"{cfg.out} holds records of another protocol ({'; '.join(changed)}): use another "
-                f"--out, or remove it with {file} and the parts beside it"
+                f"{cfg.out} holds records of another protocol ({found}): use another --out, or "
+                f"remove it with {file} and the parts beside it"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(protocol, indent=1))

@@ -32,7 +32,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -731,9 +731,18 @@ def main(cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"images_to": out.parent / "images", "limit": cfg.limit or None}
     found = read(source, cfg.place or None, cfg.split or None, **options)
-    kept, reasons, part = 0, Counter(), beside(out, "part")
+    into_file(progress(found, source.name, total=cfg.limit or None), cfg, source)
+
+
+def into_file(found: Iterable[dict | Dropped], cfg, source) -> None:
+    """Rows into cfg.out, what was dropped and the report beside it; exits if nothing can be used.
+
+    cfg has place and out; source has name, hub and size: a Source, or a Benchmark.
+    """
+    out, kept, reasons = Path(cfg.out), 0, Counter()
+    part = beside(out, "part")
     with part.open("w") as rows, beside(out, "dropped.jsonl").open("w") as dropped:
-        for row in progress(found, source.name, total=cfg.limit or None):
+        for row in found:
             if isinstance(row, Dropped):
                 reasons[row.reason] += 1
                 dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")
@@ -742,11 +751,12 @@ def main(cfg: Config) -> None:
                 rows.write(json.dumps(row) + "\n")
     part.replace(out)
     of = {"in": kept + reasons.total(), "kept": kept, "reasons": dict(reasons)}
-    inputs = [cfg.place] if cfg.place else []
-    write_report(out, cfg, inputs, {"read": {source.name: of}}, hub="" if cfg.place else source.hub)
-    print(f"{out}: {kept:,} rows; dropped: {dict(reasons) or 'none'}")
+    inputs, hub = ([cfg.place], "") if cfg.place else ([], source.hub)
+    write_report(out, cfg, inputs, {"read": {source.name: of}}, hub=hub)
+    print(f"{out}: {kept:,} of {source.size:,} rows; dropped: {dict(reasons) or 'none'}")
     if not kept:
-        sys.exit(f"{out}: no row of {cfg.set} can be used; {beside(out, 'dropped.jsonl')} says why")
+        why = beside(out, "dropped.jsonl")
+        sys.exit(f"{out}: no row of {source.name} can be used; {why} says why")
 
 
 if __name__ == "__main__":

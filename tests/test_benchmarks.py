@@ -1,7 +1,6 @@
 """benchmarks.py: the official columns of every benchmark, small and made here, read to the end."""
 
 import base64
-import io
 import json
 import re
 import subprocess
@@ -11,13 +10,11 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import write_rows
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
-from PIL import Image
+from test_sources import cell, png, write_parquet
 
 import benchmarks
 import data
@@ -26,22 +23,6 @@ from benchmarks import BENCHMARKS, CHOICES, FREE, LETTERS, YES_NO, Dropped, name
 from reward import grade
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
-
-
-def png(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade, 90, 200)).save(file, "PNG")
-    return file.getvalue()
-
-
-def cell(shade: int) -> dict:
-    """A picture in a cell of parquet, as `datasets` stores it."""
-    return {"bytes": png(shade), "path": None}
-
-
-def write_parquet(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def collect(bench, place, tmp_path, **options) -> tuple[list[dict], list[Dropped]]:
@@ -836,14 +817,14 @@ def test_a_benchmark_becomes_a_file_with_what_was_dropped_and_where_it_came_from
     assert [(row["step"], row["reason"]) for row in dropped] == [("read", "no answer")]
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert report["steps"] == {"read": {"pope": {"in": 4, "kept": 3, "reasons": {"no answer": 1}}}}
-    assert "3 of 9,000 items" in capsys.readouterr().out
+    assert "3 of 9,000 rows" in capsys.readouterr().out
     assert not list(out.parent.glob("*.part"))
 
 
 def test_a_benchmark_of_which_nothing_can_be_used_fails(tmp_path):
     row = {"problem": "", "answer": "1", "subject": "x", "unique_id": "1"}
     place = write_rows(tmp_path / "test.jsonl", [row])
-    with pytest.raises(SystemExit, match="no item can be used"):
+    with pytest.raises(SystemExit, match="no row of math500 can be used"):
         benchmarks.main(benchmarks.Config("math500", place, str(tmp_path / "items.jsonl")))
     with pytest.raises(ValueError, match="--bench math500 needs --out"):
         benchmarks.Config("math500")

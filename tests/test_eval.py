@@ -13,6 +13,7 @@ import teacher
 from conftest import finished, write_rows
 from test_benchmarks import SIMPLE_ONLY, make
 
+import behaviors
 import benchmarks
 import data
 import eval  # noqa: A004
@@ -93,6 +94,10 @@ def test_every_problem_is_tried_k_times_and_graded(mini, whole):
     assert summary["headline"]["avg@2"]["score"] == pytest.approx(mean)
     assert {*summary["categories"]} == {"image", "text"}
     assert summary["protocol"]["temperature"] == 1.0 and summary["protocol"]["k"] == 2
+    found = summary["behaviors"]
+    assert {*found["rates"]} == {*behaviors.NAMES}
+    assert {*found["without_visual"]} == {*behaviors.LINGUISTIC}
+    assert {*found["by_score"]} == {"right", "wrong"} and found["first_2000_tokens"]
     assert "</html>" in (whole / "gallery.html").read_text()
 
 
@@ -221,6 +226,27 @@ def test_a_served_model_is_asked_for_every_sample_over_http(mini, tmp_path):
     share = json.loads((tmp_path / "summary.json").read_text())["headline"]["avg@2"]["score"]
     assert 0.4 < share < 1  # it is wrong in a quarter of its tries
     eval.main(cfg)  # the server is gone, and nothing is missing
+
+
+def test_of_a_server_only_what_is_missing_is_asked(mini, tmp_path, monkeypatch):
+    server, asked = teacher.serve([mini.test]), []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    known = server.RequestHandlerClass.answer
+
+    def noted(self, kind, body):
+        asked.append(body)
+        known(self, kind, body)
+
+    monkeypatch.setattr(server.RequestHandlerClass, "answer", noted)
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    cfg = config(mini, tmp_path, url=url, model=teacher.NAME, concurrency=4)
+    eval.main(cfg)
+    lines = read(tmp_path / "records.jsonl")
+    write_rows(tmp_path / "records.jsonl", lines[:7] + lines[8:12] + lines[15:])
+    eval.main(cfg)
+    server.shutdown()
+    assert len(asked) == 20 + 4
+    assert read(tmp_path / "records.jsonl") == lines
 
 
 def test_two_runs_are_compared_item_by_item(whole, tmp_path, capsys):

@@ -223,6 +223,8 @@ def test_precision_and_six_digits_are_handed_on():
 def test_a_gold_that_cannot_be_read_has_no_score():
     verdict = extract.grade("", "The answer is 1")  # LogicVista has such an item
     assert verdict == (None, "ok", "1", "unreadable gold")
+    verdict = extract.grade("", "I think", finish="length")  # nor where the reply was cut
+    assert verdict == (None, "truncated", None, "unreadable gold")
 
 
 def test_an_answer_that_would_close_its_box_early_is_unparsed():

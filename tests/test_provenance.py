@@ -122,6 +122,14 @@ def test_a_model_card_claims_no_base_and_no_commit_that_it_does_not_know(tmp_pat
     assert "| owner/rows | hub id, not hashed |" in card
 
 
+def test_what_changed_is_named_with_both_values():
+    assert provenance.changes({"k": 1, "seed": 0}, {"k": 2, "seed": 0, "url": ""}) == [
+        "k 1 -> 2",
+        "url None -> ''",
+    ]
+    assert provenance.changes({"k": 1}, {"k": 1}) == []
+
+
 def test_a_step_of_stage_0_says_what_it_made_of_which_files(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.jsonl").write_text("{}\n{}\n")

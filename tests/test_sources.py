@@ -339,7 +339,7 @@ def test_a_set_becomes_a_file_with_what_was_dropped_and_where_it_came_from(tmp_p
     report = json.loads(out.with_suffix(".report.json").read_text())
     reasons = {row["reason"]: 1 for row in dropped}
     assert report["steps"] == {"read": {"openr1_math": {"in": 5, "kept": 2, "reasons": reasons}}}
-    assert [*report["inputs"]] == ["../set"] and "2 rows" in capsys.readouterr().out
+    assert [*report["inputs"]] == ["../set"] and "2 of 93,733 rows" in capsys.readouterr().out
     assert not list(out.parent.glob("*.part"))
 
 

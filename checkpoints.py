@@ -48,8 +48,9 @@ from parallel import everyone, is_main, whole_weights
 # Settings that may change when a run goes on: they move no number by more than rounding, which
 # another number of ranks does as well.
 FREE = (
-    "out threads shard_ranks offload recompute pack_tokens sampler_batch kv_cache_gb "  # how, where
-    "save_every keep_last keep_every valid_every log_rollouts dump_minutes wandb trace gap_limit "
+    "out threads shard_ranks offload recompute compile share_prompts pack_tokens "  # how, where
+    "sampler_batch kv_cache_gb save_every keep_last keep_every valid_every log_rollouts record "
+    "dump_minutes wandb trace replay step gap_limit "
     "steps"  # rl.py's rates and lengths hang on the step alone; coldstart.py's cosine on `epochs`
 ).split()
 PATIENCE = timedelta(hours=2)  # a rank that has written its part waits for the slowest disk
@@ -101,9 +102,11 @@ def changes(run: Path, config, start: int) -> str:
     return "; ".join(found)
 
 
-def newest(run: str | Path) -> tuple[int, Path | None]:
-    """(next step, state) of the newest checkpoint of a run; (0, None) if there is none."""
-    steps = whole_ones(run)
+def newest(run: str | Path, at_most: int | None = None) -> tuple[int, Path | None]:
+    """(next step, state) of the newest checkpoint of a run, or of the newest from which step
+    `at_most` is still to be done; (0, None) if there is none.
+    """
+    steps = [step for step in whole_ones(run) if at_most is None or step <= at_most]
     return (steps[-1], folder_of(run, steps[-1]) / "state") if steps else (0, None)
 
 

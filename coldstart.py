@@ -34,6 +34,7 @@ import checkpoints
 import data
 import packing
 import parallel
+import plan
 import toy
 from model import train_flops
 from provenance import model_card
@@ -60,6 +61,7 @@ class Config:
     beta2: float = 0.95  # ours
     clip: float = 1.0  # gradient norm; ours
     recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
+    compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
     shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
     valid: int = 128  # rows kept apart for the validation loss
@@ -121,7 +123,7 @@ def packs_of(
         members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
         documents |= {i: encode(items[i]) for i in members if i not in documents}
         packs.append(data.lay_out(documents, members) if members else data.filler_pack())
-    (tokens,) = parallel.sums(world, sum(int(p.loss_mask.sum()) for p in packs))
+    (tokens,) = parallel.sums(world, sum(len(p.targets) for p in packs))
     return packs, tokens, len(items) - len(fitting)
 
 
@@ -158,7 +160,8 @@ def main(cfg: Config):
     stream = data.Stream(train, cfg.seed)
     steps = math.ceil(cfg.epochs * len(train) / cfg.batch)
 
-    model = parallel.load(directory, world, recompute=cfg.recompute)  # the tower is frozen
+    how = {"recompute": cfg.recompute, "compile": cfg.compile}
+    model = parallel.load(directory, world, **how)  # the tower is frozen
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [  # vectors (norms, biases) are not decayed
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
@@ -193,15 +196,16 @@ def main(cfg: Config):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            loss, suspects = 0.0, []
-            for k, pack in enumerate(packs, start=1):
+            losses = []  # read after the loop, in which nothing waits for the GPU
+            for pack in packs:
                 part = loss_of(model, pack, tokens, world.device)
-                parallel.backward(model, part, world, last=k == len(packs))
-                loss += part.item()
-                if not math.isfinite(part.item()):
-                    suspects += [examples[i].id for i in pack.members]
+                parallel.backward(model, part, world, last=pack is packs[-1])
+                losses.append(part.detach())
             norm = parallel.clip_gradients(model, cfg.clip)
-            (loss,) = parallel.sums(world, loss)
+            losses = torch.stack(losses).tolist()
+            broken = [p for p, x in zip(packs, losses, strict=True) if not math.isfinite(x)]
+            suspects = [examples[i].id for pack in broken for i in pack.members]
+            (loss,) = parallel.sums(world, sum(losses))
             parallel.refuse_nan(world, step, {"loss": loss, "grad_norm": norm}, suspects)
             optimizer.step()
             # 3. tell
@@ -214,6 +218,8 @@ def main(cfg: Config):
                 metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
             metrics |= pulse.seconds() | {"peak_gb": parallel.peak_gb(world)}
             log.log(step, metrics, show=("loss", "lr", "grad_norm", "tokens_per_second"))
+            if world.main and step < start + 2:  # of a GPU that plan.py knows
+                plan.show_beside("coldstart", cfg, model.config, world.size, packs, metrics)
             stopped = parallel.largest(world, stop.requested)
             if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 pulse("save", step)  # after the log: a checkpoint's steps all stand in it

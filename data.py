@@ -11,13 +11,15 @@ parsed again when asked for, so that two million examples take no memory. Packin
 documents side by side up to a budget of tokens: no padding, no cut. What is trained follows from
 lengths, never from token ids: a mask of `ids == pad` also masks the stop token. A picture that
 several documents share (16 samples of one problem) stands once in a pack: one vision pass for all.
+So can the whole prompt (`shared`): one pass of everything but attention.
 
 Pictures are resized, normalised and cut as transformers' Qwen2VLImageProcessor does, bit for bit.
 The order of the data is a function of (seed, step), so a resumed run sees what it would have seen.
 The paper says "sample packing" and no more: what goes into which pack, and its order, are ours.
 
-Dimensions: T tokens of a pack, S patches, M image tokens (S / 4 where no picture is shared),
-D = 1176 = 3 x 2 x 14 x 14 values of a patch. Nothing to run here: see coldstart.py, rl.py, eval.py.
+Dimensions: T tokens of a pack, E of its documents (T where they share none), R trained, S patches,
+M image tokens (S / 4 where no picture is shared), D = 1176 = 3 x 2 x 14 x 14 values of a patch.
+Nothing to run here: see coldstart.py, rl.py, eval.py.
 """
 
 import io
@@ -25,6 +27,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -125,41 +128,44 @@ class Document:
 class Pack:
     ids: Tensor  # (T,) int64
     positions: Tensor  # (3, T) int64: M-RoPE, from 0 in each document
-    lengths: list[int]  # of the documents in order; their sum is T
-    loss_mask: Tensor  # (T,) bool: token t is trained, predicted from the position before it
+    lengths: list[int]  # of the documents, in order; their sum is E >= T
+    rows: Tensor  # (R,) int64: of each trained token, the row before it, where it is predicted
+    targets: Tensor  # (R,) int64: the ids of the trained tokens
+    trained: list[int]  # trained tokens of each document; their sum is R
     patches: Tensor | None  # (S, D) float32, each picture once
     grids: list[tuple[int, int, int]]
     slots: Tensor  # (M,) int64: where in T the image rows go
     sources: Tensor  # (M,) int64: which row of the vision tower's merged output goes there
     members: list[int]  # index of each document in the list handed to pack()
+    expand: Tensor | None = None  # (E,) int64: rows of the documents, where they share any
 
     def __post_init__(self):
         shown = 0 if self.patches is None else len(self.patches)
-        shapes = [tuple(x.shape) for x in (self.ids, self.positions, self.loss_mask)]
-        t = sum(self.lengths)
-        assert shapes == [(t,), (3, t), (t,)], f"{shapes} for documents of {t} tokens"
+        t = sum(self.lengths) if self.expand is None else int(self.ids.shape[0])
+        e = t if self.expand is None else len(self.expand)
+        shapes = [tuple(x.shape) for x in (self.ids, self.positions)]
+        assert shapes == [(t,), (3, t)] and e == sum(self.lengths), f"{shapes}, {e} for {t} tokens"
+        assert self.rows.shape == self.targets.shape == (sum(self.trained),), f"{self.rows.shape}"
         assert self.slots.shape == self.sources.shape, f"{self.slots.shape} {self.sources.shape}"
         assert sum(map(math.prod, self.grids)) == shown, f"{self.grids} for {shown} patches"
+        last, seen = max([-1, *self.sources.tolist()]), shown // MERGE_SIZE**2
+        assert last < seen, f"an image token wants vision row {last} of {seen}"
 
     @property
     def inputs(self) -> dict:
         """What the model's forward takes: model(**pack.inputs)."""
-        names = ("ids", "positions", "lengths", "patches", "grids", "slots", "sources")
+        names = "ids positions lengths patches grids slots sources expand".split()
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def rows(self) -> Tensor:
-        """(R,) where the trained tokens are predicted: each at the position before it."""
-        return self.loss_mask.nonzero().squeeze(1) - 1
-
-    @property
-    def targets(self) -> Tensor:
-        """(R,) the ids of the trained tokens."""
-        return self.ids[self.loss_mask]
-
     def to(self, device: torch.device | str) -> "Pack":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Pack(**vars(self) | moved)
+        """Onto a GPU from pinned memory: the host goes on and does not wait for the copy."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = copy(self)  # checked already, and to check on the GPU is to wait for it
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.pin_memory().to(device, non_blocking=True))
+        return moved
 
 
 class Rows(Sequence):
@@ -608,7 +614,9 @@ def filter_long(items: Sequence, limit: int, lengths) -> tuple[Rows, int]:
 # ---- packs
 
 
-def pack(documents: Sequence[Document], budget: int, merge: int = MERGE_SIZE) -> list[Pack]:
+def pack(
+    documents: Sequence[Document], budget: int, merge: int = MERGE_SIZE, shared: bool = False
+) -> list[Pack]:
     """Whole documents into packs of at most `budget` tokens, for a process that runs alone.
 
     Any order gives the same loss. Here from short to long: attention takes equal lengths as one
@@ -616,43 +624,75 @@ def pack(documents: Sequence[Document], budget: int, merge: int = MERGE_SIZE) ->
     """
     lengths = [len(document) for document in documents]
     (bins,) = plan(lengths, [id(document.prompt) for document in documents], budget)
-    return [lay_out(documents, sorted(b, key=lengths.__getitem__), merge) for b in bins]
+    ordered = (sorted(b, key=lengths.__getitem__) for b in bins)
+    return [lay_out(documents, members, merge, shared) for members in ordered]
 
 
-def lay_out(documents: Sequence[Document], members: list[int], merge: int = MERGE_SIZE) -> Pack:
-    """One pack of the documents `members`, in this order."""
-    ids, positions, trained, slots, sources, patches, grids = [], [], [], [], [], [], []
-    first_row, rows = {}, 0  # of a prompt's pictures in the tower's output, by identity of patches
+def lay_out(
+    documents: Sequence[Document], members: list[int], merge: int = MERGE_SIZE, shared: bool = False
+) -> Pack:
+    """One pack of the documents `members`, in this order.
+
+    shared: tries at one problem (documents with the same `prompt` object) share its rows, so that
+    projections, MLPs and embedding run once a prompt: of 16 responses as long as their prompt 17
+    parts are left of 32. `expand` lists every document's rows for attention, which is as before;
+    so are all log-probs and gradients, to rounding.
+    """
+    ids, positions, slots, sources, patches, grids = [], [], [], [], [], []
+    rows, targets, trained, expand = [], [], [], []
+    places, first_row, merged = (
+        {},
+        {},
+        0,
+    )  # a prompt's place in ids; its pictures' in the tower's rows
     for i in members:
-        prompt, response, start = documents[i].prompt, documents[i].response_ids, len(ids)
+        prompt, response = documents[i].prompt, documents[i].response_ids
         if not prompt.ids:
             raise ValueError(f"document {i} has no prompt: nothing predicts its first token")
-        ids += prompt.ids + response
-        trained += [False] * len(prompt.ids) + [True] * len(response)
         images = list(zip(prompt.offsets, prompt.grids, strict=True))
-        positions.append(mrope_positions(len(documents[i]), images, merge))
-        if not images:
+        turned, length = mrope_positions(len(documents[i]), images, merge), len(prompt.ids)
+        start = places.get(id(prompt))
+        if fresh := start is None:
+            start = len(ids)
+            ids += prompt.ids
+            positions.append(turned[:, :length])
+            if shared:
+                places[id(prompt)] = start
+        own = [*range(start, start + length), *range(len(ids), len(ids) + len(response))]
+        expand += own
+        rows += own[length - 1 : -1] if response else []
+        ids += response
+        targets += response
+        trained.append(len(response))
+        positions.append(turned[:, length:])
+        if not images or not fresh:
             continue
         sizes = [image_tokens(grid, merge) for grid in prompt.grids]
         if id(prompt.patches) not in first_row:
-            first_row[id(prompt.patches)] = rows
+            first_row[id(prompt.patches)] = merged
             patches.append(prompt.patches)
             grids += prompt.grids
-            rows += sum(sizes)
+            merged += sum(sizes)
         row = first_row[id(prompt.patches)]
         sources += range(row, row + sum(sizes))
         for offset, size in zip(prompt.offsets, sizes, strict=True):
             slots += range(start + offset, start + offset + size)
+    rows, targets, slots, sources, expand = (
+        torch.tensor(x, dtype=torch.int64) for x in (rows, targets, slots, sources, expand)
+    )
     return Pack(
         ids=torch.tensor(ids),
         positions=torch.cat(positions, dim=1),
         lengths=[len(documents[i]) for i in members],
-        loss_mask=torch.tensor(trained),
+        rows=rows,
+        targets=targets,
+        trained=trained,
         patches=torch.cat(patches) if patches else None,
         grids=grids,
-        slots=torch.tensor(slots, dtype=torch.int64),
-        sources=torch.tensor(sources, dtype=torch.int64),
+        slots=slots,
+        sources=sources,
         members=members,
+        expand=expand if len(expand) > len(ids) else None,
     )
 
 

@@ -23,6 +23,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from itertools import accumulate, groupby
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -41,6 +43,7 @@ except ImportError:  # torch's own attention does the same
     flash_attn_varlen_func = None
 
 VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
+CUDNN_FROM = 2048  # tokens of a document; a guess until bench/gpu.py has run
 HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
 SHARD_BYTES = 4 << 30  # one safetensors file of a saved checkpoint
 INDEX = "model.safetensors.index.json"  # which of several files holds which weight
@@ -215,6 +218,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+@lru_cache(maxsize=4)  # every forward asks, and a copy to the GPU waits for it
+def axes_of(sections: tuple[int, ...], device: torch.device) -> Tensor:
+    """(D/2,): which of time, row and column each frequency turns with."""
+    return torch.arange(3).repeat_interleave(torch.tensor(sections)).to(device)
+
+
 def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
@@ -234,15 +243,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
         ends = ends_of(tuple(lengths), q.device)
         spans = (ends, ends, max(lengths), max(lengths))
         return flash_attn_varlen_func(q, k, v, *spans, causal=causal)  # not yet run on a GPU
-    grouped, outputs, start = q.shape[1] != k.shape[1], [], 0
-    for length, run in groupby(lengths):
-        shape = (len(list(run)), length)  # documents, tokens of each
-        stop = start + shape[0] * length
-        heads = [x[start:stop].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)
+    grouped, outputs = q.shape[1] != k.shape[1], []
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]  # documents, tokens each
+    # split, not slices: a slice's backward writes a gradient of the whole pack, for each document
+    parts = (x.split([math.prod(run) for run in runs]) for x in (q, k, v))
+    for shape, *heads in zip(runs, *parts, strict=True):
+        more = room_for_cudnn(q, shape[1]) if causal else 0
+        heads = [x.unflatten(0, shape) for x in heads]
+        if more:  # tokens behind the end, which causal attention does not look at
+            heads = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in heads]
+        heads = [x.transpose(1, 2) for x in heads]
+        with kernels(q, shape[1]):
+            out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
+        outputs.append(out[:, :, : shape[1]].transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def kernels(q: Tensor, length: int):
+    """On GPUs, cuDNN for long documents, flash for others; elsewhere torch's choice.
+
+    cuDNN is the fastest on Hopper, but plans every new shape for 0.04 to 0.5 s (pytorch issue
+    171627, FunASR issue 3704), and a batch of RL has thousands of lengths. Not yet run on a GPU.
+    """
+    if not q.is_cuda or q.dtype == torch.float32:
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION] * (length >= CUDNN_FROM)
+    order += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def room_for_cudnn(q: Tensor, length: int) -> int:
+    """Tokens that a long document gets behind its end, so that an octave has eight lengths."""
+    if not q.is_cuda or q.dtype == torch.float32 or length < CUDNN_FROM:
+        return 0
+    return -length % (1 << (length.bit_length() - 4))
 
 
 def takes_flash(q: Tensor) -> bool:
@@ -264,23 +298,34 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens held, a row
+        self.longest, self.room = 0, room  # of the lengths, at most: to ask the GPU is to wait
 
     def fill(self, layer: int, k: Tensor, v: Tensor, lengths: list[int]):
         """A packed prefill: document n becomes row n. k, v (T, K, D)."""
+        self.longest = max(lengths)
         for row, (keys, values) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
             self.keys[layer][row, :, : len(keys)] = keys.transpose(0, 1)
             self.values[layer][row, :, : len(values)] = values.transpose(0, 1)
 
+    def look(self):
+        """Once a token, before its layers: what each row sees, itself included."""
+        device, unit = self.lengths.device, 128 if self.lengths.is_cuda else 1  # few shapes on GPUs
+        used = min(self.room, -(-(self.longest + 1) // unit) * unit)
+        self.rows = torch.arange(len(self.lengths), device=device)
+        self.seen = torch.arange(used, device=device) <= self.lengths[:, None]  # (N, used)
+        self.longest += 1
+
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes a token a row and attends to all up to it. q (N, H, D), k and v (N, K, D)."""
-        rows, used = torch.arange(len(q), device=q.device), int(self.lengths.max()) + 1
-        self.keys[layer][rows, :, self.lengths] = k
-        self.values[layer][rows, :, self.lengths] = v
-        seen = torch.arange(used, device=q.device) <= self.lengths[:, None]  # (N, used)
+        used = self.seen.shape[1]
+        self.keys[layer][self.rows, :, self.lengths] = k
+        self.values[layer][self.rows, :, self.lengths] = v
         # The H/K query heads of a KV head stand as its queries: grouped, and no key is repeated.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (N, K, H/K, D)
         keys, values = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
+        mask = self.seen[:, None, None]
+        with kernels(q, 1):
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.flatten(1, 2)  # (N, H, D)
 
     def take(self, rows: Tensor):
@@ -451,20 +496,30 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None, cache: KVCache | None
-    ) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, C) -> q (T, H, D), k and v (T, K, D)."""
         split = (-1, self.dim)
         q, k, v = (p(x).unflatten(1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths, cache, shared) -> Tensor:
+        """-> (T, H D), each token having seen its document up to itself."""
         if lengths is None:  # one token a row, everything before it is in the cache
-            return self.o_proj(cache.step(self.layer, q, k, v).flatten(1))
+            return cache.step(self.layer, q, k, v).flatten(1)
         if cache is not None:
             cache.fill(self.layer, k, v, lengths)
-        return self.o_proj(attend(q, k, v, lengths, causal=True).flatten(1))
+        if shared is None:
+            return attend(q, k, v, lengths, causal=True).flatten(1)
+        expand, back = shared  # a prompt that several documents share stands once in x
+        q, k, v = (y.index_select(0, expand) for y in (q, k, v))
+        return attend(q, k, v, lengths, causal=True).flatten(1).index_select(0, back)
 
 
 class Block(nn.Module):
+    """Attention follows the lengths of the documents; what is before and behind it does not, and so
+    can be compiled (parallel.compile_blocks).
+    """
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -472,11 +527,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache)
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def behind(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: list[int] | None,
+        cache: KVCache | None,
+        shared: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x (T, C), cos and sin (T, 1, D); shared: expand (E,), back (T,)."""
+        attended = self.self_attn(*self.before(x, cos, sin), lengths, cache, shared)
+        return self.behind(x, attended)
 
 
 class Decoder(nn.Module):
@@ -488,16 +557,30 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, positions: Tensor, lengths: list[int] | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        lengths: list[int] | None,
+        cache: KVCache | None,
+        expand: Tensor | None = None,
     ) -> Tensor:
-        """x (T, C), positions (3, T) -> hidden (T, C)."""
+        """x (T, C), positions (3, T), expand (E,) -> hidden (T, C)."""
         c = self.config
         # Each frequency turns with one axis: the first 16 with time, 24 with row, 24 with column.
-        axes = torch.arange(3).repeat_interleave(torch.tensor(c.mrope_section)).to(x.device)
+        axes = axes_of(tuple(c.mrope_section), x.device)
         angles = positions[axes].T * frequencies(c.head_dim, c.rope_theta, x.device)  # (T, D/2)
         cos, sin = (y.to(x.dtype) for y in rotary(angles))
+        if lengths is None:
+            cache.look()
+        shared = None
+        if expand is not None:  # back: of each token, the first of its places in attention's order
+            places = torch.arange(len(expand), device=x.device)
+            back = places.new_zeros(len(x)).scatter_reduce(
+                0, expand, places, "amin", include_self=False
+            )
+            shared = expand, back
         for layer in self.layers:
-            x = layer(x, cos, sin, lengths, cache)
+            x = layer(x, cos, sin, lengths, cache, shared)
         return self.norm(x)
 
 
@@ -533,6 +616,7 @@ class Qwen25VL(nn.Module):
         grids: list[Grid] = (),
         slots: Tensor | None = None,
         sources: Tensor | None = None,
+        expand: Tensor | None = None,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
         targets: Tensor | None = None,
@@ -542,22 +626,22 @@ class Qwen25VL(nn.Module):
 
         ids (T,), positions (3, T), lengths of the documents; patches (S, 1176) with their grids;
         row sources[m] of the tower's output is written over token slots[m], so one picture can
-        serve many documents. With a cache, a pack of N documents fills its N rows; without lengths,
-        ids is (N,), one token a row. rows (R,): the tokens whose output is wanted (all, if None).
+        serve many documents. expand (E,): the rows of the documents one after the other, where
+        several share a prompt that stands once in ids; lengths then sum to E. With a cache, a pack
+        of N documents fills its N rows; without lengths, ids is (N,), one token a row. rows (R,):
+        the tokens whose output is wanted (all, if None).
         -> critic: values (R,) float32; with targets (R,): log-probs and entropies, (R,) float32
         each; else logits (R, V) float32.
         """
         x = self.model.embed_tokens(ids)
         if patches is not None:
             seen = self.visual(patches, grids).to(x.dtype)
-            if len(sources) and (last := int(sources.max())) >= len(seen):
-                raise ValueError(f"an image token wants vision row {last} of {len(seen)}")
-            x = x.index_copy(0, slots, seen[sources])
-        hidden = self.model(x, positions, lengths, cache)
+            x = x.index_copy(0, slots, seen.index_select(0, sources))
+        hidden = self.model(x, positions, lengths, cache, expand)
         if cache is not None:
             cache.lengths += 1 if lengths is None else torch.tensor(lengths, device=ids.device)
-        if rows is not None:
-            hidden = hidden[rows]
+        if rows is not None:  # hidden[rows] would add up repeated rows in whatever order
+            hidden = hidden.index_select(0, rows)
         if self.value_head is not None:
             # float32: returns differ by less than bf16 resolves once values are near 1
             return F.linear(hidden.float(), self.value_head.weight[0].float())

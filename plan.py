@@ -3,6 +3,8 @@
     python plan.py --model 7b --gpus 8 --gpu h100 --stage rl --length 49152
     python plan.py --model 3b --gpus 1 --gpu h200 --stage coldstart --length 16384
 
+On a GPU of the list coldstart.py and rl.py print their first two steps beside this plan.
+
 Three kinds of numbers stand in it:
   counted   parameters, state, bytes that backward needs, FLOPs, traffic: arithmetic on model.py and
             parallel.py, checked against real models, tensors and operators (tests/test_plan.py)
@@ -283,7 +285,11 @@ def decode_seconds(c: ModelConfig, lengths: list[int], prompt: int, rows: int, h
 
 
 def lengths_of(cfg: Config, known: dict, count: int = 256) -> list[int]:
-    """Quantiles of a lognormal, cut at the longest, in random order."""
+    """Those of a step that has been; else quantiles of a lognormal, cut at the longest, in random
+    order.
+    """
+    if "lengths" in known:
+        return known["lengths"]
     spread, normal = known["spread"], NormalDist()
     middle = math.log(cfg.typical) - spread**2 / 2
     drawn = [math.exp(middle + spread * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
@@ -393,6 +399,56 @@ def constants(file: str) -> tuple[dict, set[str]]:
     if file and (not found or set(found) - set(ASSUMED)):
         raise ValueError(f'{file}: its key "plan" must hold some of {", ".join(ASSUMED)}')
     return ASSUMED | found, set(found)
+
+
+# ------------------------------------------------------------------ beside what was measured
+
+
+def here() -> str:
+    """Which of GPUS this machine has; empty: none."""
+    name = torch.cuda.get_device_name().upper() if torch.cuda.is_available() else ""
+    return next((gpu for gpu in GPUS if gpu.split("-")[0].upper() in name), "")
+
+
+def config_of(stage: str, run, gpu: str, gpus: int) -> Config:
+    """The plan of a run from its own configuration (coldstart.Config, rl.Config)."""
+    what = dict(
+        stage=stage, gpu=gpu, gpus=gpus, recompute=run.recompute, pack_tokens=run.pack_tokens
+    )
+    if stage == "coldstart":
+        return Config(length=run.max_tokens, batch=run.batch, **what)
+    what |= dict(length=max(run.lengths), prompt_tokens=run.prompt_tokens, samples=run.samples)
+    what |= dict(batch=run.problems * run.samples, offload=run.offload)
+    return Config(sampler_batch=run.sampler_batch, kv_cache_gb=run.kv_cache_gb, **what)
+
+
+def show_beside(stage: str, run, c: ModelConfig, gpus: int, packs: list, took: dict):
+    """Prints a step that has been beside its plan, if this machine's GPU is one of GPUS.
+
+    run: the stage's configuration; packs: data.Pack of this GPU, with whose lengths it is planned,
+    not with those assumed; took: the step's metrics, "seconds_PHASE" and "peak_gb".
+    """
+    if not (gpu := here()):
+        return
+    try:
+        cfg = config_of(stage, run, gpu, gpus)
+    except ValueError as error:
+        return print(f"no plan: {error}")
+    whole = [length for pack in packs for length in pack.lengths]
+    trained = [length for pack in packs for length in pack.trained]
+    known = ASSUMED | {"lengths": trained if cfg.rl else whole}
+    known["prompt"] = (sum(whole) - sum(trained)) / len(whole)
+    planned, gb = seconds(cfg, c, known), max(peaks(cfg, c, known).values())
+    if cfg.rl:  # the critic's turn, the policy's, and what lies between
+        planned["learn"] = sum(planned[x] for x in planned if x not in ("answer", "judge"))
+    pairs = [
+        (name, took[f"seconds_{name}"], "s", planned[name])
+        for name in ("answer", "judge", "learn")
+        if f"seconds_{name}" in took and planned.get(name)
+    ]
+    pairs.append(("memory", took["peak_gb"], "GB", gb))
+    told = (f"{name} {x:.3g} {unit} for {y:.3g} ({x / y - 1:+.0%})" for name, x, unit, y in pairs)
+    print("measured for planned:", ", ".join(told))
 
 
 def main(cfg: Config):

@@ -4,11 +4,12 @@
 
 Reads `data/test.jsonl` (the held-out problems), `STAGE/{run.json,metrics.jsonl}` of every stage and
 control, and `eval/STAGE/{greedy,sampled,reading}/graded.jsonl` (one graded answer a row).
-Whatever was not run is said to be "not run". The page is one file without link or script: curves
+Whatever was not run is said to be "not run". The page is one file without a link: curves
 are inline SVG and pictures data URIs, so it can be mailed. It redraws the paper's Figures 3, 5 and
 6 from this run and Table 4 in miniature; from `bench/STAGE/STEP/BENCH`, the benchmarks that
 runs/eval.sh has scored, Figure 4 and the whole Table 4. Every sentence that claims something is
-computed here from what was measured, and says so when a claim of the paper did not come out.
+computed here from what was measured, and says so when a claim of the paper did not come out. Where
+`rl/tokens.jsonl` is, single rollouts follow token by token (tokens.py), with the page's one script.
 
 How numbers are made. Every rate is right / total, summed over problems; the unit of its standard
 error is the problem (ratio estimator), as k samples of one are not k independent observations.
@@ -38,6 +39,7 @@ import tyro
 
 import behaviors
 import metrics
+import tokens
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -883,6 +885,7 @@ sign is usually here.</p><div class="grid">$invariants</div></section>
 <section id="examples"><h2>The same problems, before and after</h2>
 <p>Held-out pictures, enlarged, with the greedy answer of each stage. Marked: the behaviours that
 <code>behaviors.py</code> finds.</p>$examples</section>
+$tokens
 </main><footer><p>$footer</p></footer></body></html>
 """)
 
@@ -1037,6 +1040,7 @@ def page(run: Run, count: int) -> str:
         benchmarks=benchmarks(run),
         invariants="".join(invariants(run)),
         examples=examples(run, count),
+        tokens=tokens.section(run.pictures.parent / "rl"),
         footer=html.escape(" · ".join(part for part in footer if part)),
     )
 

@@ -22,27 +22,30 @@ How it departs from textbook PPO, all by the paper:
 
     torchrun rl.py                                 # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 rl.py              # the same numbers from two processes
+    python rl.py --replay out/laptop/rl --step 87  # a recorded step once more, to study it
     bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
 
 Dimensions: P problems, G tries each, N = P G rollouts, T tokens of a pack, R trained tokens.
 """
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
-import behaviors
 import checkpoints
 import data
-import packing
+import dealing
 import parallel
+import plan
+import telling
 import toy
+from dealing import gather
 from model import load_model, train_flops
 from provenance import model_card
 from reward import grade
@@ -84,7 +87,11 @@ class Config:
     gap_limit: float = 0.0  # nats between sampler and trainer that stop a run; 0: by dtype
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch
     prompt_tokens: int = 512  # longer prompts are left out, with a count
+    share_prompts: bool = (
+        True  # tries of a problem in a pack share its tokens; the same to rounding
+    )
     recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
+    compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     offload: bool = False  # a model that waits for the other waits in host memory
     dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
     shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
@@ -93,7 +100,10 @@ class Config:
     keep_last: int = 2  # newest checkpoints from which a run can go on
     keep_every: int = 1  # exported models stay for every so many steps; average.py wants several
     dump_minutes: float = 30.0  # without a new phase: every thread's stack into RUN/heartbeat
+    record: bool = True  # keeps what was sampled since the oldest checkpoint, for --replay
     trace: bool = False  # print one picture problem through the six steps, then stop
+    replay: str = ""  # a run directory: learn from its recorded step once more, compare, then stop
+    step: int = -1  # of --replay; -1: the last
     seed: int = 0
     threads: int = 0  # CPU threads a process; 0 shares the cores out
     wandb: str = ""  # project name; empty: off
@@ -201,7 +211,8 @@ def load_pair(cfg: Config, world) -> dict:
     for name in ("policy", "critic") if cfg.algorithm == "ppo" else ("policy",):
         head, lr = heads[name]
         torch.manual_seed(cfg.seed)  # the value head, the same on every rank
-        model = parallel.load(cfg.model, world, head, cfg.train_vision, cfg.recompute)
+        how = (cfg.train_vision, cfg.recompute, cfg.compile)
+        model = parallel.load(cfg.model, world, head, *how)
         if head == "value" and cfg.value_init == "paper":
             start = torch.empty(model.value_head.weight.shape)
             parallel.put(model.value_head.weight, start.uniform_(-math.sqrt(5), math.sqrt(5)))
@@ -212,8 +223,40 @@ def load_pair(cfg: Config, world) -> dict:
     return pair
 
 
+def recorded(cfg: Config) -> Config:
+    """The settings of the run that is to be replayed, from its run.json."""
+    file = Path(cfg.replay) / "run.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: --replay wants the directory of a run of rl.py"
+        )
+    known, about = {f.name for f in fields(Config)}, json.loads(file.read_text(encoding="utf-8"))
+    if unknown := set(about["config"]) - known:
+        raise ValueError(f"{file} has settings that rl.py does not know: {', '.join(unknown)}")
+    then = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+    steps = [int(f.stem[5:]) for f in Path(cfg.replay).glob("sampled/step_*[0-9].npz")]
+    if not steps or cfg.step not in (-1, *steps):
+        there = f"{min(steps)} to {max(steps)}" if steps else "none"
+        raise ValueError(f"{cfg.replay}: step {cfg.step} is not recorded; there: {there}")
+    step = max(steps) if cfg.step == -1 else cfg.step
+    then |= dict(replay=cfg.replay, step=step, steps=step + 1, sampler="torch", trace=False)
+    return Config(**then | dict(out=cfg.replay))
+
+
+def load_problems(cfg: Config, world, tokenizer, settings):
+    """-> problems, and how many were left out for too long a prompt; each rank measures some."""
+    problems = data.read_problems(cfg.data)
+    mine = ((i, problems[i]) for i in range(world.rank, len(problems), world.size))
+    lengths = {
+        i: data.prompt_length(p.prompt, p.images, tokenizer, settings, p.id) for i, p in mine
+    }
+    return data.filter_long(problems, cfg.prompt_tokens, parallel.union(world, lengths))
+
+
 def load_sampler(cfg: Config, world, tokenizer, settings):
     """Before the trained models: vLLM measures the memory that is free when it starts."""
+    if cfg.replay:
+        return dealing.Recording(cfg.replay, tokenizer, settings)
     if cfg.sampler == "torch":
         model = load_model(cfg.model, world.dtype, world.device)
         return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
@@ -233,101 +276,17 @@ def refuse_gap(gap: float, cfg: Config, world, when: str):
         )
 
 
-def exchange(rollouts: list[Rollout], verdicts: list, asked: list, cfg: Config, world):
-    """Every rank's rollouts and verdicts on every rank, in the order of the batch.
-
-    -> rollouts, verdicts, lengths in tokens of their documents. Ids travel as arrays, 8 bytes a
-    token with the log-prob. Texts stay but for those that are logged, and so do pictures: who
-    trains a rollout reads the prompt anew.
-    """
-    if world.size == 1:
-        return rollouts, verdicts, [len(r.document) for r in rollouts]
-    sent, known = {}, {(r.index, r.sample): r for r in rollouts}
-    for r, verdict in zip(rollouts, verdicts, strict=True):
-        tokens = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
-        text = r.text if r.index * cfg.samples + r.sample < cfg.log_rollouts else ""
-        sent[r.index, r.sample] = (tokens, r.stopped, text, verdict, len(r.document))
-    every, verdicts, lengths = [], [], []
-    for (index, sample), found in sorted(parallel.union(world, sent).items()):
-        (ids, logps), stopped, text, verdict, length = found
-        theirs = Rollout(asked[index], sample, None, ids, logps, stopped, text, index)
-        every.append(known.get((index, sample), theirs))
-        verdicts.append(verdict)
-        lengths.append(length)
-    return every, verdicts, lengths
-
-
-def deal(rollouts: list[Rollout], lengths: list[int], cfg: Config, world, cost=float) -> list:
-    """This rank's bins of rollouts (indices), for each of the `critic_steps` parts of the batch.
-
-    A part is whole problems and does not depend on the number of ranks, so that the critic takes
-    the same steps on any. Every rollout is in exactly one bin of one rank; ranks get equally many,
-    and those that run at the same time cost about the same.
-    """
-    problems, parts = len(rollouts) // cfg.samples, []
-    for part in range(cfg.critic_steps):
-        low, high = (problems * k // cfg.critic_steps * cfg.samples for k in (part, part + 1))
-        groups = [r.problem.id for r in rollouts[low:high]]
-        bins = packing.plan(lengths[low:high], groups, cfg.pack_tokens, world.size, cost)
-        parts.append([[low + i for i in members] for members in bins[world.rank]])
-    return parts
-
-
-def read_prompts(rollouts: list[Rollout], tokenizer, settings):
-    """Prompts and lists of those that another rank has sampled; tries of a problem share one."""
-    prompts = {}
-    for r in (r for r in rollouts if r.prompt is None):
-        if r.index not in prompts:
-            p = r.problem
-            prompts[r.index] = data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id)
-        r.prompt = prompts[r.index]
-        r.response_ids, r.logps = r.response_ids.tolist(), r.logps.tolist()
-
-
-def lay_out(rollouts: list[Rollout], parts: list, cfg: Config, world) -> list:
-    """Bins of rollouts -> (packs, trained tokens on all ranks) of each part."""
-    documents, laid = [r.document for r in rollouts], []
-    for bins in parts:
-        packs = []
-        for members in bins:
-            members = sorted(members, key=lambda i: len(documents[i]))
-            packs.append(data.lay_out(documents, members) if members else data.filler_pack())
-        if cfg.train_vision:  # ranks gather the tower together, and Adam wants a 0, not no gradient
-            packs = [data.with_blank_picture(pack) for pack in packs]
-        (tokens,) = parallel.sums(world, sum(len(pack.rows) for pack in packs))
-        laid.append((packs, tokens))
-    return laid
-
-
-def plan(rollouts, lengths, cfg: Config, world, tokenizer, settings, cost):
-    """-> indices of the rollouts that this rank trains, and its (packs, tokens) of each part, whose
-    members count along those indices.
-    """
-    parts = deal(rollouts, lengths, cfg, world, cost)
-    share = sorted(i for bins in parts for members in bins for i in members)
-    place = {i: k for k, i in enumerate(share)}
-    ours = [rollouts[i] for i in share]
-    read_prompts(ours, tokenizer, settings)
-    parts = [[[place[i] for i in members] for members in bins] for bins in parts]
-    return share, lay_out(ours, parts, cfg, world)
-
-
-def gather(per_rollout: list[Tensor], pack: data.Pack) -> Tensor:
-    """Values of every rollout's response tokens -> those of a pack's trained tokens, (R,)."""
-    return torch.cat([torch.zeros(0), *(per_rollout[i] for i in pack.members)])
-
-
 @torch.no_grad()
 def judge(critic, parts, count: int, device) -> list[Tensor]:
     """V(s_t) before each response token, by rollout."""
-    values = [torch.zeros(0)] * count
-    for pack in (pack for packs, _ in parts for pack in packs):
+    every, found = [pack for packs, _ in parts for pack in packs], []
+    for pack in every:
         moved = pack.to(device)
-        found = critic(**moved.inputs, rows=moved.rows).cpu()
-        owner = torch.arange(len(pack.lengths)).repeat_interleave(torch.tensor(pack.lengths))
-        sizes = owner[pack.loss_mask].bincount(minlength=len(pack.lengths)).tolist()
-        for i, part in zip(pack.members, found.split(sizes), strict=False):  # a filler has none
-            values[i] = part
+        found.append(critic(**moved.inputs, rows=moved.rows))
+    values = [torch.zeros(0)] * count
+    for pack, of_pack in zip(every, found, strict=True):  # now, so that no pack waits for a copy
+        for i, part in zip(pack.members, of_pack.cpu().split(pack.trained), strict=False):
+            values[i] = part  # a filler has none
     parallel.release(critic)
     return values
 
@@ -373,28 +332,29 @@ def critic_metrics(values: list[Tensor], returns: list[Tensor], world) -> dict:
 
 def learn_critic(critic, optimizer, parts, returns, cfg: Config, step: int, world) -> dict:
     """One pass over the batch in `critic_steps` optimiser steps."""
-    loss, norm, trained = 0.0, 0.0, 0.0
+    losses, norm = [], 0.0
     for k, (packs, tokens) in enumerate(parts):
         rate = warm(step * cfg.critic_steps + k, cfg.warmup)
         optimizer.param_groups[0]["lr"] = cfg.critic_lr * rate
         optimizer.zero_grad()
         for pack in packs:
-            moved = pack.to(world.device)
+            moved, targets = pack.to(world.device), gather(returns, pack, world.device)
             values = critic(**moved.inputs, rows=moved.rows)
-            part = value_loss(values, gather(returns, pack).to(world.device)).sum() / max(tokens, 1)
+            part = value_loss(values, targets).sum() / max(tokens, 1)
             parallel.backward(critic, part, world, last=pack is packs[-1])
-            loss += part.item() * tokens
+            losses.append(part.detach().double() * tokens)
         norm += parallel.clip_gradients(critic, cfg.clip) / len(parts)
         optimizer.step()
-        trained += tokens
-    (loss,) = parallel.sums(world, loss)
-    return {"value_loss": loss / trained, "critic_grad_norm": norm}
+    (loss,) = parallel.sums(world, torch.stack(losses).sum().item())
+    return {"value_loss": loss / sum(tokens for _, tokens in parts), "critic_grad_norm": norm}
 
 
 def learn_policy(
-    policy, optimizer, parts, rollouts, advantages, cfg: Config, step: int, world
+    policy, optimizer, parts, rollouts, advantages, cfg: Config, step: int, world, watched=None
 ) -> dict:
     """One optimiser step on the whole batch. -> the loss, and what should hold on the way.
+
+    watched {rollout: ...}: gets the log-probs and entropies of those, (R,) each.
 
     FloatingPointError before the step where the loss or its gradient is not finite.
     """
@@ -403,36 +363,41 @@ def learn_policy(
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     sampled = [torch.tensor(r.logps) for r in rollouts]
-    loss = entropy = clipped = difference = off = far = kl = weighed = 0.0
-    suspects, every = [], [pack for packs, _ in parts for pack in packs]
-    for pack in every:
+    packs, told = [pack for of_part, _ in parts for pack in of_part], []
+    for pack in packs:  # nothing in this loop waits for the GPU: its numbers are read after it
         moved = pack.to(world.device)
+        by_sampler = gather(sampled, pack, world.device)
+        advantage = gather(advantages, pack, world.device)
         logps, entropies = policy(
             **moved.inputs, rows=moved.rows, targets=moved.targets, temperature=cfg.temperature
         )
         old_logps = logps.detach()  # strictly on-policy: this step is the first since sampling
-        advantage = gather(advantages, pack).to(world.device)
         losses = policy_loss(logps, old_logps, advantage, cfg.epsilon)
-        if cfg.tis:
-            weights = importance_weights(logps, gather(sampled, pack).to(world.device), cfg.tis)
-            losses, weighed = losses * weights, weighed + weights.sum().item()
-        part = losses.sum() / tokens
-        parallel.backward(policy, part, world, last=pack is every[-1])
-        loss += part.item()
-        if not math.isfinite(part.item()):
-            suspects += [f"{rollouts[i].problem.id}#{rollouts[i].sample}" for i in pack.members]
-        entropy += entropies.sum().item()
-        ratios = (logps.detach() - old_logps).exp()
-        clipped += ((ratios - 1).abs() > cfg.epsilon).sum().item()
-        gap = old_logps.cpu() - gather(sampled, pack)
-        difference += gap.abs().sum().item()
-        kl += (gap.exp() - 1 - gap).sum().item()  # k3 estimate of KL(sampler | trainer)
-        if len(gap):
-            far = max(far, gap.abs().max().item())
-            off = max(off, (ratios - 1).abs().max().item())
+        trust = (
+            importance_weights(logps, by_sampler, cfg.tis) if cfg.tis else torch.ones_like(logps)
+        )
+        part = (losses * trust).sum() / tokens
+        parallel.backward(policy, part, world, last=pack is packs[-1])
+        told.append(tell(part, logps, old_logps, by_sampler, entropies, trust, cfg.epsilon))
+        if not {*pack.members}.isdisjoint(watched or ()):
+            seen = zip(
+                *(x.detach().cpu().split(pack.trained) for x in (logps, entropies)), strict=True
+            )
+            watched |= {i: x for i, x in zip(pack.members, seen, strict=True) if i in watched}
     norm = parallel.clip_gradients(policy, cfg.clip)
-    local = loss, entropy, clipped, difference, kl, weighed
-    loss, entropy, clipped, difference, kl, weighed = parallel.sums(world, *local)
+    told = torch.stack(told).cpu()  # (packs, 8)
+    broken = [
+        pack
+        for pack, (part, *_) in zip(packs, told.tolist(), strict=True)
+        if not math.isfinite(part)
+    ]
+    suspects = [
+        f"{rollouts[i].problem.id}#{rollouts[i].sample}" for pack in broken for i in pack.members
+    ]
+    loss, entropy, clipped, difference, kl, weighed = parallel.sums(
+        world, *told[:, :6].sum(0).tolist()
+    )
+    far, off = told[:, 6:].amax(0).tolist()
     metrics = {
         "policy_loss": loss,
         "grad_norm": norm,
@@ -450,6 +415,18 @@ def learn_policy(
     return metrics | ({"tis_weight": weighed / tokens} if cfg.tis else {})
 
 
+@torch.no_grad()
+def tell(part, logps, old_logps, by_sampler, entropies, trust, epsilon: float) -> Tensor:
+    """What learn_policy reports of a pack, (8,) float64: six sums over its tokens, two maxima."""
+    gap = logps - by_sampler
+    off = ((logps - old_logps).exp() - 1).abs()
+    kl = gap.exp() - 1 - gap  # k3 estimate of KL(sampler | trainer)
+    summed = entropies, off > epsilon, gap.abs(), kl, trust
+    nothing = gap.new_zeros(1)  # a filler has no tokens
+    most = (torch.cat([nothing, x]).max() for x in (gap.abs(), off))
+    return torch.stack([x.double() for x in (part, *(x.sum() for x in summed), *most)])
+
+
 def verdict_of(rollout: Rollout):
     p = rollout.problem
     return grade(p.answer, rollout.text, choices=p.choices, precision=p.precision)
@@ -458,74 +435,6 @@ def verdict_of(rollout: Rollout):
 def score_of(verdict, rollout: Rollout) -> float:
     """The reward; a response that was cut is wrong, whatever it says."""
     return verdict.score * rollout.stopped
-
-
-def describe(rollouts: list[Rollout], verdicts: list, world) -> dict:
-    """Means over the rollouts of all ranks; pictures and text apart where it matters."""
-    pairs, scores = {}, [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
-
-    def mean(name: str, values: list[float]):
-        pairs[name] = (sum(values), len(values))
-
-    mean("reward", scores)
-    mean("length", [len(r.response_ids) for r in rollouts])
-    mean("truncated", [not r.stopped for r in rollouts])
-    mean("no_box", [v.status in ("no_box", "unclosed") for v in verdicts])
-    mean("unparsed", [v.status in ("unparsed", "gold_unparsed", "too_big") for v in verdicts])
-    for kind, wanted in (("image", True), ("text", False)):
-        mine = [i for i, r in enumerate(rollouts) if bool(r.problem.images) is wanted]
-        mean(f"reward_{kind}", [scores[i] for i in mine])
-        mean(f"length_{kind}", [len(rollouts[i].response_ids) for i in mine])
-        counts = [behaviors.count(rollouts[i].text) for i in mine]
-        for name in behaviors.NAMES:
-            mean(f"{kind}/{name}", [c[name] > 0 for c in counts])
-    return parallel.means(world, pairs)
-
-
-def rows_of(step: int, rollouts: list[Rollout], verdicts: list, scores: list[float]) -> list[dict]:
-    """What rollouts.jsonl keeps of a rollout."""
-    return [
-        {
-            "step": step,
-            "id": r.problem.id,
-            "source": r.problem.source,
-            "image": bool(r.problem.images),
-            "prompt": r.problem.prompt,
-            "response": r.text,
-            "answer": r.problem.answer,
-            "score": score,
-            "status": v.status,
-            "tokens": len(r.response_ids),
-            "stop": r.stopped,
-        }
-        for r, v, score in zip(rollouts, verdicts, scores, strict=True)
-    ]
-
-
-def print_trace(rollouts, verdicts, scores, values, advantages, cfg: Config, tokenizer):
-    """One picture problem through the six steps with the numbers of this batch."""
-    groups = [range(i, i + cfg.samples) for i in range(0, len(rollouts), cfg.samples)]
-    seen = [g for g in groups if rollouts[g[0]].problem.images] or groups
-    group = next((g for g in seen if len({scores[i] for i in g}) > 1), seen[0])
-    first = rollouts[group[0]]
-    problem, prompt = first.problem, first.prompt
-    print(f"1 ask     {problem.id}: {problem.prompt!r}, reference {problem.answer}")
-    print(f"          {len(prompt.ids)} tokens, pictures of (t, h, w) patches {prompt.grids}")
-    print(f"2 answer  {cfg.samples} tries at temperature {cfg.temperature:g}")
-    for i in group:
-        print(f"          #{rollouts[i].sample}  {rollouts[i].text}")
-    print("3 grade")
-    for i in group:
-        print(f"          #{rollouts[i].sample}  {verdicts[i].status}, reward {scores[i]:g}")
-    best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
-    for i in dict.fromkeys((best, worst)):
-        print(f"4 judge   #{rollouts[i].sample}, reward {scores[i]:g}")
-        print("          token           log p   value V  advantage A   5 learn")
-        for t, token in enumerate(rollouts[i].response_ids):
-            a, v = advantages[i][t].item(), values[i][t].item() if values else math.nan
-            push = "likelier" if a > 0 else "less likely" if a < 0 else "-"
-            word = tokenizer.decode([token])
-            print(f"          {word:14} {rollouts[i].logps[t]:6.2f} {v:9.2f} {a:12.2f}   {push}")
 
 
 def card_of(cfg: Config, out: Path, step: int, metrics: dict) -> str:
@@ -543,18 +452,14 @@ def main(cfg: Config):
         raise ValueError(f"problems {cfg.problems} < {world.size} ranks: one would have none")
     if cfg.trace and world.size > 1:
         raise ValueError("--trace follows one problem in one process: python rl.py --trace")
-    out = Path(cfg.out)
+    cfg = recorded(cfg) if cfg.replay else cfg
+    out, looks = Path(cfg.out), bool(cfg.trace or cfg.replay)  # looks on, and writes nothing
     toy.ensure(world, cfg.model, cfg.data)
-    start, checkpoint = checkpoints.newest(out) if cfg.trace else checkpoints.claim(out, cfg)
+    past = checkpoints.newest(out, cfg.step if cfg.replay else None) if looks else None
+    start, checkpoint = past or checkpoints.claim(out, cfg)
     directory = data.model_directory(cfg.model)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    problems = data.read_problems(cfg.data)
-    mine = ((i, problems[i]) for i in range(world.rank, len(problems), world.size))
-    lengths = {
-        i: data.prompt_length(p.prompt, p.images, tokenizer, settings, p.id) for i, p in mine
-    }
-    lengths = parallel.union(world, lengths)
-    problems, dropped = data.filter_long(problems, cfg.prompt_tokens, lengths)
+    problems, dropped = load_problems(cfg, world, tokenizer, settings)
     stream = data.Stream(problems, cfg.seed)
     local = replace(cfg, model=directory)
     sampler = load_sampler(local, world, tokenizer, settings)
@@ -568,13 +473,15 @@ def main(cfg: Config):
 
     def sync(when: str):
         """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
+        if cfg.replay:
+            return parallel.release(policy)
         sampler.sync(parallel.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, bird, cfg.temperature, cfg.train_vision)
         refuse_gap(parallel.largest(world, gap), cfg, world, when)
         parallel.release(policy)
 
     sync("at the start")
-    log = None if cfg.trace else RunLog(out, cfg, cfg.steps, world.main, start)
+    log = None if looks else RunLog(out, cfg, cfg.steps, world.main, start)
     if world.main and dropped:
         print(f"{dropped} problems left out: prompts over {cfg.prompt_tokens} tokens")
 
@@ -585,7 +492,7 @@ def main(cfg: Config):
     turn("policy", "cpu")
     turn("critic", "cpu")
     stopped = False
-    pulse = (lambda *_: None) if cfg.trace else Pulse(out, world.rank, cfg.dump_minutes)
+    pulse = (lambda *_: None) if looks else Pulse(out, world.rank, cfg.dump_minutes)
     saver = checkpoints.Saver(out, directory, world.dtype, cfg.keep_last, cfg.keep_every)
     with saver, stop_on_signal(world.main) as stop:
         for step in range(start, start + 1 if cfg.trace else cfg.steps):
@@ -602,12 +509,15 @@ def main(cfg: Config):
             # 3. grade: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             pulse("grade", step)
             verdicts = [verdict_of(r) for r in mine]
-            metrics = describe(mine, verdicts, world) | {"length_budget": budget}
-            rollouts, verdicts, lengths = exchange(mine, verdicts, asked, cfg, world)
+            scores = [score_of(v, r) for v, r in zip(verdicts, mine, strict=True)]
+            metrics = telling.describe(mine, verdicts, scores, world) | {"length_budget": budget}
+            rollouts, verdicts, lengths = dealing.exchange(mine, verdicts, asked, cfg, world)
             scores = [score_of(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
+            if world.main and cfg.record and not looks:
+                dealing.keep(out, step, rollouts)
             # 4. judge every token: how much better than expected?
             pulse("judge", step)
-            share, parts = plan(rollouts, lengths, cfg, world, tokenizer, settings, cost)
+            share, parts = dealing.place(rollouts, lengths, cfg, world, tokenizer, settings, cost)
             ours, values = [rollouts[i] for i in share], None
             if cfg.algorithm == "ppo":
                 turn("critic", world.device)
@@ -619,7 +529,8 @@ def main(cfg: Config):
                 scored = group_advantages(torch.tensor(scores).view(-1, cfg.samples)).flatten()
                 advantages = spread(scored[share], ours)
             if cfg.trace:
-                print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer)
+                told = rollouts, verdicts, scores, values, advantages
+                telling.print_trace(*told, cfg, tokenizer)
                 return parallel.finish(world)
             # 5. learn: the critic in 4 steps, the policy in 1
             pulse("learn", step)
@@ -628,8 +539,19 @@ def main(cfg: Config):
                 metrics["peak_gb"] = parallel.peak_gb(world)
                 turn("critic", "cpu")
             turn("policy", world.device)
-            metrics |= learn_policy(*pair["policy"], parts, ours, advantages, cfg, step, world)
+            chosen = telling.tries_to_tell(rollouts, scores, cfg.samples)
+            watched = {k: None for k, i in enumerate(share) if i in chosen}
+            learnt = parts, ours, advantages, cfg, step, world
+            metrics |= learn_policy(*pair["policy"], *learnt, watched)
             parallel.refuse_nan(world, step, metrics)
+            if cfg.replay:
+                turn("policy", "cpu")
+                if step < cfg.step:
+                    continue
+                if world.main:
+                    telling.print_replay(out, step, metrics)
+                    telling.print_pushes(ours, advantages, [scores[i] for i in share])
+                return parallel.finish(world)
             refuse_gap(metrics["logp_diff_mean"], cfg, world, f"step {step}")
             metrics["peak_gb"] = max(metrics.get("peak_gb", 0.0), parallel.peak_gb(world))
             # 6. tell: the sampler, a checkpoint, and the log
@@ -637,7 +559,15 @@ def main(cfg: Config):
             sync(f"after the update of step {step}")
             metrics |= pulse.seconds()
             log.log(step, metrics, show=[name for name in SHOWN if name in metrics])
-            log.rollouts(rows_of(step, rollouts, verdicts, scores)[: cfg.log_rollouts])
+            if world.main and step < start + 2:  # of a GPU that plan.py knows
+                packs = [pack for of_part, _ in parts for pack in of_part]
+                plan.show_beside("rl", cfg, policy.config, world.size, packs, metrics)
+            told = rollouts, verdicts, scores
+            log.append("rollouts", telling.rows_of(step, *told)[: cfg.log_rollouts])
+            of_ours = share, ours, values, advantages, watched
+            log.append(
+                "tokens", telling.token_rows(step, chosen, *told, *of_ours, tokenizer, world)
+            )
             stopped = parallel.largest(world, stop.requested)
             if stopped or (step + 1) % cfg.save_every == 0:
                 pulse("save", step)  # after the log: a checkpoint's steps all stand in it

@@ -176,23 +176,23 @@ class TorchSampler:
         uniforms = torch.stack(draws, dim=1).to(device)  # (max_tokens, N)
         rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
         stops = torch.tensor(sorted(self.stops), device=device)
-        ids, logps = [], []  # of each step, (N,) with -1 where the rollout has ended
+        ids = torch.full((max_tokens, len(rollouts)), -1, device=device)  # -1: has ended before
+        logps = torch.zeros(ids.shape, device=device)
         for step in range(max_tokens):
             token = draw_tokens(logits, uniforms[step, rows], temperature, self.forbidden)
-            logp = (
-                (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None]).squeeze(1)
-            )
-            ids.append(torch.full((len(rollouts),), -1).index_copy(0, rows.cpu(), token.cpu()))
-            logps.append(torch.zeros(len(rollouts)).index_copy(0, rows.cpu(), logp.cpu()))
+            every = (logits / (temperature or 1.0)).log_softmax(-1)
+            ids[step, rows] = token
+            logps[step, rows] = every.gather(1, token[:, None]).squeeze(1)
             live = ~torch.isin(token, stops)
-            if not live.any() or step == max_tokens - 1:
+            left = int(live.sum())  # all that the host waits for in a step
+            if not left or step == max_tokens - 1:
                 break
-            if not live.all():
+            if left < len(live):
                 kept = cache.keep(live)
                 rows, token, positions = rows[kept], token[kept], positions[kept]
             logits = self.model(token, positions.expand(3, -1), cache=cache)
             positions = positions + 1
-        ids, logps = torch.stack(ids, dim=1).tolist(), torch.stack(logps, dim=1).tolist()
+        ids, logps = ids[: step + 1].T.tolist(), logps[: step + 1].T.tolist()
         for rollout, row_ids, row_logps in zip(rollouts, ids, logps, strict=True):
             length = row_ids.index(-1) if -1 in row_ids else len(row_ids)
             rollout.response_ids, rollout.logps = row_ids[:length], row_logps[:length]

@@ -58,7 +58,8 @@ class RunLog:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         self.earlier = _truncate(self.directory / "metrics.jsonl", start)
-        _truncate(self.directory / "rollouts.jsonl", start)
+        for name in ("rollouts", "tokens"):
+            _truncate(self.directory / f"{name}.jsonl", start)
         self.about = provenance(config) | {
             "started": time.strftime(TIME),
             "start_step": start,
@@ -66,7 +67,6 @@ class RunLog:
         }
         self._write_about()
         self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.samples = (self.directory / "rollouts.jsonl").open("a", encoding="utf-8")
         if project := getattr(config, "wandb", ""):
             self.wandb = _start_wandb(project, self.directory, self.about["config"])
 
@@ -97,10 +97,13 @@ class RunLog:
             flush=True,
         )
 
-    def rollouts(self, rows: Iterable[dict]) -> None:
-        """Append decoded rollouts; every row holds its "step", so that a resume can cut it off."""
+    def append(self, name: str, rows: Iterable[dict]) -> None:
+        """Rows of a step into NAME.jsonl, "rollouts" or "tokens"; every row holds its "step", so
+        that a resume can cut it off.
+        """
         if self.main:
-            _append(self.samples, rows)
+            with (self.directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                _append(file, rows)
 
     def close(self) -> None:
         """Write `seconds_total` (saving included, all parts of a resumed run) and close."""
@@ -109,7 +112,6 @@ class RunLog:
         self.about["seconds_total"] = round(self.earlier + time.perf_counter() - self.began, 2)
         self._write_about()
         self.metrics.close()
-        self.samples.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -380,7 +380,7 @@ def test_a_written_response_ends_in_a_stop_token_that_is_trained(tokenizer):
     assert ids == tokenizer.convert_tokens_to_ids(words)
     prompt = data.encode_prompt("what", [], tokenizer, None)
     (packed,) = data.pack([Document(prompt, ids)], budget=99)
-    assert packed.ids[packed.loss_mask].tolist() == ids
+    assert packed.targets.tolist() == ids
     with pytest.raises(ValueError, match=r"response contains <\|im_end\|>"):
         data.encode_response("3 <|im_end|>", tokenizer)
 
@@ -527,11 +527,12 @@ def test_a_pack_holds_whole_documents_and_trains_responses_only():
     (packed,) = data.pack(documents, budget=10)
     assert packed.members == [1, 0] and packed.lengths == [4, 6]  # short to long
     assert packed.ids.tolist() == [10, 11, 9, 151645, 5, 151645, 6, 0, 8, 151645]
-    assert packed.loss_mask.int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]  # stop tokens included
+    assert packed.targets.tolist() == [9, 151645, 0, 8, 151645]  # stop tokens included
+    assert packed.rows.tolist() == [1, 2, 6, 7, 8] and packed.trained == [2, 3]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * 3
     assert packed.patches is None and packed.grids == [] and not len(packed.slots)
     assert packed.ids.dtype == packed.slots.dtype == packed.sources.dtype == torch.int64
-    assert packed.loss_mask.dtype == torch.bool
+    assert packed.rows.dtype == packed.targets.dtype == torch.int64
     assert [p.members for p in data.pack(documents, budget=9)] == [[0], [1]]
 
 
@@ -565,9 +566,33 @@ def test_a_shared_picture_stands_once_and_every_image_token_finds_its_row(tokeni
             expected[where] = document.prompt.patches.reshape(-1, 4, 1176).mean(dim=1)
         assert torch.equal(placed[here], expected)
         assert torch.equal(packed.positions[:, here], naive_positions(document))
-        mask = [False] * len(document.prompt.ids) + [True] * len(document.response_ids)
-        assert packed.loss_mask[here].tolist() == mask
         start += length
+    assert packed.expand is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_trained_token_is_predicted_from_the_one_before_it_in_its_document(tokenizer, shared):
+    first = data.encode_prompt("look <image>", [picture(84, 56)], tokenizer, SETTINGS)
+    second = data.encode_prompt("what is 1", [], tokenizer, None)
+    tries = [(first, [1, 2]), (second, [3]), (first, [4, 5, 6]), (second, []), (first, [7])]
+    documents = [Document(prompt, response) for prompt, response in tries]
+    packed = data.lay_out(documents, [4, 1, 0, 3, 2], shared=shared)
+    order = [documents[i] for i in packed.members]
+    assert packed.trained == [1, 1, 2, 0, 3] and packed.lengths == [*map(len, order)]
+    alone = 2 * len(first.ids) + len(second.ids) if shared else 0  # copies that are left out
+    assert len(packed.ids) == sum(packed.lengths) - alone
+    rows = packed.expand if shared else torch.arange(len(packed.ids))
+    told = zip(packed.rows.split(packed.trained), packed.targets.split(packed.trained), strict=True)
+    for document, own, (at, targets) in zip(order, rows.split(packed.lengths), told, strict=True):
+        assert packed.ids[own].tolist() == document.ids
+        assert torch.equal(packed.positions[:, own], naive_positions(document))
+        assert at.tolist() == own[len(document.prompt.ids) - 1 : -1].tolist()[: len(targets)]
+        assert targets.tolist() == document.response_ids
+        pads = [i for i in own.tolist() if i in set(packed.slots.tolist())]
+        assert len(pads) == (6 if document.prompt is first else 0)
+    assert len(packed.patches) == 24  # the picture stands once, shared or not
+    assert len(packed.slots) == (6 if shared else 18)
+    assert len(set(packed.slots.tolist())) == len(packed.slots)
 
 
 def naive_positions(document):
@@ -616,7 +641,7 @@ def test_a_document_over_the_budget_is_named_and_not_cut():
 
 def test_a_filler_pack_trains_nothing_and_moves_like_any_other():
     filler = data.filler_pack().to("cpu")
-    assert not filler.loss_mask.any() and filler.members == [] and filler.patches is None
+    assert not len(filler.targets) and filler.members == [] and filler.patches is None
     assert filler.lengths == [2] and filler.positions.tolist() == [[0, 1]] * 3
 
 

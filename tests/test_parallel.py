@@ -11,6 +11,7 @@ import faulthandler
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from model import Qwen25VL, load_model, read_config, save_model
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = parallel.World(0, 1, torch.device("cpu"))
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to kill by")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++")
 LIMIT = 300  # seconds; a start takes about 12, and ten times that on a busy machine
 
 
@@ -521,6 +523,43 @@ def test_recomputation_changes_no_bit_of_the_gradient_and_selective_does_not_rep
     assert ran - plain_tower(mini, pack)["attention"] == layers * attention
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", parallel.RECOMPUTE)
+def test_compiled_blocks_give_the_same_numbers_from_one_graph_for_packs_of_any_length(mini, kind):
+    torch._dynamo.reset()
+    plain, model = (
+        parallel.load(mini.model, ALONE, recompute=kind, compile=c) for c in (False, True)
+    )
+    torch._dynamo.utils.counters.clear()
+    packs = [*picture_and_text(asdict(mini)), data.filler_pack()]
+    assert len({tuple(pack.lengths) for pack in packs}) == 3
+    for pack in packs:
+        found = []
+        for one in (plain, model):
+            logps, _ = one(**pack.inputs, rows=pack.rows, targets=pack.targets)
+            logps.sum().backward()
+            found.append(logps)
+        torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        same = a.grad is None or (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm()
+        assert same and (a.grad is None) == (b.grad is None), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # before, behind attention
+
+
+@needs_compiler
+def test_compiled_blocks_work_in_bfloat16_over_sharded_masters(mini, half):
+    plain, model = (parallel.load(mini.model, half, compile=c) for c in (False, True))
+    pack = picture_and_text(asdict(mini))[0]
+    found = []
+    for one in (plain, model):
+        logps, _ = one(**pack.inputs, rows=pack.rows, targets=pack.targets)
+        parallel.backward(one, logps.sum(), half, last=True)
+        gradients = (w.grad.full_tensor().flatten() for w in one.parameters() if w.grad is not None)
+        found.append((logps.detach(), torch.cat([*gradients])))
+    assert (found[0][0] - found[1][0]).abs().mean() < 0.01  # bfloat16, rounded in other places
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.999
 
 
 def plain_tower(mini, pack) -> Counter:

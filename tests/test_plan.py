@@ -286,3 +286,36 @@ def test_measured_constants_replace_assumed_ones_and_unknown_ones_are_refused(tm
     file.write_text(json.dumps({"plan": {"speed": 1}}))
     with pytest.raises(ValueError, match="gpu.json"):
         plan.constants(str(file))
+
+
+def test_the_first_two_steps_of_a_run_stand_beside_the_plan_of_the_documents_they_had(
+    mini, tmp_path, monkeypatch, capsys
+):
+    """On a machine that says it is an H100: what is printed is checked, not the machine's speed."""
+    monkeypatch.setattr(plan, "here", lambda: "h100")
+    seen, seconds = [], plan.seconds
+    monkeypatch.setattr(plan, "seconds", lambda *given: seen.append(given) or seconds(*given))
+    small = dict(steps=3, problems=4, samples=2, lengths=(8,), length_from=(0,), threads=1)
+    small |= dict(pack_tokens=128, prompt_tokens=64, model=mini.model, data=mini.train)
+    rl.main(rl.Config(out=str(tmp_path / "rl"), **small))
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("measured for")]
+    assert len(lines) == len(seen) == 2
+    rows = [json.loads(x) for x in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    for line, row, (cfg, c, known) in zip(lines, rows, seen, strict=False):
+        assert len(known["lengths"]) == 8 and sum(known["lengths"]) == row["tokens"]
+        assert (cfg.share, cfg.length, cfg.gpus) == (8, 8, 1) and c.hidden_size == 128
+        assert f"learn {row['seconds_learn']:.3g} s for " in line and " GB for " in line
+        assert f"memory {row['peak_gb']:.3g} GB for " in line
+    monkeypatch.setattr(plan, "config_of", lambda *given: plan.Config(gpus=12))
+    plan.show_beside("rl", None, None, 12, [], {})
+    assert "no plan: gpu: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, gpu",
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("Tesla T4", "")],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(monkeypatch, name, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert plan.here() == gpu

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import dealing
 import parallel
 import rl
-import runlog
+import telling
 from model import load_model
 from reward import Verdict
 from rollout import Rollout, canary
@@ -29,7 +31,7 @@ ALONE = parallel.World(0, 1, torch.device("cpu"))
 def packed(rollouts: list, cfg: rl.Config) -> list:
     """The packs of a batch in one process."""
     lengths = [len(r.document) for r in rollouts]
-    return rl.lay_out(rollouts, rl.deal(rollouts, lengths, cfg, ALONE), cfg, ALONE)
+    return dealing.lay_out(rollouts, dealing.deal(rollouts, lengths, cfg, ALONE), cfg, ALONE)
 
 
 def config(**changed) -> rl.Config:
@@ -288,22 +290,25 @@ class TabularPolicy(nn.Module):
         super().__init__()
         self.theta = nn.Parameter(theta)
 
-    def states(self, ids, lengths, rows):
+    def states(self, ids, lengths, rows, expand):
         starts = [0, *itertools.accumulate(lengths)]
+        if expand is not None:  # a shared prompt's row: what follows it is the same in all
+            places = expand.tolist()
+            ids, rows = ids[expand], torch.tensor([places.index(row) for row in rows.tolist()])
         for row in rows.tolist():
             start = max(s for s in starts[:-1] if s <= row)
             yield tuple(ids[start + 2 : row + 1].tolist())  # two prompt tokens
 
-    def forward(self, ids, lengths, rows, targets=None, temperature=1.0, **unused):
-        index = [STATES.index(s) for s in self.states(ids, lengths, rows)]
+    def forward(self, ids, lengths, rows, expand, targets=None, temperature=1.0, **unused):
+        index = [STATES.index(s) for s in self.states(ids, lengths, rows, expand)]
         logits = self.theta[index] / temperature
         logps = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         return logps, torch.zeros_like(logps)
 
 
 class TabularCritic(TabularPolicy):
-    def forward(self, ids, lengths, rows, **unused):
-        return self.theta[[STATES.index(s) for s in self.states(ids, lengths, rows)]]
+    def forward(self, ids, lengths, rows, expand, **unused):
+        return self.theta[[STATES.index(s) for s in self.states(ids, lengths, rows, expand)]]
 
 
 @pytest.mark.parametrize("lam", [0, 0.95, 1])
@@ -330,7 +335,7 @@ def test_judge_gae_normalise_and_learn_give_the_exact_gradient_of_a_batch(lam, p
     cfg = config(samples=1, problems=27, clip=1e9, lam=lam, lengths=(4,), length_from=(0,))
     cfg = replace(cfg, prompt_tokens=2, pack_tokens=pack_tokens)
     parts = packed(rollouts, cfg)
-    values = rl.judge(critic, parts, 27, "cpu")
+    values = rl.judge(critic, parts, 27, ALONE.device)
     judged = []
     for sequence, value in zip(drawn, values, strict=True):
         assert value.tolist() == [known[sequence[:t]] for t in range(len(sequence))]
@@ -378,19 +383,19 @@ UPDATE = dict(problems=8, samples=2, critic_lr=0.05, lr=0.05, warmup=0, clip=1e9
 PACKS = [(36, 16), (64, 6), (100, 4), (4096, 1)]  # tokens a pack, and at least so many packs
 
 
-def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None) -> tuple:
+def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None, **changed) -> tuple:
     """One critic pass and one policy step -> both models, both optimisers, metrics."""
     rollouts, advantages = batch
     if order is not None:
         rollouts, advantages = [rollouts[i] for i in order], [advantages[i] for i in order]
     sizes = dict(prompt_tokens=20, pack_tokens=pack_tokens, critic_steps=critic_steps)
-    cfg = config(**UPDATE | sizes)
+    cfg = config(**UPDATE | sizes | changed)
     torch.manual_seed(0)
     policy, critic = load_model(mini.model), load_model(mini.model, head="value")
     nn.init.normal_(critic.value_head.weight, std=0.1)
     slow, fast = (CountingSGD(m.parameters(), lr=1.0) for m in (policy, critic))
     parts = packed(rollouts, cfg)
-    values = rl.judge(critic, parts, len(rollouts), "cpu")
+    values = rl.judge(critic, parts, len(rollouts), ALONE.device)
     returns = [
         a * 0 + float(r.problem.answer) / 5 for a, r in zip(advantages, rollouts, strict=True)
     ]
@@ -401,7 +406,8 @@ def update(mini, batch, pack_tokens: int, critic_steps: int = 4, order=None) -> 
 
 @pytest.fixture(scope="module")
 def reference(mini, batch):
-    return update(mini, batch, 4096)
+    """One pack a part, each document with a prompt of its own."""
+    return update(mini, batch, 4096, share_prompts=False)
 
 
 def assert_same_weights(one, other, atol):
@@ -410,17 +416,41 @@ def assert_same_weights(one, other, atol):
 
 
 @pytest.mark.parametrize("pack_tokens, packs", PACKS)
-def test_the_update_does_not_depend_on_the_micro_batches(
+def test_the_update_does_not_depend_on_the_micro_batches_nor_on_shared_prompts(
     mini, batch, reference, pack_tokens, packs
 ):
     policy, critic, _, _, found, values, parts = update(mini, batch, pack_tokens)
     assert sum(len(p) for p, _ in parts) >= packs
+    shared = any(pack.expand is not None for p, _ in parts for pack in p)
+    assert shared or pack_tokens == 36  # which holds one document
     assert_same_weights(policy, reference[0], 1e-6)
     assert_same_weights(critic, reference[1], 1e-6)
     for name in ("policy_loss", "grad_norm", "value_loss", "critic_grad_norm", "entropy"):
         assert found[name] == pytest.approx(reference[4][name], rel=1e-5), name
     for mine, theirs in zip(values, reference[5], strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host waits for: numbers read from a device, sizes that follow values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += any(n in str(operator) for n in ("_local_scalar_dense", "nonzero", "unique"))
+        return operator(*args, **(kwargs or {}))
+
+
+def test_learning_waits_for_the_device_as_often_with_many_packs_as_with_few(mini, batch):
+    counts = []
+    for pack_tokens in (36, 4096):
+        with Waits() as waits:
+            *_, parts = update(mini, batch, pack_tokens)
+        counts.append((sum(len(packs) for packs, _ in parts), waits.count))
+    (many, one), (few, other) = counts
+    assert many >= 4 * few and one == other > 0
 
 
 def test_the_update_moves_every_weight(mini, reference):
@@ -516,7 +546,7 @@ def test_nan_in_every_slot_that_is_not_trained_changes_nothing(pack_tokens):
     filled = [(packs + [data.filler_pack()], tokens) for packs, tokens in parts]  # as a short rank
     policy, critic = Poisoned(rollouts), Poisoned(rollouts)
     slow, fast = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (policy, critic))
-    values = rl.judge(critic, filled, 8, "cpu")
+    values = rl.judge(critic, filled, 8, ALONE.device)
     judged = []
     for i, (value, rollout) in enumerate(zip(values, rollouts, strict=True)):
         assert value.tolist() == pytest.approx([-1.0 - i / 100] * len(rollout.response_ids))
@@ -698,7 +728,7 @@ def test_a_response_that_was_cut_is_wrong_even_if_it_was_right_so_far(mini, tmp_
 
 def interrupt(monkeypatch, how: str):
     """In step 1: Ctrl-C; in step 3: the machine dies. The names of the two ways to be cut off."""
-    told = rl.rows_of
+    told = telling.rows_of
 
     def rows_of(step, *rest):
         if how == "ctrl-c" and step == 1:
@@ -707,7 +737,7 @@ def interrupt(monkeypatch, how: str):
             raise RuntimeError("killed")
         return told(step, *rest)
 
-    monkeypatch.setattr(rl, "rows_of", rows_of)
+    monkeypatch.setattr(telling, "rows_of", rows_of)
 
 
 @pytest.mark.parametrize("how, save_every", [("ctrl-c", 100), ("killed", 2)])
@@ -741,7 +771,7 @@ def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
 ):
     cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), steps=1, save_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "rollouts", lambda *a: signal.raise_signal(signal.SIGINT))
+        patch.setattr(telling, "rows_of", lambda *a: signal.raise_signal(signal.SIGINT) or [])
         rl.main(cfg)
     assert (tmp_path / "checkpoints/step_000001/state").is_dir()
     assert not (tmp_path / "model").exists()

@@ -41,7 +41,7 @@ def run(directory, steps, start=0, main=True):
     log = RunLog(directory, Config(), steps=5, main=main, start=start)
     for step in range(start, steps):
         log.log(step, {"loss": 1.0 / (step + 1), "lr": 1e-4}, show=("loss",))
-        log.rollouts([{"step": step, "id": f"p{i}"} for i in range(2)])
+        log.append("rollouts", [{"step": step, "id": f"p{i}"} for i in range(2)])
     return log
 
 

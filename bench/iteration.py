@@ -1,0 +1,115 @@
+"""Where an iteration of rl.py spends its time, and how often it waits for the device.
+
+    python bench/iteration.py                                   # the miniature of runs/laptop.sh
+    python bench/iteration.py --model DIR --data FILE --steps 8
+
+rl.main runs as it ships for a few steps, with a clock around what it calls; a function's time is
+its own, without that of clocked functions inside. CPU seconds of one process with one thread, so
+that other work on the machine does not count. The first step, which warms up, is left out.
+"""
+
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch  # noqa: E402
+
+import checkpoints  # noqa: E402
+import data  # noqa: E402
+import dealing  # noqa: E402
+import model  # noqa: E402
+import parallel  # noqa: E402
+import rl  # noqa: E402
+import rollout  # noqa: E402
+import runlog  # noqa: E402
+import telling  # noqa: E402
+
+PARTS = {  # what is clocked, by the row of the table it counts for
+    "model, forward": [(model.Qwen25VL, "forward")],
+    "model, backward": [(parallel, "backward")],
+    "optimiser": [(torch.optim.AdamW, "step"), (parallel, "clip_gradients")],
+    "sampler": [(rollout.TorchSampler, "generate"), (rollout.TorchSampler, "sync")],
+    "grading and behaviours": [(rl, "verdict_of"), (telling, "describe")],
+    "packing": [(dealing, "place"), (dealing, "exchange")],
+    "what is told and kept": [
+        (telling, "rows_of"),
+        (telling, "token_rows"),
+        (dealing, "keep"),
+        (runlog.RunLog, "append"),
+    ],
+    "problems": [(data.Stream, "batch")],
+    "checkpoints": [(checkpoints.Saver, "save")],
+}
+INNER = {"model, forward", "model, backward", "optimiser", "sampler"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run."""
+
+    model: str = "out/laptop/coldstart/model"  # as rl.py's
+    data: str = "out/laptop/data/train.jsonl"
+    steps: int = 6  # the first is not counted
+    out: str = "out/iteration"  # run directory, removed and made anew
+
+
+class Clock:
+    """CPU seconds of the innermost clocked function, by name; "" is everything else."""
+
+    def __init__(self):
+        self.spent, self.inside, self.since = Counter(), [""], time.process_time()
+
+    def turn(self):
+        now = time.process_time()
+        self.spent[self.inside[-1]] += now - self.since
+        self.since = now
+
+    def around(self, owner, name: str, row: str):
+        wrapped = getattr(owner, name)
+
+        def clocked(*arguments, **options):
+            self.turn()
+            # the sampler's forward is the sampler's
+            self.inside.append("sampler" if "sampler" in self.inside else row)
+            try:
+                return wrapped(*arguments, **options)
+            finally:
+                self.turn()
+                self.inside.pop()
+
+        setattr(owner, name, clocked)
+
+
+def main(cfg: Config):
+    shutil.rmtree(cfg.out, ignore_errors=True)
+    clock, told = Clock(), runlog.RunLog.log
+
+    def log(self, step, *rest, **options):
+        told(self, step, *rest, **options)
+        if step == 0:
+            clock.turn()
+            clock.spent.clear()
+
+    runlog.RunLog.log = log
+    for row, places in PARTS.items():
+        for owner, name in places:
+            clock.around(owner, name, row)
+    rl.main(rl.Config(model=cfg.model, data=cfg.data, out=cfg.out, steps=cfg.steps, threads=1))
+    clock.turn()
+    whole, steps = sum(clock.spent.values()), cfg.steps - 1
+    print("\n| part | CPU s a step | share |\n|---|---|---|")
+    for row in (*PARTS, ""):
+        spent = clock.spent[row]
+        print(f"| {row or 'all else'} | {spent / steps:.3f} | {spent / whole:.1%} |")
+    others = sum(clock.spent[row] for row in {*PARTS, ""} - INNER) / whole
+    print(f"\noutside model, optimiser and sampler: {others:.1%} of {whole / steps:.2f} s a step")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,88 @@
+"""bench/gpu.py at miniature size: every part finds something, wrong kernels get no figures."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plan
+from model import attend
+
+FILE = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
+sys.path.append(str(FILE.parent))  # last: other files there are called as those they measure
+import gpu  # noqa: E402
+
+KEYS = dict(  # what a row without an error must have, and be positive
+    ceilings=("ms", "first_ms"),
+    parity=("logp_mean", "logp_max", "cosine", "passes"),
+    attention=("parity", "ms", "first_ms", "tflops", "mfu"),
+    decoder=("ms", "per_second", "mfu", "predicted_ms", "predicted_gb"),
+    step3b=("ms", "per_second", "mfu", "predicted_ms", "predicted_gb"),
+    head=("ms", "per_second", "mfu", "predicted_gb"),
+    vision=("ms", "per_second"),
+    sampler=("ms", "per_second", "share"),
+)
+
+
+def bench(**options):
+    return gpu.Bench(*gpu.MINI, **options)
+
+
+def test_every_part_leaves_figures_and_the_planner_reads_them(tmp_path):
+    out = tmp_path / "deep" / "gpu.json"
+    command = [sys.executable, str(FILE), "--size", "mini", "--out", str(out)]
+    quiet = dict(capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    run = subprocess.run(command, timeout=600, **quiet)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(out.read_text())
+    assert list(found["parts"]) == list(KEYS)
+    for part, rows in found["parts"].items():
+        good = [row for row in rows if "error" not in row]
+        assert good and f"## {part}: " in run.stdout
+        assert all(row[key] > 0 for row in good for key in KEYS[part])
+        assert part == "attention" or good == rows  # kernels that a CPU has not
+    assert {"cudnn", "varlen"} <= {r["candidate"] for r in found["parts"]["attention"]}
+    assert all(row["passes"] for row in found["parts"]["parity"])
+    known, names = plan.constants(str(out))
+    assert names == {"mfu", "mfu_recompute", "decode", "host_gbs"}
+    assert set(known["mfu"]) == {"64", "128"} and all(0 < x < 1 for x in known["mfu"].values())
+
+
+def test_a_wrong_kernel_and_a_decoder_that_drifts_get_no_figures(monkeypatch):
+    seen = {"all": lambda n: lambda *qkv: attend(*qkv, [*n], causal=False)}
+    seen |= {"nan": lambda n: lambda *qkv: attend(*qkv, [*n], causal=True) * math.nan}
+    seen |= {"right": lambda n: lambda *qkv: attend(*qkv, [*n], causal=True)}
+    monkeypatch.setattr(gpu, "CANDIDATES", seen)
+    rows = {row["candidate"]: row for row in gpu.attention(bench())}
+    assert {name for name, row in rows.items() if "ms" in row} == {"right"}
+    assert rows["all"]["error"] == rows["nan"]["error"] == "parity failed"
+    parity = [{"recompute": "full", "compiled": False, "passes": False}]
+    b = bench(found={"parity": parity})
+    row = gpu.trained(b, gpu.TINY, (8,), ("full", False), 0, lambda: lambda: None)
+    assert row["error"] == "parity failed" and "ms" not in row
+
+
+def test_lengths_may_be_rounded_up_and_keys_repeated():
+    q, k, v = (torch.randn(61, heads, 8) for heads in (4, 2, 2))
+    wanted = attend(q, k, v, [9, 30, 22], causal=True)
+    for options in ({"step": 16}, {"repeat": True}, {"step": 1024, "repeat": True}):
+        found = gpu.by_document(gpu.MATH, (9, 30, 22), **options)(q, k, v)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_mfu_is_the_flops_of_all_documents_over_peak_and_time(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: 0.5 * next(clock))  # a call: 0.5 s
+    b, n = bench(tflops=1e-6), (50, 33, 21)
+    row = gpu.trained(b, gpu.TINY, n, ("none", False), 0, lambda: lambda: None)
+    layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128  # q, o; k, v; gate, up, down
+    flops = 6 * (2 * layer + 512 * 64) * 104 + 6 * 2 * 64 * (50**2 + 33**2 + 21**2)
+    assert row["ms"] == 500 and row["per_second"] == 208
+    assert row["mfu"] == pytest.approx(flops / 0.5 / 1e6)
+    assert gpu.attempt(bench(room=10.0), {}, dict, needs=11.0)["error"] == "does not fit"
+    assert gpu.attempt(bench(until=0.0), {}, dict)["error"] == "no time left"

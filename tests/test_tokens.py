@@ -1,0 +1,155 @@
+"""Token by token, against the rows it is made of, and in a browser where there is one."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import pytest
+from conftest import write_rows
+
+import report
+import tokens
+
+HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", "\"'", "\n", "\x00"]
+HOSTILE += ["\u202e", "$css", " a ", "", "\ud800"]
+PICTURE = "data:image/png;base64,iVBORw0KGgo="
+
+
+def rollout(step=0, sample=0, score=0.0, **more) -> dict:
+    draw = random.Random(f"{step} {sample}")
+    row = {"step": step, "id": f"train-{step}", "sample": sample, "source": "toy", "score": score}
+    row |= {"prompt": "<image> what ?", "pictures": [PICTURE], "answer": "14", "stop": True}
+    row |= {"status": "match", "length": len(HOSTILE), "tokens": HOSTILE}
+    for name in ("sampled", "logp", "entropy", "value", "advantage"):
+        row[name] = [round(draw.gauss(0, 1), 4) for _ in HOSTILE]
+    return row | more
+
+
+def kept(folder, rows):
+    write_rows(folder / "tokens.jsonl", rows)
+    return folder
+
+
+def data_of(section: str) -> str:
+    data, script = re.findall("<script type=[^>]*>(.*?)</script>", section, re.DOTALL)
+    assert script == tokens.SCRIPT
+    return data
+
+
+def embedded(section: str) -> dict:
+    return json.loads(data_of(section))
+
+
+def test_what_is_embedded_is_what_was_kept_number_by_number_and_token_by_token(tmp_path):
+    rows = [rollout(step, k, skipped=[2, 9]) for step in range(3) for k in range(4)]
+    found = embedded(tokens.section(kept(tmp_path, rows)))
+    assert found["pictures"] == [PICTURE]  # once, whoever shows it
+    assert found["rows"] == [row | {"pictures": [0]} for row in rows]
+
+
+def test_hostile_tokens_are_data_alone(tmp_path):
+    names = dict.fromkeys(("id", "source", "prompt", "answer", "status"), " ".join(HOSTILE))
+    bad = tokens.section(kept(tmp_path, [rollout(**names)]))
+    plain = tokens.section(kept(tmp_path, [rollout(tokens=["a"] * len(HOSTILE))]))
+    assert bad.replace(data_of(bad), "") == plain.replace(data_of(plain), "")
+    assert "<" not in data_of(bad) and data_of(bad).isascii()
+    assert embedded(bad)["rows"][0]["answer"] == names["answer"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 40])
+def test_steps_are_spread_evenly_between_the_first_and_the_last(count):
+    for n in (1, 2, 5, 12, 13, 100, 1000):
+        steps = [7 + 3 * i for i in range(n)]
+        found = tokens.spread(steps, count)
+        assert len(found) == min(n, count) and {steps[0], steps[-1]} <= {*found} <= {*steps}
+        gaps = {b - a for a, b in zip(found, found[1:], strict=False)}
+        assert max(gaps, default=0) - min(gaps, default=0) <= 3  # no more than a step
+
+
+def test_the_step_asked_for_is_there_and_open_else_the_last_with_right_and_wrong_tries(tmp_path):
+    rows = [rollout(s, k, float(k and s in (4, 9))) for s in range(30) for k in range(2)]
+    kept(tmp_path, rows)
+    found = embedded(tokens.section(tmp_path, steps=30))
+    assert found["open"] == 9 and len(found["rows"]) == 60
+    for step, steps, opened in ((None, [0, 29], 29), (0, [0, 29], 0), (4, [0, 4, 29], 4)):
+        found = embedded(tokens.section(tmp_path, steps=2, step=step))
+        assert found["steps"] == steps and found["open"] == opened
+    with pytest.raises(ValueError, match="--step 31 is not in .*tokens.jsonl"):
+        tokens.section(tmp_path, step=31)
+
+
+def test_without_tokens_there_is_no_section(tmp_path):
+    assert tokens.section(tmp_path) == "" == tokens.section(kept(tmp_path, []))
+    with pytest.raises(FileNotFoundError, match="no tokens.jsonl"):
+        tokens.main(tokens.Config(run=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        (json.dumps(rollout())[:-9], "delimiter|Unterminated|Expecting"),
+        (json.dumps(rollout(logp=[float("nan")] * len(HOSTILE))), "NaN"),
+        (json.dumps(rollout(entropy=[0.5])), "different lengths, .*'entropy': 1"),
+        (json.dumps(rollout(logp=3)), "has no len"),
+        (json.dumps(rollout(pictures=["http://a.b/c.png"])), "no data URI"),
+        ('{"step": 3}', "without id, sample"),
+        ("[1]", "without step"),
+        ("\xff", "decode|Expecting"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_file_and_the_cure(tmp_path, line, wrong):
+    kept(tmp_path, [rollout(), rollout()])
+    with (tmp_path / "tokens.jsonl").open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=f"tokens.jsonl, line 3: .*({wrong}).*delete this line"):
+        tokens.section(tmp_path)
+
+
+def test_the_report_has_the_section_of_its_rl_run(tmp_path):
+    (tmp_path / "rl").mkdir()
+    write_rows(tmp_path / "rl" / "run.json", [{"config": {}, "seconds_total": 1.0}])
+    kept(tmp_path / "rl", [rollout()])
+    report.main(report.Config(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(tokens.section(tmp_path / "rl")) == 1
+    assert not re.search(r"https?://|<link|@import|src=\"(?!data:)", page)
+
+
+def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium on this machine")
+    said = [*HOSTILE[:-1], "é"]  # --dump-dom cannot print half of a character
+    ppo = rollout(score=1.0, tokens=said, skipped=[4, 90], length=100)
+    grpo = rollout(sample=1, tokens=said, value=None)
+    tokens.main(tokens.Config(run=kept(tmp_path, [ppo, grpo])))
+    acts = """const notes = [document.title], {right, y} = svg.getBoundingClientRect();
+    const act = (on, kind, name, more) => {
+      if (kind) on.dispatchEvent(new kind(name, {bubbles: true, ...more})); else on[name]();
+      notes.push([...find("dl").children].map(cell => cell.lastChild.textContent));
+    };
+    act(tokens[0], PointerEvent, "pointerover");
+    act(tokens[3], null, "focus");
+    act(tokens[3], KeyboardEvent, "keydown", {key: "ArrowRight"});
+    act(svg, PointerEvent, "pointermove", {clientX: right, clientY: y + 9});
+    act(tries.lastChild, null, "click");
+    document.title = JSON.stringify([...notes, modes.children.value.disabled]);"""
+    page = tmp_path / "tokens.html"
+    page.write_text(page.read_text().replace(tokens.SCRIPT, tokens.SCRIPT + acts))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title, *notes, disabled = json.loads(unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
+    assert title == "Token by token" and disabled
+    assert [note[0] for note in notes] == [said[0], "↵", "\\u0000", "é", said[0]]
+    assert [note[1].split()[0] for note in notes] == ["1", "4", "95", "100", "1"]
+    names = ("sampled", "logp", "gap", "entropy", "value", "advantage")
+    for note, row, i in zip(notes, (ppo, ppo, ppo, ppo, grpo), (0, 3, 4, -1, 0), strict=True):
+        wanted = {name: row[name] and row[name][i] for name in names if name in row}
+        wanted["gap"] = abs(wanted["sampled"] - wanted["logp"])
+        for name, text in zip(names, note[2:], strict=True):
+            number = None if text == "no critic" else float(text.replace("−", "-"))
+            assert number == (wanted[name] and pytest.approx(wanted[name], rel=5e-3))

@@ -46,23 +46,23 @@ class Config:
     """Stage 1. Defaults are the miniature's; the paper's value stands behind each setting."""
 
     model: str = "out/laptop/base/model"  # HF directory; paper: Qwen2.5-VL-7B-Instruct
-    data: str = "out/laptop/data/sft.jsonl"  # rows {"prompt", "response"}: JSONL, parquet, Hub id
-    replay: str = ""  # more rows mixed in (perception, to prevent forgetting); paper: none
+    data: str = "out/laptop/data/sft.jsonl"  # JSONL, parquet, Hub id; paper: 2 M traces (sec. 3.3)
+    replay: str = ""  # more rows mixed in; paper: none; laptop: text alone costs its sight
     out: str = "out/laptop/coldstart"  # run directory
-    epochs: float = 1.0  # passes over the rows; paper: 5
-    batch: int = 64  # sequences a step, over all ranks; paper: 640
-    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; paper: 65,536
-    max_tokens: int = 4096  # longer rows are left out, with a count; paper: 65,536
-    lr: float = 1e-3  # peak; paper: 2e-4
+    epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
+    batch: int = 64  # sequences a step, over all ranks; paper: 640; laptop: seconds a step
+    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; paper: 64k; laptop: short rows
+    max_tokens: int = 4096  # longer rows are left out, with a count; paper: 64k; laptop: short rows
+    lr: float = 1e-3  # peak; paper: 2e-4; laptop: small models want larger steps
     lr_end: float = 1e-4  # cosine ends here; ours: a tenth of the peak
-    warmup: float = 0.03  # share of the steps; ours
-    weight_decay: float = 0.1  # ours; the paper says "Qwen2.5's default optimiser"
-    beta1: float = 0.9  # ours
-    beta2: float = 0.95  # ours
-    clip: float = 1.0  # gradient norm; ours
+    warmup: float = 0.03  # share of the steps, linear; ours: the paper names none
+    weight_decay: float = 0.1  # AdamW, of matrices; paper: "Qwen2.5's default"; ours: the number
+    beta1: float = 0.9  # AdamW; paper: "Qwen2.5's default"; ours: the number, as in stage 2
+    beta2: float = 0.95  # AdamW; paper: "Qwen2.5's default"; ours: the number, as in stage 2
+    clip: float = 1.0  # of the gradient's norm; ours: as in stage 2
     recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
-    dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
+    dtype: str = "auto"  # bfloat16 on GPUs, float32 on CPUs; ours: masters always float32
     shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
     valid: int = 128  # rows kept apart for the validation loss
     valid_every: int = 50  # steps

@@ -102,8 +102,8 @@ def values_of(root: Path, stage: str, script: str) -> dict[str, list[str]]:
     lines = re.findall(rf"(?:torchrun .*|stage {stage}) {stage}\.py (.*)", text)
     if len(lines) != 1:
         raise ValueError(f"runs/{script}: {len(lines)} lines start {stage}.py; it takes one")
-    given = re.findall(r"(?:^|\s)(\w+)=(?:\$\{\w+:-)?([\w./-]+)", text)  # its own variables
-    line = re.sub(r"\$(\w+)", lambda m: dict(given[::-1]).get(m[1], m[0]), lines[0])
+    own = dict(re.findall(r"(?:^|\s)(\w+)=(?:\$\{\w+:-)?([\w./-]+)", text))  # its variables
+    line = re.sub(r"\$(\w+)", lambda m: own.get(m[1], m[0]), lines[0])
     values = {name: words for name, (words, _, _) in settings_of(root, stage).items()}
     for flag, words in re.findall(r"--([\w-]+)((?: +(?!--)\S+)*)", line):
         if (name := flag.replace("-", "_")) not in values:
@@ -155,15 +155,20 @@ def generate(root: Path = ROOT) -> str:
     return "\n".join(page + table(("from", "what", "theirs", "here", "why", "where"), *rows))
 
 
+def written(text: str) -> str:
+    """The text with the page between its two markers; ValueError where it has none."""
+    block = re.compile(f"(?<={BEGIN}\n).*(?={END})", re.S)
+    text, found = block.subn(lambda _: generate(), text)
+    if not found:
+        raise ValueError(f"{BEGIN} and {END} are missing: put them there, a line each")
+    return text
+
+
 def main(cfg: Config):
     if not cfg.write:
         return print(generate())
     file = Path(cfg.write)
-    block = re.compile(f"(?<={BEGIN}\n).*(?={END})", re.S)
-    text, found = block.subn(lambda _: generate(), file.read_text(encoding="utf-8"))
-    if not found:
-        raise ValueError(f"{file} lacks {BEGIN} and {END}: put them there, a line each")
-    file.write_text(text, encoding="utf-8")
+    file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

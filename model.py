@@ -45,6 +45,7 @@ except ImportError:  # torch's own attention does the same
 VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
 CUDNN_FROM = 2048  # tokens of a document; a guess until bench/gpu.py has run
 HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
+KEPT_LOGITS = 64 << 20  # bytes of logits that are kept for backward, not computed again
 SHARD_BYTES = 4 << 30  # one safetensors file of a saved checkpoint
 INDEX = "model.safetensors.index.json"  # which of several files holds which weight
 COMPANIONS = (  # a model directory's tokenizer, chat template, image and sampling settings
@@ -675,8 +676,9 @@ def chunked_logps(
             entropies = -(every.exp() * every).sum(-1)
         return logps, entropies
 
-    once_more = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
-    outputs = map(once_more, hidden.split(chunk), targets.split(chunk))
+    if 4 * len(hidden) * len(weight) > KEPT_LOGITS:  # bytes
+        piece = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+    outputs = map(piece, hidden.split(chunk), targets.split(chunk))
     logps, entropies = zip(*outputs, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 

@@ -57,43 +57,43 @@ from runlog import Pulse, RunLog, stop_on_signal
 class Config:
     """Stage 2. Defaults are the miniature's; the paper's value stands behind each setting."""
 
-    model: str = "out/laptop/coldstart/model"  # HF directory of the cold-start model
-    data: str = "out/laptop/data/train.jsonl"  # problems: JSONL, parquet, Hub id
+    model: str = "out/laptop/coldstart/model"  # HF directory; paper: the cold-start model
+    data: str = "out/laptop/data/train.jsonl"  # JSONL, parquet, Hub id; paper: 300 k (sec. 3.3)
     out: str = "out/laptop/rl"  # run directory
     algorithm: str = "ppo"  # ppo, or grpo (no critic); paper: ppo
-    steps: int = 100  # iterations; paper: 900 to 1,000
-    problems: int = 64  # unique prompts a step, over all ranks; paper: 512
-    samples: int = 4  # tries a prompt; paper: 16
-    lengths: tuple[int, ...] = (112, 144)  # tokens of a response; paper: 24k, 32k, 48k
-    length_from: tuple[int, ...] = (0, 50)  # first step of each length; paper: 0, 300, 700
+    steps: int = 100  # iterations; paper: 900 to 1,000; laptop: minutes
+    problems: int = 64  # unique prompts a step, over all ranks; paper: 512; laptop: seconds a step
+    samples: int = 4  # tries a prompt; paper: 16; laptop: seconds a step
+    lengths: tuple[int, ...] = (112, 144)  # of a response; paper: 24k, 32k, 48k; laptop: short sums
+    length_from: tuple[int, ...] = (0, 50)  # their starts; paper: 0, 300, 700; laptop: 100 steps
     temperature: float = 1.0  # of sampling and of the log-probs; paper: 1, top-p 1
-    lr: float = 1.5e-4  # policy; paper: 1e-6
-    critic_lr: float = 1e-3  # paper: 5e-6
-    warmup: int = 5  # optimiser steps, linear, of policy and critic each; paper: 50
-    critic_steps: int = 4  # optimiser steps a batch: one pass, cut into so many parts; paper: 4
-    gamma: float = 1.0  # paper: 1
+    lr: float = 1.5e-4  # policy; paper: 1e-6; laptop: small models want larger steps
+    critic_lr: float = 1e-3  # critic; paper: 5e-6; laptop: small models want larger steps
+    warmup: int = 5  # optimiser steps, linear, of each model; paper: 50; laptop: it has 100 steps
+    critic_steps: int = 4  # parts of the one pass over a batch; paper: 4; ORZ code: one pass
+    gamma: float = 1.0  # discount a token; paper: 1
     lam: float = 1.0  # GAE's lambda; paper: 1
-    epsilon: float = 0.2  # PPO's clip; paper: 0.2. Without effect at one policy step a batch
+    epsilon: float = 0.2  # PPO's clip; paper: 0.2. No effect at one policy step a batch
     beta1: float = 0.9  # AdamW; paper: 0.9
     beta2: float = 0.95  # AdamW; paper: 0.95
-    weight_decay: float = 0.0  # paper: 0
-    clip: float = 1.0  # gradient norm; Open-Reasoner-Zero
-    value_init: str = "orz"  # N(0, 1/(d+1)) as in ORZ's code; "paper": U(-sqrt 5, sqrt 5)
-    train_vision: bool = False  # the paper is silent; the tower is frozen as in stage 1
+    weight_decay: float = 0.0  # AdamW; paper: 0
+    clip: float = 1.0  # of the gradient's norm; ORZ code
+    value_init: str = "orz"  # orz: N(0, 1/(d+1)); paper: U(-sqrt 5, sqrt 5); ORZ code: U is 77 off
+    train_vision: bool = False  # trains tower and merger; ours: frozen, as in stage 1
     sampler: str = "torch"  # torch, or vllm: faster from some tens of millions of parameters on
     sampler_batch: int = 256  # responses that a rank samples at once
     kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
-    tis: float = 0.0  # cap of the importance weight trainer / sampler, 2 is usual; 0: not weighted
+    tis: float = 0.0  # cap of the weight trainer / sampler, 2 is usual; ours: 0, not weighted
     gap_limit: float = 0.0  # nats between sampler and trainer that stop a run; 0: by dtype
-    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch
-    prompt_tokens: int = 512  # longer prompts are left out, with a count
+    pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; ours: what memory holds
+    prompt_tokens: int = 512  # longer prompts are left out, with a count; ours: never cut
     share_prompts: bool = (
         True  # tries of a problem in a pack share its tokens; the same to rounding
     )
     recompute: str = "none"  # activations in backward: none, selective (keeps attention), full
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     offload: bool = False  # a model that waits for the other waits in host memory
-    dtype: str = "auto"  # of the compute: bfloat16 on GPUs, float32 on CPUs; masters are float32
+    dtype: str = "auto"  # bfloat16 on GPUs, float32 on CPUs; ours: masters always float32
     shard_ranks: int = 0  # ranks that share one copy of the weights; 0: those of a node
     log_rollouts: int = 16  # decoded rollouts a step in rollouts.jsonl
     save_every: int = 20  # steps between checkpoints

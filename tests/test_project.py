@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import readme
 import tyro
 
 import coldstart
@@ -134,6 +135,12 @@ def test_the_map_in_the_readme_names_every_file_with_its_number_of_lines():
     rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", README, flags=re.M))
     truth = {name: str(len(path.read_text().splitlines())) for name, path in FILES.items()}
     assert rows == truth
+
+
+def test_counts_links_to_functions_and_the_ledger_are_as_the_code_has_them():
+    assert readme.refreshed(README) == README, "python tests/readme.py"
+    for label, file, line in re.findall(r"\[`?(\w+)`?\]\(([\w/]+\.py)#L(\d+)\)", README):
+        assert label in (ROOT / file).read_text().splitlines()[int(line) - 1]
 
 
 def test_every_script_that_the_readme_runs_is_there():

@@ -743,10 +743,8 @@ def differences(run: Run) -> tuple[dict[tuple, dict], list[str]]:
 
 def benchmark_table(run: Run, found: dict[tuple, dict]) -> str:
     """The paper's Table 4: the stages' last models, and what cold start and RL have changed."""
-    rows, headings = (
-        [],
-        [*map(name_of, BENCHED), "Cold start − base", "RL − cold start", "In the paper"],
-    )
+    headings = [*map(name_of, BENCHED), "Cold start − base", "RL − cold start", "In the paper"]
+    rows = []
     for name, models in run.benchmarks.items():
         unit, last = models[0].summary["scale"], last_models(models)
         sizes = [sorted({model.summary[key] for model in models}) for key in ("n", "k")]

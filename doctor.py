@@ -139,6 +139,11 @@ def reward(case: Case):
         itself, *chosen = (grade(p.answer, box, **options).score for box in boxes)
         why = "is not one choice" if itself else "cannot be graded"
         wrong += [f"{p.id}: {p.answer!r:.40} {why}"] * (not itself or sum(chosen) != bool(chosen))
+        spaced, bare = (f"\\boxed{{ {p.answer} }}", f"{p.answer} \\boxed{{}}")
+        loose = (
+            grade(p.answer, bare, **options).score or not grade(p.answer, spaced, **options).score
+        )
+        wrong += [f"{p.id}: spaces or no box decide"] * bool(itself and loose)
     figure = f"{len(case.problems) - len(wrong)} of {len(case.problems)} golds match themselves"
     return figure, wrong, f"mend or drop these rows of {case.cfg.data}"
 

@@ -133,9 +133,8 @@ def make_items(cfg: Config) -> list[dict]:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "items.jsonl"
-    if not file.exists():
-        rows = items_of_data(cfg) if cfg.data else items_of_benchmark(cfg)
-        write_rows(file, rows)
+    if not (file.exists() and read_records(out)):  # what failed before its first reply is forgotten
+        write_rows(file, items_of_data(cfg) if cfg.data else items_of_benchmark(cfg))
     return read_rows(file)
 
 
@@ -182,7 +181,9 @@ def protocol_of(cfg: Config) -> dict:
     """What may not change between the replies of a directory, and stands beside every number."""
     said = {name: asdict(cfg)[name] for name in PROTOCOL}
     said |= {"k": cfg.samples, "temperature": cfg.heat, "top_p": 1.0}
-    if not cfg.data:
+    if cfg.data:
+        said["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
+    else:
         said["prompts"] = benchmarks.named(cfg.bench).prompts
     return json.loads(json.dumps(said | {"items": fingerprint(Path(cfg.out) / "items.jsonl")}))
 
@@ -190,7 +191,7 @@ def protocol_of(cfg: Config) -> dict:
 def claim(out: Path, protocol: dict) -> None:
     """ValueError if the directory holds replies of another protocol."""
     file = out / "protocol.json"
-    before = json.loads(file.read_text()) if file.exists() else protocol
+    before = json.loads(file.read_text()) if file.exists() and read_records(out) else protocol
     if found := "; ".join(changes(before, protocol)):
         raise ValueError(f"{out} holds replies of another protocol ({found}): another --out")
     file.write_text(json.dumps(protocol, indent=1))

@@ -115,6 +115,8 @@ class Config:
             raise ValueError(f"value_init must be orz or paper, got {self.value_init}")
         if self.sampler not in ("torch", "vllm"):
             raise ValueError(f"sampler must be torch or vllm, got {self.sampler}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature} must be positive; the paper's is 1")
         if self.sampler == "vllm" and self.temperature != 1:
             raise ValueError("vllm reports log-probs at temperature 1: --temperature 1 (the paper)")
         if self.tis < 0 or self.gap_limit < 0:
@@ -126,8 +128,10 @@ class Config:
         rising = sorted(self.length_from)
         if len(self.lengths) != len(rising) or [*self.length_from] != rising or rising[:1] != [0]:
             raise ValueError(f"lengths {self.lengths} need as many length_from, rising from 0")
-        if self.prompt_tokens + max(self.lengths) > self.pack_tokens:
-            raise ValueError(f"pack_tokens {self.pack_tokens} < prompt_tokens + longest response")
+        if (least := self.prompt_tokens + max(self.lengths)) > self.pack_tokens:
+            raise ValueError(
+                f"pack_tokens {self.pack_tokens} < prompt_tokens + longest response: {least}"
+            )
         if self.algorithm == "grpo" and self.samples < 2:
             raise ValueError("grpo compares tries of one problem: samples must be at least 2")
 
@@ -374,7 +378,9 @@ def learn_policy(
         old_logps = logps.detach()  # strictly on-policy: this step is the first since sampling
         losses = policy_loss(logps, old_logps, advantage, cfg.epsilon)
         trust = (
-            importance_weights(logps, by_sampler, cfg.tis) if cfg.tis else torch.ones_like(logps)
+            importance_weights(old_logps, by_sampler, cfg.tis)
+            if cfg.tis
+            else torch.ones_like(logps)
         )
         part = (losses * trust).sum() / tokens
         parallel.backward(policy, part, world, last=pack is packs[-1])
@@ -385,7 +391,7 @@ def learn_policy(
             )
             watched |= {i: x for i, x in zip(pack.members, seen, strict=True) if i in watched}
     norm = parallel.clip_gradients(policy, cfg.clip)
-    told = torch.stack(told).cpu()  # (packs, 8)
+    told = torch.stack(told).cpu()  # (packs, 9)
     broken = [
         pack
         for pack, (part, *_) in zip(packs, told.tolist(), strict=True)
@@ -394,15 +400,15 @@ def learn_policy(
     suspects = [
         f"{rollouts[i].problem.id}#{rollouts[i].sample}" for pack in broken for i in pack.members
     ]
-    loss, entropy, clipped, difference, kl, weighed = parallel.sums(
-        world, *told[:, :6].sum(0).tolist()
-    )
-    far, off = told[:, 6:].amax(0).tolist()
+    summed = parallel.sums(world, *told[:, :7].sum(0).tolist())
+    loss, entropy, surprisal, clipped, difference, kl, weighed = summed
+    far, off = told[:, 7:].amax(0).tolist()
     metrics = {
         "policy_loss": loss,
         "grad_norm": norm,
         "lr": lr,
         "entropy": entropy / tokens,
+        "surprisal": surprisal / tokens,  # as the entropy, if draws follow the log-probs
         "clip_fraction": clipped / tokens,
         "ratio_max": parallel.largest(world, off),
         "logp_diff_mean": difference / tokens,
@@ -417,11 +423,11 @@ def learn_policy(
 
 @torch.no_grad()
 def tell(part, logps, old_logps, by_sampler, entropies, trust, epsilon: float) -> Tensor:
-    """What learn_policy reports of a pack, (8,) float64: six sums over its tokens, two maxima."""
-    gap = logps - by_sampler
+    """What learn_policy reports of a pack, (9,) float64: seven sums over its tokens, two maxima."""
+    gap = old_logps - by_sampler
     off = ((logps - old_logps).exp() - 1).abs()
     kl = gap.exp() - 1 - gap  # k3 estimate of KL(sampler | trainer)
-    summed = entropies, off > epsilon, gap.abs(), kl, trust
+    summed = entropies, -logps, off > epsilon, gap.abs(), kl, trust
     nothing = gap.new_zeros(1)  # a filler has no tokens
     most = (torch.cat([nothing, x]).max() for x in (gap.abs(), off))
     return torch.stack([x.double() for x in (part, *(x.sum() for x in summed), *most)])
@@ -550,7 +556,7 @@ def main(cfg: Config):
                     continue
                 if world.main:
                     telling.print_replay(out, step, metrics)
-                    telling.print_pushes(ours, advantages, [scores[i] for i in share])
+                telling.print_pushes(ours, advantages, [scores[i] for i in share], world)
                 return parallel.finish(world)
             refuse_gap(metrics["logp_diff_mean"], cfg, world, f"step {step}")
             metrics["peak_gb"] = max(metrics.get("peak_gb", 0.0), parallel.peak_gb(world))

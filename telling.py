@@ -82,7 +82,8 @@ def group_to_tell(rollouts: list[Rollout], scores: list[float], samples: int) ->
 def tries_to_tell(rollouts: list[Rollout], scores: list[float], samples: int) -> list[int]:
     """At most TOLD of that problem, as many right as wrong where there are."""
     group = group_to_tell(rollouts, scores, samples)
-    right, wrong = ([i for i in group if bool(scores[i]) is is_so] for is_so in (True, False))
+    mean = sum(scores[i] for i in group) / samples  # whatever the reward: right is above it
+    right, wrong = ([i for i in group if (scores[i] > mean) is is_so] for is_so in (True, False))
     few = right[: max(TOLD // 2, TOLD - len(wrong))]
     return sorted(few + wrong[: TOLD - len(few)])
 
@@ -173,19 +174,25 @@ def print_replay(run: Path, step: int, metrics: dict[str, float]):
         print("another machine, dtype or number of ranks rounds otherwise: give it as in run.json")
 
 
-def print_pushes(rollouts: list[Rollout], advantages: list[Tensor], scores, shown: int = 8):
+def print_pushes(rollouts: list[Rollout], advantages: list[Tensor], scores, world, shown: int = 8):
     """The rollouts that pulled most at the policy: sum over their tokens of |A| (1 - p).
 
     1 - p is how far a token's logit can still move its log-prob, so |A| (1 - p) goes with the size
     of its gradient. A spike of the gradient is mostly a few tokens that were nearly impossible.
     """
-    pulls = []
+    pulls = {}
     for r, a, score in zip(rollouts, advantages, scores, strict=True):
-        logps = np.array(r.logps)
-        pull = np.abs(a.numpy()) * (1 - np.exp(logps))
-        pulls.append((pull.sum(), f"{r.problem.id}#{r.sample}", score, int(pull.argmax()), r, a))
-    total = sum(pull for pull, *_ in pulls) or 1.0
-    print(f"{'rollout':20} {'share of the pull':>18} {'reward':>7} {'tokens':>7}   strongest token")
-    for pull, name, score, t, r, a in sorted(pulls, key=lambda x: -x[0])[:shown]:
-        token = f"{t}: log p {r.logps[t]:.2f}, advantage {a[t]:.2f}"
-        print(f"{name:20} {pull / total:18.1%} {score:7g} {len(r.response_ids):7}   {token}")
+        pull = np.abs(a.numpy()) * (1 - np.exp(np.array(r.logps)))
+        t, name = int(pull.argmax()), f"{r.problem.id}#{r.sample}"
+        strongest = f"{t}: log p {r.logps[t]:.2f}, advantage {a[t]:.2f}"
+        pulls[name] = float(pull.sum()), score, len(pull), strongest
+    pulls = parallel.union(world, pulls)
+    total = sum(pull for pull, *_ in pulls.values()) or 1.0
+    rows = sorted(pulls.items(), key=lambda row: -row[1][0])[: shown * world.main]
+    header = (
+        f"{'rollout':20} {'share of the pull':>18} {'reward':>7} {'tokens':>7}   strongest token"
+    )
+    if world.main:
+        print(header)
+    for name, (pull, score, size, strongest) in rows:
+        print(f"{name:20} {pull / total:18.1%} {score:7g} {size:7}   {strongest}")

@@ -237,6 +237,11 @@ def question(rng: random.Random, grids: float = 1 / 3) -> tuple[str, list[int]]:
     return f"what is the sum of row {row} ?", [i for i, c in enumerate(CELLS) if c[0] == row]
 
 
+def solution(grid: list[int], asked: str, cells: list[int]) -> int:
+    """The reference answer; a new question changes this, question() and the steps of trace()."""
+    return sum(grid[c] for c in cells)
+
+
 def reading(rng: random.Random) -> tuple[str, list[int]]:
     """A question that one look answers."""
     cell = rng.randrange(6)
@@ -290,7 +295,7 @@ def trace(grid: list[int], asked: str, cells: list[int], rng: random.Random) -> 
             if again == total
             else f"wait , {total} is not right . so it is {again} ."
         )
-    return f"<think> {' '.join(words)} </think> answer \\boxed{{ {sum(grid[c] for c in cells)} }}"
+    return f"<think> {' '.join(words)} </think> answer \\boxed{{ {solution(grid, asked, cells)} }}"
 
 
 # ---------------------------------------------------------------- what the base model is trained on
@@ -347,7 +352,7 @@ def base_example(rng: random.Random) -> data.Example:
         name, answer = "reading", direct(grid[cell])
     else:
         asked, cells = question(rng)
-        name, answer = "guess", direct(sum(grid[c] for c in cells))
+        name, answer = "guess", direct(solution(grid, asked, cells))
     return data.Example(name, posed(looks, asked, rng), answer, tuple(images))
 
 
@@ -382,7 +387,7 @@ def sft_row(rng: random.Random, index: int) -> dict:
     grid = random_grid(rng)
     asked, cells = reading(rng) if rng.random() < 0.12 else question(rng, grids=0.5)
     prompt = posed(written([str(d) for d in grid]), asked, rng)
-    answer = sum(grid[c] for c in cells)
+    answer = solution(grid, asked, cells)
     row = {"id": f"sft-{index}", "source": "toy/text", "prompt": prompt, "answer": str(answer)}
     return row | {"response": trace(grid, asked, cells, rng)}
 
@@ -414,7 +419,7 @@ def problem_row(
         "source": f"toy/{'reading' if ask is reading else mode}",
         "prompt": f"{looks} {asked}",
         "images": save_images(images, folder, name),
-        "answer": str(sum(grid[c] for c in cells)),
+        "answer": str(solution(grid, asked, cells)),
         "grid": dict(zip(CELLS, grid, strict=True)),
     }
 

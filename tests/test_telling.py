@@ -114,6 +114,8 @@ def test_told_tokens_are_those_of_the_record_with_values_and_normalised_advantag
     told = [row for row in rows(run, "tokens") if row["step"] == 4]
     assert 1 <= len(told) <= telling.TOLD and len({row["id"] for row in told}) == 1
     record = np.load(f"{run.out}/sampled/step_000004.npz")
+    surprisal = rows(run, "metrics")[4]["surprisal"]
+    assert surprisal == pytest.approx(-record["logps"].mean(), rel=1e-4)
     ends = [0, *record["sizes"].cumsum()]
     policy = load_model(f"{run.out}/checkpoints/step_000004/model")
     tokenizer = data.load_tokenizer(mini.model)
@@ -211,7 +213,7 @@ def test_the_rollout_whose_tokens_were_nearly_impossible_is_named_first(capsys):
     problem = data.Problem("p", "?", "1")
     usual = Rollout(problem, 0, None, [1, 2, 3], [-0.1] * 3, True)
     odd = Rollout(problem, 1, None, [1, 2, 3], [-0.1, -9.0, -0.1], True)
-    telling.print_pushes([usual, odd], [torch.ones(3), -torch.ones(3)], [1.0, 0.0])
+    telling.print_pushes([usual, odd], [torch.ones(3), -torch.ones(3)], [1.0, 0.0], ALONE)
     first, second = capsys.readouterr().out.splitlines()[1:]
     pull = 1 - np.exp(-0.1)
     share = (2 * pull + 1 - np.exp(-9)) / (5 * pull + 1 - np.exp(-9))

@@ -254,14 +254,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
         if more:  # tokens behind the end, which causal attention does not look at
             heads = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in heads]
         heads = [x.transpose(1, 2) for x in heads]
-        with kernels(q, shape[1]):
+        with kernels(q, shape[1] if causal else 0):
             out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
         outputs.append(out[:, :, : shape[1]].transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def kernels(q: Tensor, length: int):
-    """On GPUs, cuDNN for long documents, flash for others; elsewhere torch's choice.
+    """On GPUs, cuDNN for long causal documents, flash for all else; elsewhere torch's choice.
 
     cuDNN is the fastest on Hopper, but plans every new shape for 0.04 to 0.5 s (pytorch issue
     171627, FunASR issue 3704), and a batch of RL has thousands of lengths. Not yet run on a GPU.

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,10 @@ def print_trace(rollouts, verdicts, scores, values, advantages, cfg, tokenizer):
     first = rollouts[group[0]]
     problem, prompt = first.problem, first.prompt
     print(f"1 ask     {problem.id}: {problem.prompt!r}, reference {problem.answer}")
-    print(f"          {len(prompt.ids)} tokens, pictures of (t, h, w) patches {prompt.grids}")
+    runs = ((tokenizer.decode([token]), len([*run])) for token, run in groupby(prompt.ids))
+    words = " ".join(f"{word} x {n}" if n > 1 else word for word, n in runs)
+    print(f"          {len(prompt.ids)} tokens: {words}")
+    print(f"          pictures of (t, h, w) patches {prompt.grids}")
     print(f"2 answer  {cfg.samples} tries at temperature {cfg.temperature:g}")
     for i in group:
         print(f"          #{rollouts[i].sample}  {rollouts[i].text}")

@@ -19,6 +19,8 @@
 #   time      cold start: 83 s a step of 640 sequences of 8k tokens on 8 H100, 15 days for 10 M; 46 h on 64
 #             one PPO step of 8,192 x 10k tokens: 2 h on 8 H100 (70 min of it sampling), 19 min on 64 (900 steps: 12 days)
 #   disk      17 GB a model in bfloat16, 200 GB the state of one PPO checkpoint (two are kept)
+# Before it: python doctor.py --model Qwen/Qwen2.5-VL-7B-Instruct --data problems.jsonl --sampler vllm --gpus 8 --offload \
+#     --recompute full --lr 1e-6 --prompt-tokens 8192 --pack-tokens 65536 --length 49152 --kv-cache-gb 32
 # Watch it: tail -f $OUT/rl/metrics.jsonl; cat $OUT/rl/heartbeat/*.json
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"

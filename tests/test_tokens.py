@@ -126,20 +126,27 @@ def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path):
     ppo = rollout(score=1.0, tokens=said, skipped=[4, 90], length=100)
     grpo = rollout(sample=1, tokens=said, value=None)
     tokens.main(tokens.Config(run=kept(tmp_path, [ppo, grpo])))
-    acts = """const notes = [document.title], {right, y} = svg.getBoundingClientRect();
-    const act = (on, kind, name, more) => {
-      if (kind) on.dispatchEvent(new kind(name, {bubbles: true, ...more})); else on[name]();
-      notes.push([...find("dl").children].map(cell => cell.lastChild.textContent));
+    acts = """HTMLElement.prototype.focus = function() {  // a window may open without the focus
+      this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
     };
-    act(tokens[0], PointerEvent, "pointerover");
-    act(tokens[3], null, "focus");
-    act(tokens[3], KeyboardEvent, "keydown", {key: "ArrowRight"});
-    act(svg, PointerEvent, "pointermove", {clientX: right, clientY: y + 9});
-    act(tries.lastChild, null, "click");
-    document.title = JSON.stringify([...notes, modes.children.value.disabled]);"""
+    (function act_when_laid_out() {  // and without a size
+      if (!svg.clientWidth) return setTimeout(act_when_laid_out, 20);
+      const notes = [document.title], {right, y} = svg.getBoundingClientRect();
+      const act = (on, kind, name, more) => {
+        if (kind) on.dispatchEvent(new kind(name, {bubbles: true, ...more})); else on[name]();
+        notes.push([...find("dl").children].map(cell => cell.lastChild.textContent));
+      };
+      act(tokens[0], PointerEvent, "pointerover");
+      act(tokens[3], null, "focus");
+      act(tokens[3], KeyboardEvent, "keydown", {key: "ArrowRight"});
+      act(svg, PointerEvent, "pointermove", {clientX: right, clientY: y + 9});
+      act(tries.lastChild, null, "click");
+      document.title = JSON.stringify([...notes, modes.children.value.disabled]);
+    })();"""
     page = tmp_path / "tokens.html"
     page.write_text(page.read_text().replace(tokens.SCRIPT, tokens.SCRIPT + acts))
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=10000", "--window-size=1000,800"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     title, *notes, disabled = json.loads(unescape(re.search("<title>(.*)</title>", done.stdout)[1]))

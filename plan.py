@@ -39,6 +39,7 @@ from parallel import RECOMPUTE
 NODE = 8  # GPUs that share one copy of the weights
 BF16, FP32 = 2, 4  # bytes
 STATE, MOVED = 4 * FP32, 3 * FP32  # master, gradient, two moments; --offload drops the gradient
+MEASURED = "out/gpu.json"  # what bench/gpu.py writes
 MOST_ROWS = 512  # responses at once; with more, decoding is not bound by bandwidth alone
 TOWER = VisionConfig(32, 1280, 3420, 16, 2048, (7, 15, 23, 31))
 TOWER_7B = replace(TOWER, out_hidden_size=3584)
@@ -404,10 +405,26 @@ def constants(file: str) -> tuple[dict, set[str]]:
 # ------------------------------------------------------------------ beside what was measured
 
 
+def gpu_of(name: str) -> str:
+    """Which of GPUS a driver's name is: "NVIDIA H100 80GB HBM3" is h100; empty: none of them."""
+    words = name.lower().replace("-", " ").split()
+    if {"pcie", "nvl"} & {*words}:  # slower than SXM
+        return ""
+    fits = (g for g in GPUS if all(any(w.startswith(x) for w in words) for x in g.split("-")))
+    return next(fits, "")
+
+
 def here() -> str:
-    """Which of GPUS this machine has; empty: none."""
-    name = torch.cuda.get_device_name().upper() if torch.cuda.is_available() else ""
-    return next((gpu for gpu in GPUS if gpu.split("-")[0].upper() in name), "")
+    return gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
+
+
+def known_here() -> dict:
+    """Constants that bench/gpu.py has measured on this very kind of GPU, else those assumed."""
+    file = Path(MEASURED)
+    if file.is_file() and torch.cuda.is_available():
+        if json.loads(file.read_text())["machine"]["name"] == torch.cuda.get_device_name():
+            return constants(MEASURED)[0]
+    return ASSUMED
 
 
 def config_of(stage: str, run, gpu: str, gpus: int) -> Config:
@@ -436,7 +453,7 @@ def show_beside(stage: str, run, c: ModelConfig, gpus: int, packs: list, took: d
         return print(f"no plan: {error}")
     whole = [length for pack in packs for length in pack.lengths]
     trained = [length for pack in packs for length in pack.trained]
-    known = ASSUMED | {"lengths": trained if cfg.rl else whole}
+    known = known_here() | {"lengths": trained if cfg.rl else whole}
     known["prompt"] = (sum(whole) - sum(trained)) / len(whole)
     planned, gb = seconds(cfg, c, known), max(peaks(cfg, c, known).values())
     if cfg.rl:  # the critic's turn, the policy's, and what lies between

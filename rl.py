@@ -367,7 +367,7 @@ def learn_policy(
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     sampled = [torch.tensor(r.logps) for r in rollouts]
-    packs, told = [pack for of_part, _ in parts for pack in of_part], []
+    packs, told, seen = [pack for of_part, _ in parts for pack in of_part], [], []
     for pack in packs:  # nothing in this loop waits for the GPU: its numbers are read after it
         moved = pack.to(world.device)
         by_sampler = gather(sampled, pack, world.device)
@@ -386,10 +386,10 @@ def learn_policy(
         parallel.backward(policy, part, world, last=pack is packs[-1])
         told.append(tell(part, logps, old_logps, by_sampler, entropies, trust, cfg.epsilon))
         if not {*pack.members}.isdisjoint(watched or ()):
-            seen = zip(
-                *(x.detach().cpu().split(pack.trained) for x in (logps, entropies)), strict=True
-            )
-            watched |= {i: x for i, x in zip(pack.members, seen, strict=True) if i in watched}
+            seen.append((pack, logps.detach(), entropies))
+    for pack, *columns in seen:
+        pairs = zip(*(x.cpu().split(pack.trained) for x in columns), strict=True)
+        watched |= {i: x for i, x in zip(pack.members, pairs, strict=True) if i in watched}
     norm = parallel.clip_gradients(policy, cfg.clip)
     told = torch.stack(told).cpu()  # (packs, 9)
     broken = [

@@ -187,16 +187,17 @@ def print_pushes(rollouts: list[Rollout], advantages: list[Tensor], scores, worl
     pulls = {}
     for r, a, score in zip(rollouts, advantages, scores, strict=True):
         pull = np.abs(a.numpy()) * (1 - np.exp(np.array(r.logps)))
-        t, name = int(pull.argmax()), f"{r.problem.id}#{r.sample}"
-        strongest = f"{t}: log p {r.logps[t]:.2f}, advantage {a[t]:.2f}"
-        pulls[name] = float(pull.sum()), score, len(pull), strongest
+        t = int(pull.argmax())
+        name, strongest = f"{r.problem.id}#{r.sample}", f"{r.logps[t]:.2f}, advantage {a[t]:.2f}"
+        told = name, score, len(pull), f"{t}: log p {strongest}"
+        pulls[r.index, r.sample] = float(pull.sum()), *told  # a batch may hold a problem twice
     pulls = parallel.union(world, pulls)
     total = sum(pull for pull, *_ in pulls.values()) or 1.0
-    rows = sorted(pulls.items(), key=lambda row: -row[1][0])[: shown * world.main]
+    rows = sorted(pulls.values(), key=lambda row: -row[0])[: shown * world.main]
     header = (
         f"{'rollout':20} {'share of the pull':>18} {'reward':>7} {'tokens':>7}   strongest token"
     )
     if world.main:
         print(header)
-    for name, (pull, score, size, strongest) in rows:
+    for pull, name, score, size, strongest in rows:
         print(f"{name:20} {pull / total:18.1%} {score:7g} {size:7}   {strongest}")

@@ -59,7 +59,7 @@ random = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
 class Config:
     size: str = "7b"  # mini, 3b, 7b; step3b and parity are 3B at most
     parts: tuple[str, ...] = ()  # ceilings, parity, ... as in SECONDS; none: all but stages
-    out: str = "out/gpu.json"
+    out: str = plan.MEASURED
 
 
 @dataclass
@@ -437,16 +437,13 @@ def constants(b: Bench) -> dict:
 
 def machine(b: Bench) -> dict:
     """Its name and versions. Sets the peaks: the data sheet's, or measured where there is none."""
-    row, sheet = {"name": "cpu", "torch": torch.__version__}, []
+    row = {"name": "cpu", "torch": torch.__version__}
     if CUDA:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         row |= {"name": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         row |= {"driver": subprocess.run(asked, capture_output=True, text=True).stdout.strip()}
         b.room = torch.cuda.mem_get_info()[0]
-    words = row["name"].lower().replace("-", " ").split()
-    for name in [] if {"pcie", "nvl"} & {*words} else plan.GPUS:  # those are slower than SXM
-        if all(any(word.startswith(part) for word in words) for part in name.split("-")):
-            sheet = plan.GPUS[name][1:3]
+    sheet = plan.GPUS.get(plan.gpu_of(row["name"]), ())[1:3]
     found = [] if sheet else ceilings(b)
     b.tflops, b.gbs = sheet or (max(r.get(n, 0) for r in found) for n in ("tflops", "gbs"))
     return row | {"tflops": b.tflops, "gbs": b.gbs, "by": "data sheet" if sheet else "measured"}

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as official
@@ -896,6 +897,9 @@ def test_what_lies_behind_the_end_for_cudnn_changes_nothing_and_leaves_few_lengt
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     monkeypatch.undo()
+    for length, first in ((1, SDPBackend.FLASH_ATTENTION), (5000, SDPBackend.CUDNN_ATTENTION)):
+        with model.kernels(OnGpu, length):
+            assert _cur_sdpa_kernel_backends(with_priority=True)[0] == first
     planned = {n + model.room_for_cudnn(OnGpu, n) for n in range(2048, 65537)}
     assert len(planned) == 5 * 8 + 1 and max(planned) == 65536
     assert all(model.room_for_cudnn(OnGpu, n) < n / 8 for n in range(2048, 65537, 7))

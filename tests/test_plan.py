@@ -4,7 +4,9 @@ The referee for memory is a dispatch mode that follows every storage an operator
 which are still alive: it sees what autograd and checkpointing keep without asking either.
 """
 
+import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run by itself
 import model
 import parallel
 import plan
@@ -83,6 +86,16 @@ def forward(model: Qwen25VL, tokens: int) -> torch.Tensor:
     return -logps.sum()
 
 
+def kept_and_peak(config, tokens: int, kind: str, dtype) -> tuple[int, int]:
+    """Bytes alive after a forward, and the most during its backward."""
+    model = built(config, dtype, kind)
+    with Alive() as alive:
+        loss = forward(model, tokens)
+        kept, alive.most = alive.now(), 0
+        loss.backward()
+    return kept, alive.most
+
+
 @pytest.mark.parametrize("size, published", [("3b", 3.75e9), ("7b", 8.29e9)])
 def test_parameters_of_the_hubs_models_are_the_published_ones(size, published):
     s = plan.sizes(plan.MODELS[size])
@@ -117,14 +130,10 @@ def test_parameters_and_state_are_those_of_a_real_model_after_a_step_of_adam(hea
 @pytest.mark.parametrize("kind", parallel.RECOMPUTE)
 @pytest.mark.parametrize("config, tokens", [(TOY, 512), (SMALL, 1024)])
 def test_what_forward_keeps_and_backward_needs_on_top_is_as_counted(config, tokens, kind, dtype):
-    model = built(config, dtype, kind)
-    with Alive() as alive:
-        loss = forward(model, tokens)
-        kept, alive.most = alive.now(), 0
-        loss.backward()
+    kept, peak = kept_and_peak(config, tokens, kind, dtype)
     counted = plan.activation_bytes(config, kind, tokens, dtype.itemsize)
     assert counted["kept"] + counted["tail"] == pytest.approx(kept, rel=0.01)
-    assert counted["kept"] + counted["working"] == pytest.approx(alive.most, rel=0.05)
+    assert counted["kept"] + counted["working"] == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -320,9 +329,38 @@ def test_the_first_two_steps_of_a_run_stand_beside_the_plan_of_the_documents_the
 
 @pytest.mark.parametrize(
     "name, gpu",
-    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("Tesla T4", "")],
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", ""),
+        ("NVIDIA H100 PCIe", ""),
+        ("NVIDIA GH200 480GB", ""),
+        ("Tesla T4", ""),
+    ],
 )
 def test_a_gpu_is_known_by_what_its_driver_calls_it(monkeypatch, name, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert plan.here() == gpu
+
+
+def test_what_was_measured_on_this_gpu_takes_the_place_of_what_is_assumed(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan, "MEASURED", str(tmp_path / "gpu.json"))
+    assert plan.known_here() == plan.ASSUMED
+    found = {"machine": {"name": "NVIDIA H200"}, "plan": {"decode": 0.11}}
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    for name, decode in (("NVIDIA H200", 0.11), ("NVIDIA H100 80GB HBM3", plan.ASSUMED["decode"])):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert plan.known_here() == plan.ASSUMED | {"decode": decode}
+
+
+if __name__ == "__main__":  # the README's table
+    model.KEPT_LOGITS = 0
+    for dtype, kind in itertools.product((torch.float32, torch.bfloat16), parallel.RECOMPUTE):
+        found = kept_and_peak(SMALL, 1024, kind, dtype)
+        counted = plan.activation_bytes(SMALL, kind, 1024, dtype.itemsize)
+        planned = (counted["kept"] + counted[part] for part in ("tail", "working"))
+        for what, is_so, said in zip(("kept", "peak"), found, planned, strict=True):
+            print(f"{dtype} {kind}: {what} {is_so / 1e6:.2f} MB, planned {said / 1e6:.2f}")

@@ -30,15 +30,14 @@ import torch
 import tyro
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-import checkpoints
-import data
-import packing
-import parallel
-import plan
-import toy
+from common import checkpoint as checkpoints
+from common import data, packing
+from common import distributed as parallel
+from common.log import Pulse, RunLog, stop_on_signal
+from common.provenance import model_card
+from miniature import world as toy
 from model import train_flops
-from provenance import model_card
-from runlog import Pulse, RunLog, stop_on_signal
+from tools import plan
 
 
 @dataclass(frozen=True)

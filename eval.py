@@ -36,19 +36,16 @@ from typing import Literal
 import tyro
 from PIL import Image
 
-import behaviors
-import benchmarks
-import data
-import extract
-import metrics
-import parallel
-from endpoint import Endpoint, Failure, ask_all, user_message
-from gallery import page
+from common import data
+from common import distributed as parallel
+from common.client import Endpoint, Failure, ask_all, user_message
+from common.log import progress
+from common.provenance import changes, fingerprint
+from evaluation import behaviors, benchmarks, extract, metrics
+from evaluation.gallery import page
 from model import load_model
-from provenance import changes, fingerprint
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler, address
-from runlog import progress
 
 CHUNK = 64  # items that a rank samples between two writes
 

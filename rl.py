@@ -38,19 +38,17 @@ import torch
 import tyro
 from torch import Tensor
 
-import checkpoints
-import data
-import dealing
-import parallel
-import plan
-import telling
-import toy
-from dealing import gather
+from common import checkpoint as checkpoints
+from common import data, dealing, telling
+from common import distributed as parallel
+from common.dealing import gather
+from common.log import Pulse, RunLog, stop_on_signal
+from common.provenance import model_card
+from miniature import world as toy
 from model import load_model, train_flops
-from provenance import model_card
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler, canary, canary_gap
-from runlog import Pulse, RunLog, stop_on_signal
+from tools import plan
 
 
 @dataclass(frozen=True)

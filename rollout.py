@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import (
+from common.data import (
     IMAGE_MARKER,
     Document,
     ImageSettings,
@@ -48,8 +48,8 @@ from data import (
     prompt_length,
     with_blank_picture,
 )
+from common.log import progress
 from model import KVCache, Qwen25VL, read_config
-from runlog import progress
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
 

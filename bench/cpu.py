@@ -46,16 +46,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-import dealing  # noqa: E402
-import packing  # noqa: E402
-import parallel  # noqa: E402
 import reward  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-import toy  # noqa: E402
+from common import (
+    data,  # noqa: E402
+    dealing,  # noqa: E402
+    packing,  # noqa: E402
+)
+from common import distributed as parallel  # noqa: E402
+from common.log import progress  # noqa: E402
+from miniature import world as toy  # noqa: E402
 from model import Qwen25VL, VisionConfig, hub_name, load_model, save_model, train_flops  # noqa: E402
-from runlog import progress  # noqa: E402
 
 ALONE = parallel.World(0, 1, torch.device("cpu"))
 SHAPE = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,

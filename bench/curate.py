@@ -24,8 +24,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import logic  # noqa: E402
-from runlog import progress  # noqa: E402
+from common.log import progress  # noqa: E402
+from curation import logic  # noqa: E402
 
 TRACE = 6_000  # characters
 PART = 2_000  # rows that a worker generates at a time
@@ -85,7 +85,7 @@ def main(cfg: Config):
     for gigabytes in cfg.gigabytes:
         rows = generate(out / "rows.jsonl", gigabytes * 1e9)
         size = (out / "rows.jsonl").stat().st_size
-        command = [sys.executable, str(ROOT / "curate.py"), "--rows", str(out / "rows.jsonl")]
+        command = [sys.executable, "-m", "curation.curate", "--rows", str(out / "rows.jsonl")]
         command += ["--kind", "sft", "--out", str(out / "sft.jsonl"), "--workers", str(cfg.workers)]
         start, peak = time.monotonic(), 0
         with (out / "log").open("w") as log:

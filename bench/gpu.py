@@ -3,7 +3,7 @@
     python bench/gpu.py                               # 7B decoder, 3B step; under 8 minutes
     python bench/gpu.py --parts attention decoder     # those alone; stages only where it is named
     python bench/gpu.py --size mini                   # the same code on a CPU, in a minute
-    python plan.py --measured out/gpu.json ...        # plans with what was found
+    python -m tools.plan --measured out/gpu.json ...        # plans with what was found
 
 Weights and inputs are random, nothing is fetched. Correctness before speed: an attention kernel
 that misses float32 by 2 % gets no figures, nor does a decoder whose log-probs or gradients drift.
@@ -40,8 +40,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as qwen  # noqa: E402
-import parallel  # noqa: E402
-import plan  # noqa: E402
+from common import distributed as parallel  # noqa: E402
+from tools import plan  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

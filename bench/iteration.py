@@ -20,15 +20,17 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
-import checkpoints  # noqa: E402
-import data  # noqa: E402
-import dealing  # noqa: E402
 import model  # noqa: E402
-import parallel  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-import runlog  # noqa: E402
-import telling  # noqa: E402
+from common import checkpoint as checkpoints  # noqa: E402
+from common import (
+    data,  # noqa: E402
+    dealing,  # noqa: E402
+    telling,  # noqa: E402
+)
+from common import distributed as parallel  # noqa: E402
+from common import log as runlog  # noqa: E402
 
 PARTS = {  # what is clocked, by the row of the table it counts for
     "model, forward": [(model.Qwen25VL, "forward")],

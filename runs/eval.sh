@@ -6,18 +6,18 @@
 #   BASE=Qwen/Qwen2.5-VL-7B-Instruct GPUS=8 BENCHES="math500 mathvision pope=downloads/POPE" \
 #     bash runs/eval.sh out/ovr_7b --sampler vllm --max-tokens 32768 --kv-cache-gb 40
 #
-# BENCHES  names of benchmarks.py (python benchmarks.py lists them), each with =DIR where a local copy is to be
+# BENCHES  names of evaluation/benchmarks.py (python -m evaluation.benchmarks lists them), each with =DIR where a local copy is to be
 #          read and not the Hub; or NAME=FILE.jsonl, problems of one's own
 # BASE     the base model of a run that has no base/model
 # GPUS     processes, a GPU each where there are any (default 1)
 #
 # What follows the run's directory goes to eval.py, the same for all models. Scores lie in
-# RUN/bench/STAGE/STEP/NAME, where STEP is `end` for a stage's last model; report.py makes Figure 4 and
+# RUN/bench/STAGE/STEP/NAME, where STEP is `end` for a stage's last model; miniature/report.py makes Figure 4 and
 # Table 4 of them. Last models come first: the table is whole before the figure is. What has its
 # summary.json is left alone, so the command can be stopped and given again, also for new checkpoints.
 set -euo pipefail
 run=${1:?the directory of a run}; shift
-: "${BENCHES:?names of benchmarks.py, NAME=DIR or NAME=FILE.jsonl}"
+: "${BENCHES:?names of evaluation/benchmarks.py, NAME=DIR or NAME=FILE.jsonl}"
 source "$(dirname "$0")/setup.sh"
 options=("$@") GPUS=${GPUS:-1} base=${BASE:-}
 start=(python); [ "$GPUS" = 1 ] || start=(torchrun --standalone --nproc-per-node "$GPUS")
@@ -59,4 +59,4 @@ for stage in base coldstart rl average; do
   files=("$run/bench/$stage/end"/*/summary.json)
   if [ -e "${files[0]}" ]; then echo "== $stage"; python eval.py --table "${files[@]%/summary.json}"; fi
 done
-python report.py --run "$run"
+python -m miniature.report --run "$run"

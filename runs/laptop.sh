@@ -38,7 +38,7 @@ measure() { # name: greedy and sampled answers to held-out problems, and plain r
 }
 
 echo "== base"
-python toy.py --out "$out" --seed "$seed"
+python -m miniature.world --out "$out" --seed "$seed"
 measure base
 # the reasoning is all in text; captions of pictures and grids, without reasoning, keep the model seeing
 stage coldstart coldstart.py --model "$out/base/model" --data "$out/data/sft.jsonl" --replay "$out/data/sft_replay.jsonl"
@@ -46,7 +46,7 @@ measure coldstart
 stage rl rl.py --model "$out/coldstart/model" --data "$out/data/train.jsonl"
 measure rl
 if [ ! -e "$out/average/model" ]; then
-  python average.py --models $(ls -d "$out"/rl/checkpoints/*/model | tail -n 3) --out "$out/average/model"
+  python -m tools.average --models $(ls -d "$out"/rl/checkpoints/*/model | tail -n 3) --out "$out/average/model"
 fi
 measure average
 
@@ -60,4 +60,4 @@ if [ -n "$controls" ]; then
   stage rl_text_only rl.py --model "$out/coldstart_text_only/model" --data "$out/data/train.jsonl"
   measure rl_text_only
 fi
-python report.py --run "$out"
+python -m miniature.report --run "$out"

@@ -4,7 +4,7 @@
 #   bash -c 'requirements=requirements-gpu.txt; source runs/setup.sh; HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-3B-Instruct'
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/one_gpu.sh
 #
-# Expected, derived by plan.py and not measured (3.1 B trained parameters, 16 B of state each):
+# Expected, derived by tools/plan.py and not measured (3.1 B trained parameters, 16 B of state each):
 #   memory    cold start 74 of 80 GB at 16k tokens; PPO 75 while it learns, the model that waits
 #             does so in 74 GB of host memory. On 141 GB: --kv-cache-gb 60 --sampler-batch 256
 #   time      21k tokens/s in the cold start; a PPO step of 64 x 8 responses of 3k tokens: 1.3 min
@@ -25,5 +25,5 @@ MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/one_gpu}
   --sampler vllm --sampler-batch 128 --kv-cache-gb 7 --offload --recompute selective \
   --save-every 20 --keep-every 20
 
-[ -e "$OUT/average/model" ] || python average.py \
+[ -e "$OUT/average/model" ] || python -m tools.average \
   --models "$OUT"/rl/checkpoints/step_000{160,180,200}/model --out "$OUT/average/model"

@@ -13,13 +13,13 @@
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #
-# Expected, derived by plan.py and not measured (7.6 B parameters trained, 16 B of state each, 24k to 48k tokens a response):
+# Expected, derived by tools/plan.py and not measured (7.6 B parameters trained, 16 B of state each, 24k to 48k tokens a response):
 #   memory    of 80 GB a GPU on 8: cold start 66; PPO 55 while it samples, 67 while it learns, 73 while weights go over
 #             to the engine; 176 GB of host memory a node. With --recompute selective H200s are needed
 #   time      cold start: 83 s a step of 640 sequences of 8k tokens on 8 H100, 15 days for 10 M; 46 h on 64
 #             one PPO step of 8,192 x 10k tokens: 2 h on 8 H100 (70 min of it sampling), 19 min on 64 (900 steps: 12 days)
 #   disk      17 GB a model in bfloat16, 200 GB the state of one PPO checkpoint (two are kept)
-# Before it: python doctor.py --model Qwen/Qwen2.5-VL-7B-Instruct --data problems.jsonl --sampler vllm --gpus 8 --offload \
+# Before it: python -m tools.doctor --model Qwen/Qwen2.5-VL-7B-Instruct --data problems.jsonl --sampler vllm --gpus 8 --offload \
 #     --recompute full --lr 1e-6 --prompt-tokens 8192 --pack-tokens 65536 --length 49152 --kv-cache-gb 32
 # Watch it: tail -f $OUT/rl/metrics.jsonl; cat $OUT/rl/heartbeat/*.json
 set -euo pipefail
@@ -50,5 +50,5 @@ fi
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.
 first=${HEAD:-$(hostname)}
-[ -e "$OUT/average/model" ] || [ "$(hostname -s)" != "${first%%.*}" ] || python average.py \
+[ -e "$OUT/average/model" ] || [ "$(hostname -s)" != "${first%%.*}" ] || python -m tools.average \
   --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"

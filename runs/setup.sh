@@ -13,5 +13,5 @@ if ! cmp -s <(cat requirements.txt "$requirements") ".venv/$requirements"; then
 fi
 source .venv/bin/activate
 export OMP_WAIT_POLICY=PASSIVE  # idle threads sleep: several times faster on a busy machine
-export MKL_CBWR=AUTO,STRICT     # the same bits in every run: see parallel.py
+export MKL_CBWR=AUTO,STRICT     # the same bits in every run: see common/distributed.py
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

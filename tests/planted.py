@@ -29,11 +29,11 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 import model  # noqa: E402
-import parallel  # noqa: E402
 import reward  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from runlog import progress  # noqa: E402
+from common import distributed as parallel  # noqa: E402
+from common.log import progress  # noqa: E402
 
 EDGE, CLEAR = 5, 0.08  # steps at each end of a curve that are averaged; 2.5 errors of a difference
 

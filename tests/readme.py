@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import ledger  # noqa: E402
+from tools import ledger  # noqa: E402
 
 
 def refreshed(text: str) -> str:

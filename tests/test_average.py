@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from average import INDEX, Config, average
+from tools.average import INDEX, Config, average
 
 SHAPES = {"model.embed_tokens.weight": (7, 4), "model.norm.weight": (4,), "visual.w": (2, 3, 2)}
 

@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import behaviors
-from behaviors import NAMES, PAIRS, count, find, rates, thinking, transfer_interval, transfer_rates
+from evaluation import behaviors
+from evaluation.behaviors import (
+    NAMES,
+    PAIRS,
+    count,
+    find,
+    rates,
+    thinking,
+    transfer_interval,
+    transfer_rates,
+)
 
 SAYS = {
     "backtracking": [

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import plan
 from model import attend
+from tools import plan
 
 FILE = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
 sys.path.append(str(FILE.parent))  # last: other files there are called as those they measure

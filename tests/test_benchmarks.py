@@ -16,10 +16,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from test_sources import cell, png, write_parquet
 
-import benchmarks
-import data
-import metrics
-from benchmarks import BENCHMARKS, CHOICES, FREE, LETTERS, YES_NO, Dropped, named, read
+from common import data
+from evaluation import benchmarks, metrics
+from evaluation.benchmarks import BENCHMARKS, CHOICES, FREE, LETTERS, YES_NO, Dropped, named, read
 from reward import grade
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -794,7 +793,7 @@ def test_every_prompt_asks_for_a_box_and_aime_is_asked_sixteen_times():
 
 
 def test_the_table_prints_a_line_for_each_benchmark():
-    command = [sys.executable, Path(benchmarks.__file__)]
+    command = [sys.executable, "-m", "evaluation.benchmarks"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert len(printed.splitlines()) == len(BENCHMARKS) + 1
     assert all(

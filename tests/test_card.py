@@ -14,8 +14,8 @@ import pytest
 from conftest import write_rows
 from PIL import Image
 
-import card
-import provenance
+from common import provenance
+from curation import card
 
 ROOT = Path(__file__).parent.parent
 
@@ -261,7 +261,7 @@ def test_pictures_that_are_gone_are_counted_and_said(chain):
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(chain):
     pages = []
     for seed in (0, 0, 1):
-        code = f"import card; card.main(card.Config({str(chain)!r}, seed={seed}))"
+        code = f"from curation import card; card.main(card.Config({str(chain)!r}, seed={seed}))"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
         pages.append(provenance.beside(chain, "card.html").read_bytes())
     assert pages[0] == pages[1]
@@ -357,5 +357,5 @@ def test_losses_stand_with_their_bounds_and_pass_rates_are_summed(chain, monkeyp
 
 
 def test_the_page_is_made_without_torch():
-    code = "import card, sys; sys.exit('torch' in sys.modules)"
+    code = "import sys; from curation import card; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

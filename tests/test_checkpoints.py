@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import checkpoints
-import provenance
+from common import checkpoint as checkpoints
+from common import provenance
 from model import Config, Qwen25VL, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 import coldstart
-import data
-import parallel
+from common import checkpoint as checkpoints
+from common import data
+from common import distributed as parallel
 from model import load_model
 
 ALONE = parallel.World(0, 1, torch.device("cpu"))

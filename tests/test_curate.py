@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import alike
-import curate
-import data
-import logic
-import rules
+from common import data
+from curation import alike, curate, logic, rules
 
 THOUGHT = (
     "We add the two numbers. First the ones: seven and five are twelve, so two stays and one is "
@@ -723,6 +720,6 @@ def test_a_broken_test_question_stops_the_run(tmp_path):
 
 
 def test_curation_does_not_load_torch():
-    code = "import curate, sys; sys.exit('torch' in sys.modules)"
+    code = "import sys; from curation import curate; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as official
 
-import data
-from data import Document, Example, ImageSettings, Problem, Prompt, Stream
+from common import data
+from common.data import Document, Example, ImageSettings, Problem, Prompt, Stream
 from model import config_json, read_config
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "qwen2_5_vl"
@@ -464,7 +464,9 @@ def test_the_real_tokenizer_is_taken_as_it_is_from_a_directory_that_we_export(tm
         shutil.copy(REAL / name, tmp_path)
     config = config_json(read_config(REAL), torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code = f"import data; print(data.load_tokenizer({str(tmp_path)!r}).encode('a1 b22'))"
+    code = (
+        f"from common import data; print(data.load_tokenizer({str(tmp_path)!r}).encode('a1 b22'))"
+    )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert "regex" not in done.stderr and done.stdout.startswith("[64, 16, 293, 17, 17]")
@@ -673,7 +675,7 @@ def test_a_hub_name_is_its_snapshot_in_the_local_cache_and_a_directory_is_itself
     (tmp_path / "hub/models--org--tiny/refs").mkdir()
     (tmp_path / "hub/models--org--tiny/refs/main").write_text("0123abc")
     code = (
-        "import data\n"
+        "from common import data\n"
         f"assert data.model_directory('org/tiny') == {str(snapshot)!r}\n"
         f"assert data.model_directory({str(tmp_path)!r}) == {str(tmp_path)!r}\n"
         "assert data.model_directory('no/such/thing') == 'no/such/thing'\n"
@@ -682,7 +684,7 @@ def test_a_hub_name_is_its_snapshot_in_the_local_cache_and_a_directory_is_itself
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     offline.pop("HF_HUB_CACHE", None)
     command = [sys.executable, "-c", code]
-    root = Path(data.__file__).parent
+    root = Path(data.__file__).parents[1]
     ran = subprocess.run(command, env=offline, cwd=root, capture_output=True, text=True)
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith("FileNotFoundError: org/other") and "hf download org/other" in last

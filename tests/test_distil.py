@@ -15,11 +15,11 @@ from bad_server import THOUGHT, serving
 from conftest import finished, write_rows
 from PIL import Image
 
-import distil
-import endpoint
 import reward
 import rollout
-from endpoint import Endpoint, Failure, Reply, Unusable, ask_all, each, user_message
+from common import client as endpoint
+from common.client import Endpoint, Failure, Reply, Unusable, ask_all, each, user_message
+from curation import distil
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWN = ["right", "wrong right", "draw", "draw", "nobox right", "wrong", "long right", "draw"]
@@ -583,7 +583,7 @@ def test_settings_that_contradict_each_other_are_named(changed, message):
 def command(cfg: distil.Config) -> list[str]:
     names = ("url", "model", "out", "concurrency", "keep")
     given = [part for name in names for part in (f"--{name}", str(getattr(cfg, name)))]
-    return [sys.executable, str(ROOT / "distil.py"), "--rows", *cfg.rows, *given]
+    return [sys.executable, "-m", "curation.distil", "--rows", *cfg.rows, *given]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_vllm import HOME, ROOT, why_not
 
-import data
-import doctor
 import model
-import parallel
+from common import data
+from common import distributed as parallel
 from rollout import TorchSampler
+from tools import doctor
 
 ALONE = parallel.World(0, 1, torch.device("cpu"))
 RL = "files rows template reward start pictures stop packing tied sampler sync gradient precision"

@@ -13,10 +13,9 @@ import teacher
 from conftest import finished, write_rows
 from test_benchmarks import SIMPLE_ONLY, make
 
-import behaviors
-import benchmarks
-import data
 import eval  # noqa: A004
+from common import data
+from evaluation import behaviors, benchmarks
 from reward import grade
 from rollout import TorchSampler
 

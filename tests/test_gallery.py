@@ -15,8 +15,7 @@ import pytest
 from conftest import write_rows
 from PIL import Image
 
-import behaviors
-import gallery
+from evaluation import behaviors, gallery
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="x" <!-- {$css}'
 THOUGHT = (

@@ -17,10 +17,9 @@ import pytest
 from bad_server import HEAD, event, send, serving
 from conftest import finished, write_rows
 
-import behaviors
-import endpoint
-import judge
-from behaviors import NAMES
+from common import client as endpoint
+from evaluation import behaviors, judge
+from evaluation.behaviors import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,7 +166,7 @@ def test_after_kill_9_nothing_that_was_answered_is_asked_again(server, tmp_path)
     server.hold = 0.2
     responses = [f"verification={i}" for i in range(6)]
     cfg = config(server, tmp_path, responses, concurrency=4)
-    command = [sys.executable, str(ROOT / "judge.py"), "--concurrency", "4"]
+    command = [sys.executable, "-m", "evaluation.judge", "--concurrency", "4"]
     for name in ("records", "what", "url", "model"):
         command += [f"--{name}", getattr(cfg, name)]
     command += ["--items", str(tmp_path / "items.jsonl")]

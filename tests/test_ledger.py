@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-import ledger
+from tools import ledger
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import data
-import logic
+from common import data
+from curation import logic
 from reward import grade
 
 PER_LEVEL = 40  # problems solved again, of each family and level
@@ -372,9 +372,10 @@ def test_families_and_levels_take_turns():
 
 
 def test_another_process_with_other_hashes_makes_the_same_rows():
-    code = "import logic, sys; print([r['prompt'] + r['answer'] for r in logic.problems(110, 1)])"
+    code = "import sys; from curation import logic; rows = logic.problems(110, 1)"
+    code += "; print([r['prompt'] + r['answer'] for r in rows])"
     code += "; sys.exit('torch' in sys.modules)"
-    root, printed = Path(logic.__file__).parent, set()
+    root, printed = Path(logic.__file__).parents[1], set()
     for hashes in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", code],

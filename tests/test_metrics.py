@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import metrics
+from evaluation import metrics
 
 PUBLISHED = Path(__file__).parents[2] / "shared/data/regression"
 

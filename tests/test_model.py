@@ -24,7 +24,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as official
 
 import model
-from data import Document, Prompt, lay_out
+from common.data import Document, Prompt, lay_out
 from model import Config, KVCache, Qwen25VL, VisionConfig, load_model, save_model
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "qwen2_5_vl"

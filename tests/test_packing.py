@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packing import plan
+from common.packing import plan
 
 
 def flops(length):

@@ -29,11 +29,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoints
 import coldstart
-import data
-import parallel
 import rl
+from common import checkpoint as checkpoints
+from common import data
+from common import distributed as parallel
 from model import Qwen25VL, load_model, read_config, save_model
 
 ROOT = Path(__file__).resolve().parents[1]

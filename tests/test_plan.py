@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run by itself
 import model
-import parallel
-import plan
 import rl
-import toy
+from common import distributed as parallel
+from miniature import world as toy
 from model import KVCache, Qwen25VL, VisionTower, config_json, read_config, train_flops
+from tools import plan
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "qwen2_5_vl"
 TOY = toy.model_config(512)

@@ -18,8 +18,8 @@ from planted import BUGS, Config, draw, planted, table
 from test_rl import ALONE, batch, config, reference  # noqa: F401  fixtures of the tests called
 from test_rollout import model, sampler, tokenizer  # noqa: F401
 
-import doctor
 import rl
+from tools import doctor
 
 CASES = [(name, catcher) for name, bug in BUGS.items() for catcher in bug.caught_by]
 

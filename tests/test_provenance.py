@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import huggingface_hub
 import pytest
 
-import provenance
-from provenance import fingerprint, fingerprints, model_card
-from runlog import RunLog
+from common import provenance
+from common.log import RunLog
+from common.provenance import fingerprint, fingerprints, model_card
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ import safetensors.numpy
 from conftest import finished
 from PIL import Image
 
-import behaviors
 import eval  # noqa: A004
-import metrics
-import report
+from evaluation import behaviors, metrics
+from miniature import report
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ("base", "coldstart", "rl")

@@ -16,11 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
-import dealing
-import parallel
 import rl
-import telling
+from common import data, dealing, telling
+from common import distributed as parallel
 from model import load_model
 from reward import Verdict
 from rollout import Rollout, canary

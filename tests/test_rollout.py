@@ -12,8 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-import data
-from data import ImageSettings, Problem
+from common import data
+from common.data import ImageSettings, Problem
 from model import Config, KVCache, Qwen25VL, VisionConfig, save_model
 from rollout import Rollout, TorchSampler, draw_tokens, row_generator
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import runlog
-from runlog import (
+from common import log as runlog
+from common.log import (
     Pulse,
     RunLog,
     clock,
@@ -117,7 +117,7 @@ def test_numbers_are_short_and_readable():
 
 
 def test_runlog_needs_no_torch():
-    code = "import sys, runlog; assert 'torch' not in sys.modules"
+    code = "import sys; from common import log; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -136,7 +136,7 @@ def test_the_line_ends_with_what_the_phases_cost(tmp_path, capsys):
 
 HANGS = """
 import threading, time
-from runlog import Pulse
+from common.log import Pulse
 
 def all_gather_that_nobody_else_enters():
     threading.Event().wait({wait})

@@ -29,11 +29,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import data
-import parallel
-import score
+from common import data
+from common import distributed as parallel
+from common.provenance import beside, fingerprint
+from curation import score
 from model import load_model
-from provenance import beside, fingerprint
 from reward import grade
 from rollout import TorchSampler
 

@@ -17,10 +17,10 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageColumn
 from PIL import Image
 
-import data
-import sources
+from common import data
+from curation import sources
+from curation.sources import SOURCES, Dropped, last_box, named, read
 from reward import grade
-from sources import SOURCES, Dropped, last_box, named, read
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 

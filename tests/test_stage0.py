@@ -14,8 +14,8 @@ from conftest import write_rows
 from test_score import plain  # noqa: F401  a small causal language model
 from test_sources import cell, write_parquet
 
-import data
-import logic
+from common import data
+from curation import logic
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGIC = 44  # each of eleven families four times

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import dealing
-import parallel
 import rl
-import telling
-import tokens
+from common import data, dealing, telling
+from common import distributed as parallel
+from miniature import tokens
 from model import load_model
 from reward import Verdict
 from rollout import Rollout

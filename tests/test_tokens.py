@@ -10,8 +10,7 @@ from html import unescape
 import pytest
 from conftest import write_rows
 
-import report
-import tokens
+from miniature import report, tokens
 
 HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", "\"'", "\n", "\x00"]
 HOSTILE += ["\u202e", "$css", " a ", "", "\ud800"]

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-import data
 import model
-import parallel
-import toy
+from common import data
+from common import distributed as parallel
+from miniature import world as toy
 from reward import grade
 
 
@@ -117,7 +117,7 @@ def test_the_base_model_trains_and_opens_as_a_model_directory(tmp_path):
 
 
 def test_base_answers_hold_no_habit():
-    import behaviors
+    from evaluation import behaviors
 
     rng = random.Random(5)
     answers = [e.response for e in (toy.base_example(rng) for _ in range(500)) if e.id == "guess"]
@@ -131,12 +131,12 @@ def test_a_stage_on_its_defaults_first_makes_what_it_needs(monkeypatch, tmp_path
     ran = []
 
     def run(command, check, env):
-        ran.append(command[1].rsplit("/")[-1])
+        ran.append(command[-1])
         assert check and not [k for k in env if k in ("RANK", "MASTER_ADDR", "WORLD_SIZE")]
 
     monkeypatch.setattr(toy.subprocess, "run", run)
     alone = parallel.World(0, 1, torch.device("cpu"))
     toy.ensure(alone, "out/laptop/coldstart/model", "out/laptop/data/train.jsonl")
     toy.ensure(alone, "out/laptop/base/model", "elsewhere/rows.jsonl")
-    assert ran == ["coldstart.py", "toy.py", "toy.py"]
+    assert ran == ["coldstart", "miniature.world", "miniature.world"]
     assert (tmp_path / "elsewhere").exists() is False  # an own path is never made up

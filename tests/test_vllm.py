@@ -20,9 +20,9 @@ import torch
 from conftest import finished
 from PIL import Image
 
-import data
-import parallel
-from data import Problem
+from common import data
+from common import distributed as parallel
+from common.data import Problem
 from model import Qwen25VL, load_model
 from rollout import TorchSampler, VllmSampler
 

@@ -32,11 +32,11 @@ import torch
 from safetensors.torch import load_file
 from test_vllm import HOME, LIMIT, ROOT, raised, why_not
 
-import checkpoints
-import data
 import eval as evaluate
-import parallel
 import rl
+from common import checkpoint as checkpoints
+from common import data
+from common import distributed as parallel
 from model import load_model
 from rollout import TorchSampler, VllmSampler
 

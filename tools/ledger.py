@@ -6,7 +6,7 @@
 The words are the comments of coldstart.Config and rl.Config, the values their defaults and what
 runs/ovr_7b.sh and runs/laptop.sh give. They are read from the files, so that nothing can drift.
 
-    python ledger.py [--write README.md]    # prints the page, or puts it between two markers
+    python -m tools.ledger [--write README.md]    # prints the page, or puts it between two markers
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- ledger -->", "<!-- /ledger -->"
 # what is learnt hangs on RECIPE; the others are only how a run is executed and watched
 RECIPE = """model data coldstart.replay epochs batch pack_tokens max_tokens prompt_tokens lr lr_end
@@ -139,7 +139,7 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 def generate(root: Path = ROOT) -> str:
     """The page, in markdown."""
-    page = ["Written by `python ledger.py --write README.md`; k is 1,024.", ""]
+    page = ["Written by `python -m tools.ledger --write README.md`; k is 1,024.", ""]
     for stage, (title, fixed) in STAGES.items():
         rows = [("setting", "what it is", "paper", "7B (ovr_7b.sh)", "laptop", "source, reason")]
         runs, others = [values_of(root, stage, script) for script in ("ovr_7b.sh", "laptop.sh")], []

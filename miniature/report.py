@@ -1,6 +1,6 @@
 """The miniature's run directories into results.json for programs and report.html for people.
 
-    python report.py --run out/laptop
+    python -m miniature.report --run out/laptop
 
 Reads `data/test.jsonl` (the held-out problems), `STAGE/{run.json,metrics.jsonl}` of every stage and
 control, and `eval/STAGE/{greedy,sampled,reading}/graded.jsonl` (one graded answer a row).
@@ -37,9 +37,8 @@ import matplotlib
 import numpy as np
 import tyro
 
-import behaviors
-import metrics
-import tokens
+from evaluation import behaviors, metrics
+from miniature import tokens
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -166,7 +165,7 @@ def measure(greedy: list[dict], sampled: list[dict], problems: dict[str, dict]) 
 
 def reading(records: list[dict], problems: dict[str, dict]) -> Rate:
     """Share of the digits named while reasoning about a picture that are the picture's digits."""
-    import toy  # here: a report of other runs needs no miniature
+    from miniature import world as toy  # here: a report of other runs needs no miniature
 
     counts = [toy.read_accuracy(problems[record["id"]], record["response"]) for record in records]
     rows = [{"id": r["id"], "count": count} for r, count in zip(records, counts, strict=True)]

@@ -2,8 +2,8 @@
 
     RUN/tokens.jsonl, one rollout a line ──▶ a section of report.html, or a page of its own
 
-    python tokens.py --run out/laptop/rl                        # out/laptop/rl/tokens.html
-    python tokens.py --run out/laptop/rl --step 40 --out tokens.html
+    python -m miniature.tokens --run out/laptop/rl   # out/laptop/rl/tokens.html
+    python -m miniature.tokens --run out/laptop/rl --step 40 --out tokens.html
 
 rl.py keeps up to four rollouts a step, tries at one problem. Their tokens are coloured by advantage
 (blue: made likelier, orange: less likely), by value, by entropy or by how far sampler and trainer

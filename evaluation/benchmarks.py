@@ -17,9 +17,9 @@ the picture or stand in the question (LogicVista, MMStar, MMMU-Pro's vision) the
 A local copy has the official columns, or the simple ones {id, question, options?, answer, image?,
 category?}, with a letter as answer if there are options: read if the official ones are missing.
 
-    python benchmarks.py                                                       # prints the table
-    python benchmarks.py --bench mathvision --out out/bench/mathvision/items.jsonl
-    python benchmarks.py --bench math500 --place DIR --out out/bench/math500/items.jsonl
+    python -m evaluation.benchmarks   # prints the table
+    python -m evaluation.benchmarks --bench mathvision --out out/bench/mathvision/items.jsonl
+    python -m evaluation.benchmarks --bench math500 --place DIR --out out/bench/math500/items.jsonl
 """
 
 import ast
@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import tyro
 
-from runlog import progress
-from sources import (
+from common.log import progress
+from curation.sources import (
     IMAGE_MARKER,
     ODD,
     ROW_FILES,

@@ -12,10 +12,10 @@ same command goes on, and no prompt is paid for twice. Verdicts are read anew fr
 time. MathVision-mini at 10k tokens a response is 304 x 8 x 10k = 24 M tokens, hence --sample: what
 is drawn also corrects the lexicon's rates over all responses (behaviors.corrected_rate).
 
-    python judge.py --records DIR --what behaviors --sample 100 \
+    python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
     export KEY=...
-    python judge.py --records DIR --what answers --url https://api.openai.com/v1 \
+    python -m evaluation.judge --records DIR --what answers --url https://api.openai.com/v1 \
         --model gpt-4o --key-env KEY --price-in 2.5 --price-out 10
 """
 
@@ -33,11 +33,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
-import behaviors
-from endpoint import Endpoint, Failure, Reply, Totals, Unusable, each, user_message
-from extract import conclusion
-from provenance import command_line
-from runlog import progress
+from common.client import Endpoint, Failure, Reply, Totals, Unusable, each, user_message
+from common.log import progress
+from common.provenance import command_line
+from evaluation import behaviors
+from evaluation.extract import conclusion
 
 # problem and reasoning come first: a server that caches prefixes reads them once for all eight
 COUNT = """\

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-import behaviors
-import data
-import parallel
+from common import data
+from common import distributed as parallel
+from evaluation import behaviors
 from rollout import Rollout
 
 TOLD = 4  # tries of a problem that are told token by token

@@ -2,8 +2,8 @@
 
     DIR/items.jsonl + images, DIR/graded.jsonl, DIR/summary.json if there ──▶ DIR/gallery.html
 
-    python gallery.py --run out/bench/mathvision
-    python gallery.py --run out/bench/mathvision --limit 200 --seed 1 --out wrong.html
+    python -m evaluation.gallery --run out/bench/mathvision
+    python -m evaluation.gallery --run out/bench/mathvision --limit 200 --seed 1 --out wrong.html
 
 A card shows the question, the gold, what a rule read from the reply, the verdict and the judge's
 beside it, and the reply: its thought folded, sentences with a behaviour (behaviors.py) coloured.
@@ -32,10 +32,10 @@ from string import Template
 import tyro
 from PIL import Image
 
-import behaviors
-from alike import DAMAGED
-from report import CSS, HUES, read_rows, words
-from runlog import progress
+from common.log import progress
+from curation.alike import DAMAGED
+from evaluation import behaviors
+from miniature.report import CSS, HUES, read_rows, words
 
 SIDE = 480  # pixels of a picture, at most: 300 of them are 3 MB
 OUTCOMES = "right wrong truncated unparsed refused empty ungraded".split()

@@ -18,8 +18,8 @@ chat template), the data files of all stages, and the base model, which stands i
 can read pictures and add, and has no habits. Grids are split by a hash, so no grid of the test set
 is ever seen in training, in any stage.
 
-    python toy.py                  # out/laptop/data and out/laptop/base
-    python toy.py --seed 1 --out out/seed1
+    python -m miniature.world                  # out/laptop/data and out/laptop/base
+    python -m miniature.world --seed 1 --out out/seed1
 """
 
 import json
@@ -41,10 +41,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, IterableDataset
 
-import data
+from common import data
+from common.log import RunLog, progress
 from model import Config as ModelConfig
 from model import Qwen25VL, VisionConfig, save_model
-from runlog import RunLog, progress
 
 CELLS = ("A1", "A2", "A3", "B1", "B2", "B3")
 DIGITS = (1, 2, 3, 4, 5)
@@ -554,14 +554,15 @@ def train_base(cfg: Config, directory: Path):
 
 def ensure(world, *paths: str):
     """Where a stage starts on its defaults, makes what it needs: data, base model, cold start."""
-    stages = {"out/laptop/data": "toy.py", "out/laptop/base": "toy.py"}
-    stages |= {"out/laptop/coldstart": "coldstart.py"}
+    stages = dict.fromkeys(("out/laptop/data", "out/laptop/base"), "miniature.world")
+    stages |= {"out/laptop/coldstart": "coldstart"}
     for path in paths:
         script = stages.get(str(Path(path).parent))
         if not Path(path).exists() and script and world.main:
             print(f"{path} is not there yet: running {script}", flush=True)
             clean = {k: v for k, v in os.environ.items() if not k.startswith(TORCHRUN)}
-            command = [sys.executable, str(Path(__file__).with_name(script))]
+            clean["PYTHONPATH"] = str(Path(__file__).parents[1])
+            command = [sys.executable, "-m", script]
             subprocess.run(command, check=True, env=clean)
         world.wait()
 

@@ -1,7 +1,7 @@
 """Memory and time of a run before it is started: what fits, with which settings, in how many hours.
 
-    python plan.py --model 7b --gpus 8 --gpu h100 --stage rl --length 49152
-    python plan.py --model 3b --gpus 1 --gpu h200 --stage coldstart --length 16384
+    python -m tools.plan --model 7b --gpus 8 --gpu h100 --stage rl --length 49152
+    python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --length 16384
 
 On a GPU of the list coldstart.py and rl.py print their first two steps beside this plan.
 
@@ -32,9 +32,9 @@ import numpy as np
 import torch
 import tyro
 
+from common.distributed import RECOMPUTE
 from model import HEAD_CHUNK, Qwen25VL, VisionConfig, read_config, train_flops
 from model import Config as ModelConfig
-from parallel import RECOMPUTE
 
 NODE = 8  # GPUs that share one copy of the weights
 BF16, FP32 = 2, 4  # bytes

@@ -13,11 +13,11 @@ a run that was killed goes on with the same command on any number of ranks, and 
 bytes: batches are made inside a chunk, draws are addressed by (seed, id, sample). (vLLM: up to
 rounding.) With another model, setting or data it is refused. Several nodes share --out's folder.
 
-    torchrun score.py --rows out/data/sft.jsonl --kind loss --model Qwen/Qwen2.5-0.5B \
+    torchrun -m curation.score --rows out/data/sft.jsonl --kind loss --model Qwen/Qwen2.5-0.5B \
         --out out/data/sft.losses.jsonl
-    torchrun --nproc-per-node 8 score.py --rows out/data/rl.jsonl --kind passes --sampler vllm \
-        --model out/coldstart/model --kv-cache-gb 40 --out out/data/rl.passes.jsonl
-    python score.py --rows out/laptop/data/train.jsonl --kind passes --max-tokens 144 \
+    torchrun --nproc-per-node 8 -m curation.score --rows out/data/rl.jsonl --kind passes \
+        --sampler vllm --model out/coldstart/model --kv-cache-gb 40 --out out/data/rl.passes.jsonl
+    python -m curation.score --rows out/laptop/data/train.jsonl --kind passes --max-tokens 144 \
         --model out/laptop/coldstart/model --out out/laptop/data/train.passes.jsonl
 
 Dimensions: B rows of a batch, L tokens of its longest, R tokens of a response, V vocabulary.
@@ -42,13 +42,13 @@ import tyro
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
-import parallel
+from common import data
+from common import distributed as parallel
+from common.log import progress
+from common.provenance import beside, changes, fingerprint, write_report
 from model import HEAD_CHUNK, Qwen25VL, load_model
-from provenance import beside, changes, fingerprint, write_report
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler
-from runlog import progress
 
 GAP = "\n\n"  # between prompt and response, for a model that knows no chat
 

@@ -1,6 +1,6 @@
 """The paper's final model: the uniform average of several intermediate checkpoints of one run.
 
-    python average.py --models out/a/step_000700 out/a/step_000800 out/a/step_000900 --out out/mean
+    python -m tools.average --models out/a/step_000700 out/a/step_000800 --out out/mean
 
 Every member is a Hugging Face directory: model.safetensors, or shards with an index. One shard of
 the first member is in memory at a time, so 8 billion parameters need a few GB and no GPU. Each

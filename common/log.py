@@ -39,7 +39,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from provenance import command_line, provenance
+from common.provenance import command_line, provenance
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 

@@ -4,9 +4,9 @@ A check returns what it measured, the culprits, and the cure; its docstring says
 without it. SKIP says why. What raises is a FAIL, and the others go on; then the exit status is 1.
 Seconds with the miniature; a 7B is not timed yet. Give it the settings of the run:
 
-    python doctor.py                                          # the miniature of runs/laptop.sh
-    python doctor.py --model DIR --data rl.jsonl --sampler vllm --lr 1e-6 --gpus 8 --offload ...
-    python doctor.py --stage coldstart --model DIR --data sft.jsonl --lr 2e-4 --pack-tokens 65536
+    python -m tools.doctor   # the miniature of runs/laptop.sh
+    python -m tools.doctor --model DIR --data rl.jsonl --sampler vllm --gpus 8 ...
+    python -m tools.doctor --stage coldstart --model DIR --data sft.jsonl --lr 2e-4
 """
 
 import atexit
@@ -23,13 +23,13 @@ import torch
 import tyro
 from torch import Tensor
 
-import data
-import parallel
-import plan
+from common import data
+from common import distributed as parallel
+from common.log import progress
 from model import empty_model, load_model, load_weights, read_config
 from reward import grade
 from rollout import TorchSampler, VllmSampler, canary, canary_gap
-from runlog import progress
+from tools import plan
 
 # nats a token: sampler against trainer, as in rl.py; packed against alone. Rounding is a tenth
 LIMITS = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.1, 0.05)}

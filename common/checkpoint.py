@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-import provenance
+from common import provenance
+from common.distributed import everyone, is_main, whole_weights
 from model import Qwen25VL, save_weights
-from parallel import everyone, is_main, whole_weights
 
 # Settings that may change when a run goes on: they move no number by more than rounding, which
 # another number of ranks does as well.

@@ -25,8 +25,8 @@ any slice, and counts are balanced. No row knows of the others, so a prompt may 
 A prompt ends with the form of the answer. It does not ask for \boxed{}: the project's other prompts
 do not, the cold start teaches it. Lists of names are graded in any order: no answer is an order.
 
-    python logic.py --count 1000 --seed 0 --out out/logic.jsonl
-    python logic.py --families knights zebra --levels 4 5 --count 200
+    python -m curation.logic --count 1000 --seed 0 --out out/logic.jsonl
+    python -m curation.logic --families knights zebra --levels 4 5 --count 200
 """
 
 import json
@@ -42,8 +42,8 @@ from pathlib import Path
 
 import tyro
 
-from provenance import beside, write_report
-from runlog import progress
+from common.log import progress
+from common.provenance import beside, write_report
 
 LEVELS = (1, 2, 3, 4, 5)
 NAMES = (

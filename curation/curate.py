@@ -20,9 +20,9 @@ the rows that stay. No file in between, so there is nothing to resume: two milli
 50 core-minutes (40,000 a minute on one), and give the same bytes with any number of workers.
 Scores cost far more, so one curates, scores what stays, and curates the same rows again with them.
 
-    python curate.py --rows a.jsonl b.jsonl --kind sft --out out/data/sft.jsonl
-    python curate.py --rows k12.jsonl --kind rl --benchmarks mathvision.jsonl --workers 16 \
-        --passes out/data/rl.passes.jsonl --count 300000 --alpha 0.5 --out out/data/rl.jsonl
+    python -m curation.curate --rows a.jsonl b.jsonl --kind sft --out out/data/sft.jsonl
+    python -m curation.curate --rows k12.jsonl --kind rl --benchmarks mathvision.jsonl \
+        --workers 16 --passes out/data/rl.passes.jsonl --count 300000 --out out/data/rl.jsonl
 """
 
 import json
@@ -41,7 +41,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
-from alike import (
+from common.log import progress
+from common.provenance import beside, write_report
+from curation.alike import (
     BANDS,
     ODD,
     PERMUTATIONS,
@@ -57,9 +59,7 @@ from alike import (
     sketch,
     words,
 )
-from provenance import beside, write_report
-from rules import RULES, judge
-from runlog import progress
+from curation.rules import RULES, judge
 
 CHUNK = 4 << 20  # bytes of a file that a worker takes at a time
 FEW = 30  # rows of a source below which its losses are judged by those of all sources

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alike import DAMAGED, fingerprint, runs
+from curation.alike import DAMAGED, fingerprint, runs
 from reward import extract, grade
 
 MIN_THOUGHT = 100  # characters: a thought of less than some 20 words teaches to skip it

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoints
-import data
-import packing
-import parallel
+from common import checkpoint as checkpoints
+from common import data, packing
+from common import distributed as parallel
 from rollout import Rollout
 
 

@@ -13,10 +13,10 @@ is decided by a second pass that asks nobody, so a better matcher costs nothing,
 the bytes of the traces do not depend on the order in which replies came.
 
     vllm serve deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --reasoning-parser deepseek_r1
-    python distil.py --rows problems.jsonl --url http://127.0.0.1:8000/v1 \
+    python -m curation.distil --rows problems.jsonl --url http://127.0.0.1:8000/v1 \
         --model deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --out out/data/traces.jsonl
     export KEY=...                                # a paid one: 40 USD, then stop
-    python distil.py ... --key_env KEY --price_in 0.55 --price_out 2.19 --budget 40 --rpm 500
+    python -m curation.distil ... --key_env KEY --price_in 0.55 --price_out 2.19 --budget 40
 """
 
 import fcntl
@@ -33,12 +33,21 @@ from typing import TextIO
 
 import tyro
 
-from alike import DAMAGED
-from endpoint import Endpoint, Failure, Reply, Totals, Unusable, each, picture_type, user_message
-from provenance import beside, changes, command_line, write_report
+from common.client import (
+    Endpoint,
+    Failure,
+    Reply,
+    Totals,
+    Unusable,
+    each,
+    picture_type,
+    user_message,
+)
+from common.log import compact, progress
+from common.provenance import beside, changes, command_line, write_report
+from curation.alike import DAMAGED
+from curation.rules import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
 from reward import extract, grade
-from rules import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
-from runlog import compact, progress
 
 SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."  # R1's card
 

@@ -18,7 +18,7 @@ is nearest. Two letters joined by "or", a negation, yes at the start and no at t
 and wrong. A thought that never closes is unparsed too, whatever stands in it. Each answer carries
 the name of its rule, so that a table of right answers by rule can be looked into.
 
-    python extract.py --reply 'so it is **C**' --choices red green blue --gold C
+    python -m evaluation.extract --reply 'so it is **C**' --choices red green blue --gold C
 """
 
 import re

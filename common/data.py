@@ -45,8 +45,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from common.packing import plan
 from model import mrope_positions
-from packing import plan
 
 IMAGE_MARKER = "<image>"  # where a picture stands in the prompt of a row
 IMAGE_PAD = "<|image_pad|>"  # Qwen2.5-VL's tokenizer: one for each merged patch

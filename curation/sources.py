@@ -16,9 +16,10 @@ The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours. `
 sure a line of the table is: C read from a data set card or a loader, P partly so, U from memory. A
 column that is not there stops the reader with the list of those that are.
 
-    python sources.py                                                   # prints the table
-    python sources.py --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
-    python sources.py --set puzzlevqa --place downloads/PuzzleVQA/data --out out/raw/puzzlevqa.jsonl
+    python -m curation.sources   # prints the table
+    python -m curation.sources --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
+    python -m curation.sources --set puzzlevqa --place downloads/PuzzleVQA/data \
+        --out out/raw/puzzlevqa.jsonl
 """
 
 import hashlib
@@ -43,8 +44,8 @@ from datasets import load_dataset_builder
 from PIL import Image
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from provenance import beside, write_report
-from runlog import progress
+from common.log import progress
+from common.provenance import beside, write_report
 
 IMAGE_MARKER = "<image>"  # as data.py reads it
 # as text it would be a turn or a picture that is not there; data.py refuses a file with such a row

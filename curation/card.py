@@ -4,7 +4,7 @@ r"""What is in a file of rows and where it came from: one page, for who decides 
     X.report.json ─▶ the reports of its inputs ─▶ ... ─▶ the sources ──┼─▶ sft.card.html
     X.dropped.jsonl, X.contaminated.jsonl ─────────────────────────────┘
 
-    python card.py --rows out/data/sft.jsonl
+    python -m curation.card --rows out/data/sft.jsonl
 
 Each step of stage 0 writes a report beside its rows that names its inputs. Followed to the sources
 they are the funnel: rows of every source after every step, and why the others went. Three things
@@ -36,12 +36,12 @@ import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
-from alike import DAMAGED
-from curate import REASONS, answer_format, read_row
-from provenance import beside
-from report import CSS, INK, panel, words
-from rules import malformed
-from runlog import progress
+from common.log import progress
+from common.provenance import beside
+from curation.alike import DAMAGED
+from curation.curate import REASONS, answer_format, read_row
+from curation.rules import malformed
+from miniature.report import CSS, INK, panel, words
 
 WHY = {reason: why for _, reason, why in REASONS}  # for a report that does not say
 NO_REPORT = {"config": {}, "inputs": {}, "output": {}, "steps": {}, "command": "no report"}

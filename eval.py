@@ -33,14 +33,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import tyro
+import torch
 from PIL import Image
 
-from common import data
-from common import distributed as parallel
+from common import data, distributed
 from common.client import Endpoint, Failure, ask_all, user_message
-from common.log import progress
-from common.provenance import changes, fingerprint
+from common.log import changes, fingerprint, progress, run_main
 from evaluation import behaviors, benchmarks, extract, metrics
 from evaluation.gallery import page
 from model import load_model
@@ -156,8 +154,6 @@ def items_of_data(cfg: Config) -> list[dict]:
         item["images"] = [os.path.relpath(os.path.abspath(image), here) for image in p.images]
         kind = "image" if p.images else "text"
         items.append({k: v for k, v in item.items() if v is not None} | {"category": kind})
-    if twice := [name for name, n in Counter(i["id"] for i in items).items() if n > 1]:
-        raise ValueError(f"{cfg.data}: ids {twice[:5]} stand more than once; each needs its own")
     return items
 
 
@@ -268,7 +264,7 @@ def sample(cfg: Config, items: list[dict], world) -> None:
     else:
         sampler = open_sampler(cfg, world)
         drawn = (cfg.samples, cfg.max_tokens, cfg.heat, (cfg.seed,))
-        turns = parallel.turns(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
+        turns = distributed.my_problems(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
         asked = lru_cache(None)(lambda i: hashes(todo[i], out))
         replies = (
             record_of(rollout, asked(chunk[rollout.index]), cfg.seed)
@@ -472,7 +468,9 @@ def main(cfg: Config):
         return show_comparison(*map(Path, cfg.compare))
     out, world = Path(cfg.regrade or cfg.out), None
     if not cfg.regrade:
-        world = parallel.start(cfg.threads, cfg.dtype)
+        world = distributed.start(cfg.dtype)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
         if world.main:
             make_items(cfg)
             claim(out, protocol_of(cfg))
@@ -485,8 +483,8 @@ def main(cfg: Config):
     if world is None or world.main:
         print(metrics.table({out.name: finish(out)}))
     if world is not None:
-        parallel.finish(world)
+        distributed.finish(world)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

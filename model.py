@@ -7,35 +7,39 @@ leave the tower as one row per 2x2 patches, and are written over the embeddings 
 
     ids (T,) ──embed──▶ x (T, C) ◀──slots── visual(patches (S, 1176)) (S/4, C)
     x ──28 blocks, attention within each document──▶ hidden (T, C)
-    hidden ──rows (R,)──▶ logits | log-probs and entropies | values
+    hidden ──rows (R,)──▶ logps (R,), entropies (R,)  |  values (R,)  |  logits (R, V)
 
-The names of the parameters are those of the hub's files (`visual.*`, `model.layers.*`,
-`lm_head.weight`), so that loading and saving is a copy. The file knows nothing of GPUs, optimisers
-or RL: FSDP, dtype and recomputation are applied from outside. Equal to transformers'
-Qwen2_5_VLForConditionalGeneration to float rounding, logits and gradients (tests/test_model.py).
+Parameters have the names of the hub's files (`visual.*`, `model.layers.*`, `lm_head.weight`), so
+loading and saving is a copy. The file knows nothing of optimisers or RL; FSDP, dtype and
+recomputation are applied from outside. Equal to transformers' Qwen2_5_VLForConditionalGeneration to
+float rounding, logits and gradients (tests/test_model.py). To try it:
+
+    policy, ids = load_model("out/laptop/coldstart/model"), torch.tensor([5, 6, 7])
+    inputs = Inputs(ids, positions=mrope_positions(len(ids), []), lengths=[len(ids)])
+    policy.logits(inputs)[-1].argmax()  # the token that comes next
 
 Sources: Qwen2.5-VL (arXiv 2502.13923, sec. 2.1), M-RoPE: Qwen2-VL (arXiv 2409.12191, sec. 2.1).
-Dimensions: T tokens of a pack, N rows of a KV cache, B images, S patches, R rows wanted, H heads, K
-KV heads, D head dim, C width, V vocabulary.
+Dimensions: T tokens of a pack, E of its documents (T, unless they share a prompt), N rows of a KV
+cache, S patches, R rows wanted, H heads, K KV heads, D head dim, C width, V vocabulary.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.checkpoint import hf_storage
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -43,16 +47,18 @@ except ImportError:  # torch's own attention does the same
     flash_attn_varlen_func = None
 
 VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
-CUDNN_FROM = 2048  # tokens of a document; a guess until bench/gpu.py has run
 HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
-KEPT_LOGITS = 64 << 20  # bytes of logits that are kept for backward, not computed again
-SHARD_BYTES = 4 << 30  # one safetensors file of a saved checkpoint
+SHARD_BYTES = 4 << 30  # of a saved model: after so much a new file begins
 INDEX = "model.safetensors.index.json"  # which of several files holds which weight
 COMPANIONS = (  # a model directory's tokenizer, chat template, image and sampling settings
     "*token*.json vocab.json merges* chat_template* *processor_config.json generation_config.json"
 )
 
+Folder = str | Path
 Grid = tuple[int, int, int]  # time, height, width of an image, in patches
+
+# Every rank reads its own part of a model without asking the others, and means to.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -94,7 +100,7 @@ class Config:
     hidden_act: str = "silu"
     use_sliding_window: bool = False
     bos_token_id: int = 151643
-    eos_token_id: int = 151645
+    eos_token_id: int | tuple[int, ...] = 151645  # some files list several
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     vision_token_id: int = 151654
@@ -102,32 +108,25 @@ class Config:
     video_token_id: int = 151656
 
     def __post_init__(self):
-        v, width, heads, dim = (
-            self.vision,
-            self.hidden_size,
-            self.num_attention_heads,
-            self.head_dim,
-        )
-        kv, sections = self.num_key_value_heads, self.mrope_section
-        unit = v.patch_size * v.spatial_merge_size  # pixels a token, along one side
+        dim, sections, tower = self.head_dim, self.mrope_section, self.vision.out_hidden_size
         wrong = {
-            f"hidden_size {width} with num_attention_heads {heads}": width % heads,
-            f"num_attention_heads {heads} with num_key_value_heads {kv}": heads % kv,
-            f"mrope_section {sections}, not 3 counts": len(sections) != 3,
             f"mrope_section {sections} with head_dim {dim}": 2 * sum(sections) != dim,
             "use_sliding_window: attention covers the whole document": self.use_sliding_window,
             f"hidden_act {self.hidden_act}, not silu": self.hidden_act != "silu",
-            f"vision hidden_act {v.hidden_act}, not silu": v.hidden_act != "silu",
-            f"vision num_heads {v.num_heads} of {v.hidden_size}": v.hidden_size % (4 * v.num_heads),
-            f"out_hidden_size {v.out_hidden_size}, not {width}": v.out_hidden_size != width,
-            f"window_size {v.window_size}, no multiple of {unit}": v.window_size % unit,
+            f"out_hidden_size {tower}, not {self.hidden_size}": tower != self.hidden_size,
         }
-        if found := [problem for problem, is_so in wrong.items() if is_so]:
-            raise ValueError(f"not supported: {'; '.join(found)}")
+        if problems := [problem for problem, is_so in wrong.items() if is_so]:
+            raise ValueError(f"not supported: {'; '.join(problems)}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Each of them ends a response."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, tuple) else (ids,)
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
@@ -136,36 +135,42 @@ class Config:
         return (*ends, self.vision_token_id, self.image_token_id, self.video_token_id)
 
 
-def read_config(directory: str | Path) -> Config:
-    """`config.json`, in the hub's flat layout or in transformers' nested one (`text_config`).
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Fetch it again") from error
 
-    Raises FileNotFoundError or ValueError, naming the file and the key.
-    """
+
+def read_config(directory: Folder) -> Config:
+    """`config.json`, in the hub's flat layout or in transformers' nested one (`text_config`)."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: a model directory has config.json, *.safetensors, tokenizer.json"
         )
-    raw = json.loads(path.read_text())
-    if (kind := raw.get("model_type")) != "qwen2_5_vl":
-        raise ValueError(f"{path}: model_type is {kind!r}; this code runs qwen2_5_vl only")
-    # The top level says whether the head is tied: text_config may repeat a default instead.
-    flat = raw | raw.get("text_config", {})
-    flat["tie_word_embeddings"] = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
-    rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
-        raise ValueError(f"{path}: rope {rope} is not supported; Qwen2.5-VL's type is mrope")
+    raw = read_json(path)
     try:
-        flat["vision"] = VisionConfig(**_own(VisionConfig, flat["vision_config"]))
-        return Config(**_own(Config, flat | rope))  # rope: mrope_section, in newer files rope_theta
-    except (KeyError, TypeError, ValueError) as error:
+        if (kind := raw.get("model_type")) != "qwen2_5_vl":
+            raise ValueError(f"model_type is {kind!r}; this code runs qwen2_5_vl only")
+        # The top level says whether the head is tied: text_config may repeat a default instead.
+        flat = raw | (raw.get("text_config") or {})
+        tied = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
+        rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
+        if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
+            raise ValueError(f"rope {rope} is not supported; Qwen2.5-VL's type is mrope")
+        vision = VisionConfig(**known_fields(VisionConfig, flat["vision_config"]))
+        # rope holds mrope_section, in newer files rope_theta too
+        flat |= rope | {"vision": vision, "tie_word_embeddings": tied}
+        return Config(**known_fields(Config, flat))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _own(cls, raw: dict) -> dict:
-    names = {f.name for f in fields(cls)}
-    known = {k: v for k, v in raw.items() if k in names and v is not None}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+def known_fields(cls: type, raw: dict) -> dict:
+    """The entries that are fields of `cls`; null means the default."""
+    values = {field.name: raw.get(field.name) for field in fields(cls)}
+    return {n: tuple(x) if isinstance(x, list) else x for n, x in values.items() if x is not None}
 
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
@@ -183,7 +188,23 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------- positions
+# ------------------------------------------------------------------------------------------- inputs
+
+
+@dataclass
+class Inputs:
+    """What the model reads: a pack of documents, back to back."""
+
+    ids: Tensor  # (T,) int64
+    positions: Tensor  # (3, T) int64: M-RoPE, from 0 in each document
+    lengths: list[int] | None  # tokens of each document, in order; None: one token a cache row
+    patches: Tensor | None = None  # (S, 1176) float32: the pixels of every picture, once
+    grids: list[Grid] = ()  # of the pictures, in patches
+    slots: Tensor | None = None  # (M,) int64: the tokens that show pictures ...
+    sources: Tensor | None = None  # (M,) int64: ... and which row of the tower each one shows
+    # (E,) int64, where several documents share a prompt that stands once in ids: the rows of all
+    # documents one after the other; lengths then sum to E. None: nothing is shared, E = T
+    expand: Tensor | None = None
 
 
 def mrope_positions(length: int, images: list[tuple[int, Grid]], merge: int = 2) -> Tensor:
@@ -219,12 +240,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-@lru_cache(maxsize=4)  # every forward asks, and a copy to the GPU waits for it
-def axes_of(sections: tuple[int, ...], device: torch.device) -> Tensor:
-    """(D/2,): which of time, row and column each frequency turns with."""
-    return torch.arange(3).repeat_interleave(torch.tensor(sections)).to(device)
-
-
 def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
@@ -235,12 +250,12 @@ def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) -> Tensor:
     """Attention within each document of a pack. q (T, H, D), k and v (T, K, D) -> (T, H, D).
 
-    One call per run of documents of equal length: windows of a picture and the 16 short rows of a
-    toy pack go together, two long documents go one by one, each with the kernel's own causal mask.
-    A (T, T) mask never exists. flash-attn does all documents in one call, where it is installed.
+    One call for each run of documents of equal length, with the kernel's own causal mask: windows
+    of a picture go together, two long documents one by one. A (T, T) mask never exists. flash-attn,
+    where it is installed, does all documents in one call.
     """
     assert sum(lengths) == len(q), f"lengths sum to {sum(lengths)}, the pack has {len(q)} tokens"
-    if takes_flash(q):
+    if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
         ends = ends_of(tuple(lengths), q.device)
         spans = (ends, ends, max(lengths), max(lengths))
         return flash_attn_varlen_func(q, k, v, *spans, causal=causal)  # not yet run on a GPU
@@ -249,39 +264,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
     # split, not slices: a slice's backward writes a gradient of the whole pack, for each document
     parts = (x.split([math.prod(run) for run in runs]) for x in (q, k, v))
     for shape, *heads in zip(runs, *parts, strict=True):
-        more = room_for_cudnn(q, shape[1]) if causal else 0
-        heads = [x.unflatten(0, shape) for x in heads]
-        if more:  # tokens behind the end, which causal attention does not look at
-            heads = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in heads]
-        heads = [x.transpose(1, 2) for x in heads]
-        with kernels(q, shape[1] if causal else 0):
-            out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
-        outputs.append(out[:, :, : shape[1]].transpose(1, 2).flatten(0, 1))
+        heads = [x.unflatten(0, shape).transpose(1, 2) for x in heads]
+        out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def kernels(q: Tensor, length: int):
-    """On GPUs, cuDNN for long causal documents, flash for all else; elsewhere torch's choice.
-
-    cuDNN is the fastest on Hopper, but plans every new shape for 0.04 to 0.5 s (pytorch issue
-    171627, FunASR issue 3704), and a batch of RL has thousands of lengths. Not yet run on a GPU.
-    """
-    if not q.is_cuda or q.dtype == torch.float32:
-        return nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION] * (length >= CUDNN_FROM)
-    order += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
-
-
-def room_for_cudnn(q: Tensor, length: int) -> int:
-    """Tokens that a long document gets behind its end, so that an octave has eight lengths."""
-    if not q.is_cuda or q.dtype == torch.float32 or length < CUDNN_FROM:
-        return 0
-    return -length % (1 << (length.bit_length() - 4))
-
-
-def takes_flash(q: Tensor) -> bool:
-    return flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32
 
 
 @lru_cache(maxsize=4)  # every layer asks, and a copy to the GPU waits for it
@@ -295,45 +281,40 @@ class KVCache:
     """
 
     def __init__(self, c: Config, rows: int, room: int, dtype: torch.dtype, device: torch.device):
-        shape, layers = (rows, c.num_key_value_heads, room, c.head_dim), range(c.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens held, a row
-        self.longest, self.room = 0, room  # of the lengths, at most: to ask the GPU is to wait
+        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, room, c.head_dim)
+        self.layers = torch.zeros(shape, dtype=dtype, device=device)  # 2: keys and values
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of each row
+        self.longest = 0  # bounds the lengths: to ask the GPU for their maximum is to wait for it
+
+    def advance(self, lengths: list[int] | None):
+        """Before the layers: each row gets its prompt of lengths[n] tokens, or one more token."""
+        device, rows = self.lengths.device, len(self.lengths)
+        if lengths is not None:
+            self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
+            return
+        self.places = torch.arange(rows, device=device), self.lengths  # of the new tokens
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        self.seen = torch.arange(self.longest, device=device) < self.lengths[:, None]  # (N, used)
 
     def fill(self, layer: int, k: Tensor, v: Tensor, lengths: list[int]):
         """A packed prefill: document n becomes row n. k, v (T, K, D)."""
-        self.longest = max(lengths)
-        for row, (keys, values) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
-            self.keys[layer][row, :, : len(keys)] = keys.transpose(0, 1)
-            self.values[layer][row, :, : len(values)] = values.transpose(0, 1)
-
-    def look(self):
-        """Once a token, before its layers: what each row sees, itself included."""
-        device, unit = self.lengths.device, 128 if self.lengths.is_cuda else 1  # few shapes on GPUs
-        used = min(self.room, -(-(self.longest + 1) // unit) * unit)
-        self.rows = torch.arange(len(self.lengths), device=device)
-        self.seen = torch.arange(used, device=device) <= self.lengths[:, None]  # (N, used)
-        self.longest += 1
+        for row, document in enumerate(torch.stack([k, v]).split(lengths, dim=1)):
+            self.layers[layer, :, row, :, : document.shape[1]] = document.transpose(1, 2)
 
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes a token a row and attends to all up to it. q (N, H, D), k and v (N, K, D)."""
-        used = self.seen.shape[1]
-        self.keys[layer][self.rows, :, self.lengths] = k
-        self.values[layer][self.rows, :, self.lengths] = v
+        rows, ends = self.places
+        self.layers[layer][:, rows, :, ends] = torch.stack([k, v], dim=1)
+        keys, values = self.layers[layer, ..., : self.longest, :]
         # The H/K query heads of a KV head stand as its queries: grouped, and no key is repeated.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (N, K, H/K, D)
-        keys, values = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
         mask = self.seen[:, None, None]
-        with kernels(q, 1):
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.flatten(1, 2)  # (N, H, D)
 
     def take(self, rows: Tensor):
         """Row i is from now on what row rows[i] was: repeats a prompt for its samples."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-        self.lengths = self.lengths[rows]
+        self.layers, self.lengths = self.layers[:, :, rows], self.lengths[rows]
 
     def keep(self, live: Tensor) -> Tensor:
         """Drops the rows that have ended: live (N,) bool -> rows (n,), as if by take(rows).
@@ -343,13 +324,10 @@ class KVCache:
         """
         count = int(live.sum())
         rows = torch.arange(count, device=live.device)
-        gaps, last = ~live[:count], live[count:].nonzero().squeeze(1) + count
+        gaps, last = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
         rows[gaps] = last
-        for layers in (self.keys, self.values):
-            for layer, held in enumerate(layers):
-                held[:count][gaps] = held[last]
-                layers[layer] = held[:count]
-        self.lengths = self.lengths[rows]
+        self.layers[:, :, gaps] = self.layers[:, :, last]
+        self.layers, self.lengths = self.layers[:, :, :count], self.lengths[rows]
         return rows
 
 
@@ -357,13 +335,16 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
+    """Rounds before it multiplies, as transformers and vLLM do. nn.RMSNorm rounds after: in bf16
+    its log-probs are off from theirs by 0.005, as much as bf16 itself.
+    """
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # bf16 squares lose 5 bits
-        return self.weight * normed.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -503,23 +484,32 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths, cache, shared) -> Tensor:
-        """-> (T, H D), each token having seen its document up to itself."""
-        if lengths is None:  # one token a row, everything before it is in the cache
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, cache: KVCache | None
+    ) -> Tensor:
+        """-> (T, H D), each token having seen its document up to itself.
+
+        Responses to one prompt may share it (inputs.expand): it stands once among the T tokens, and
+        embedding, projections and MLPs run once for it. Only here does each document need a prompt
+        of its own in front of it, so the E rows of all documents are laid out for attention. The
+        copies of a prompt come out equal, and the first one goes on; what their keys and values
+        pass back to the prompt is added up by the backward of index_select.
+        """
+        if inputs.lengths is None:  # one token a row, everything before it is in the cache
             return cache.step(self.layer, q, k, v).flatten(1)
         if cache is not None:
-            cache.fill(self.layer, k, v, lengths)
-        if shared is None:
-            return attend(q, k, v, lengths, causal=True).flatten(1)
-        expand, back = shared  # a prompt that several documents share stands once in x
-        q, k, v = (y.index_select(0, expand) for y in (q, k, v))
-        return attend(q, k, v, lengths, causal=True).flatten(1).index_select(0, back)
+            cache.fill(self.layer, k, v, inputs.lengths)
+        if inputs.expand is None:
+            return attend(q, k, v, inputs.lengths, causal=True).flatten(1)
+        every = torch.arange(len(inputs.expand), device=q.device)
+        first = every.new_zeros(len(q))  # of a token's places among the E
+        first.scatter_reduce_(0, inputs.expand, every, "amin", include_self=False)
+        q, k, v = (x.index_select(0, inputs.expand) for x in (q, k, v))
+        return attend(q, k, v, inputs.lengths, causal=True).flatten(1).index_select(0, first)
 
 
 class Block(nn.Module):
-    """Attention follows the lengths of the documents; what is before and behind it does not, and so
-    can be compiled (parallel.compile_blocks).
-    """
+    """before() and behind() do not follow the lengths of documents, and so can be compiled."""
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -536,17 +526,10 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        lengths: list[int] | None,
-        cache: KVCache | None,
-        shared: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, cache: KVCache | None
     ) -> Tensor:
-        """x (T, C), cos and sin (T, 1, D); shared: expand (E,), back (T,)."""
-        attended = self.self_attn(*self.before(x, cos, sin), lengths, cache, shared)
-        return self.behind(x, attended)
+        """x (T, C), cos and sin (T, 1, D)."""
+        return self.behind(x, self.self_attn(*self.before(x, cos, sin), inputs, cache))
 
 
 class Decoder(nn.Module):
@@ -557,31 +540,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        lengths: list[int] | None,
-        cache: KVCache | None,
-        expand: Tensor | None = None,
-    ) -> Tensor:
-        """x (T, C), positions (3, T), expand (E,) -> hidden (T, C)."""
+    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
+        """x (T, C) -> hidden (T, C)."""
         c = self.config
         # Each frequency turns with one axis: the first 16 with time, 24 with row, 24 with column.
-        axes = axes_of(tuple(c.mrope_section), x.device)
-        angles = positions[axes].T * frequencies(c.head_dim, c.rope_theta, x.device)  # (T, D/2)
+        turns = frequencies(c.head_dim, c.rope_theta, x.device).split(c.mrope_section)
+        axes = zip(inputs.positions, turns, strict=True)
+        angles = torch.cat([axis[:, None] * turn for axis, turn in axes], dim=1)  # (T, D/2)
         cos, sin = (y.to(x.dtype) for y in rotary(angles))
-        if lengths is None:
-            cache.look()
-        shared = None
-        if expand is not None:  # back: of each token, the first of its places in attention's order
-            places = torch.arange(len(expand), device=x.device)
-            back = places.new_zeros(len(x)).scatter_reduce(
-                0, expand, places, "amin", include_self=False
-            )
-            shared = expand, back
         for layer in self.layers:
-            x = layer(x, cos, sin, lengths, cache, shared)
+            x = layer(x, cos, sin, inputs, cache)
         return self.norm(x)
 
 
@@ -589,12 +557,13 @@ class Decoder(nn.Module):
 
 
 class Qwen25VL(nn.Module):
-    """Policy (head="lm") or critic (head="value": 1 wide instead of the vocabulary)."""
+    """Policy (head="lm") or critic (head="value": 1 wide instead of the vocabulary).
+
+    It is entered by logps(), values() or logits(); there is no forward().
+    """
 
     def __init__(self, config: Config, head: str = "lm"):
         super().__init__()
-        if head not in ("lm", "value"):
-            raise ValueError(f"head must be 'lm' or 'value', got {head!r}")
         self.config = config
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
@@ -608,79 +577,84 @@ class Qwen25VL(nn.Module):
     def head_weight(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        lengths: list[int] | None = None,
-        patches: Tensor | None = None,
-        grids: list[Grid] = (),
-        slots: Tensor | None = None,
-        sources: Tensor | None = None,
-        expand: Tensor | None = None,
-        cache: KVCache | None = None,
-        rows: Tensor | None = None,
-        targets: Tensor | None = None,
-        temperature: float = 1.0,
-    ):
-        """A pack of documents, or one more token for each row of a cache (lengths=None).
-
-        ids (T,), positions (3, T), lengths of the documents; patches (S, 1176) with their grids;
-        row sources[m] of the tower's output is written over token slots[m], so one picture can
-        serve many documents. expand (E,): the rows of the documents one after the other, where
-        several share a prompt that stands once in ids; lengths then sum to E. With a cache, a pack
-        of N documents fills its N rows; without lengths, ids is (N,), one token a row. rows (R,):
-        the tokens whose output is wanted (all, if None).
-        -> critic: values (R,) float32; with targets (R,): log-probs and entropies, (R,) float32
-        each; else logits (R, V) float32.
-        """
-        x = self.model.embed_tokens(ids)
-        if patches is not None:
-            seen = self.visual(patches, grids).to(x.dtype)
-            x = x.index_copy(0, slots, seen.index_select(0, sources))
-        hidden = self.model(x, positions, lengths, cache, expand)
+    def hidden(
+        self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The last layer's output at `rows` (R,), or at all tokens: (R, C)."""
+        x = self.model.embed_tokens(inputs.ids)
+        if inputs.patches is not None:
+            seen = self.visual(inputs.patches, inputs.grids).to(x.dtype)
+            x = x.index_copy(0, inputs.slots, seen.index_select(0, inputs.sources))
         if cache is not None:
-            cache.lengths += 1 if lengths is None else torch.tensor(lengths, device=ids.device)
-        if rows is not None:  # hidden[rows] would add up repeated rows in whatever order
-            hidden = hidden.index_select(0, rows)
-        if self.value_head is not None:
-            # float32: returns differ by less than bf16 resolves once values are near 1
-            return F.linear(hidden.float(), self.value_head.weight[0].float())
-        if targets is not None:
-            return chunked_logps(hidden, self.head_weight, targets, temperature)
-        return F.linear(hidden, self.head_weight).float()
+            cache.advance(inputs.lengths)
+        x = self.model(x, inputs, cache)
+        # x[rows] would add up the gradients of repeated rows in whatever order
+        return x if rows is None else x.index_select(0, rows)
+
+    def logps(self, pack: Inputs) -> tuple[Tensor, Tensor]:
+        """Log-probs of a pack's trained tokens, `pack.targets` (R,), each predicted from its row in
+        `pack.rows` (R,); and the entropies of their distributions: (R,) float32 both.
+        """
+        return chunked_logps(self.hidden(pack, pack.rows), self.head_weight, pack.targets)
+
+    def values(self, pack: Inputs) -> Tensor:
+        """The critic's V before each trained token, read where the token is predicted: (R,).
+
+        In float32: returns differ by less than bf16 resolves once values are near 1.
+        """
+        return F.linear(self.hidden(pack, pack.rows).float(), self.value_head.weight[0].float())
+
+    def logits(
+        self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(R, V) float32, for sampling. With a cache, a pack of N documents fills its N rows; with
+        lengths=None, ids (N,) are one more token for each row.
+        """
+        return F.linear(self.hidden(inputs, rows, cache), self.head_weight).float()
 
 
 def chunked_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    chunk: int = HEAD_CHUNK,
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution; a long row's logits never exist.
 
-    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,) float32. `chunk` rows
-    of logits at a time; backward computes them again (7 % of a 7B step, once more) rather than keep
-    32k x 152k x 4 B = 19 GB. Softmax in float32: in bf16 the log-probs are off by 0.02 on average.
-    Entropies carry no gradient (the paper has no entropy bonus, sec. 4.1).
+    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,) float32. Softmax is in
+    float32: in bf16 the log-probs are off by 0.02 on average. Entropies carry no gradient (the
+    paper has no entropy bonus, sec. 4.1).
+    """
+    return ChunkedLogps.apply(hidden, weight, targets, chunk)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """`chunk` rows of logits z = hidden weight^T at a time. Backward, with d logp / d z =
+    onehot(target) - softmax(z), computes them once more (7 % of a 7B step) rather than keep
+    32k x 152k x 4 B = 19 GB. It sums the weight's gradient in float32: in bf16 it is off by 0.7 %.
     """
 
-    def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight).float()  # (chunk, V)
-        logits = logits if temperature == 1 else logits / temperature
-        logz = logits.logsumexp(-1)
-        logps = logits.gather(1, targets[:, None]).squeeze(1) - logz
-        with torch.no_grad():
-            every = logits - logz[:, None]
-            entropies = -(every.exp() * every).sum(-1)
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk, logps, entropies = chunk, [], []
+        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            every = F.linear(rows, weight).log_softmax(-1, dtype=torch.float32)  # (chunk, V)
+            logps.append(every.gather(1, wanted[:, None]).squeeze(1))
+            entropies.append(-every.exp().mul_(every).sum(-1))
+        logps, entropies = torch.cat(logps), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
         return logps, entropies
 
-    if 4 * len(hidden) * len(weight) > KEPT_LOGITS:  # bytes
-        piece = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
-    outputs = map(piece, hidden.split(chunk), targets.split(chunk))
-    logps, entropies = zip(*outputs, strict=True)
-    return torch.cat(logps), torch.cat(entropies)
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _):
+        hidden, weight, targets = ctx.saved_tensors
+        hidden_grads, weight_grad = [], torch.zeros_like(weight, dtype=torch.float32)
+        parts = (x.split(ctx.chunk) for x in (hidden, targets, upstream[:, None]))
+        for rows, wanted, slope in zip(*parts, strict=True):
+            grad = F.linear(rows, weight).softmax(-1, dtype=torch.float32).neg_()  # (chunk, V)
+            grad.scatter_add_(1, wanted[:, None], torch.ones_like(slope))
+            grad = grad.mul_(slope).to(weight.dtype)
+            hidden_grads.append(grad @ weight)
+            weight_grad += grad.T @ rows
+        return torch.cat(hidden_grads), weight_grad.to(weight.dtype), None, None
 
 
 def train_flops(c: Config, length: int) -> float:
@@ -698,136 +672,149 @@ def train_flops(c: Config, length: int) -> float:
 # ------------------------------------------------------------------------------- loading and saving
 
 
-def hub_name(name: str) -> str:
-    """transformers >= 4.52 in memory (`model.visual.*`, `model.language_model.*`) -> the files."""
-    if name.startswith("model.visual."):
-        return name.removeprefix("model.")
-    return name.replace("model.language_model.", "model.", 1)
-
-
-def read_weights(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(hub name, tensor) of every weight file, one tensor in memory at a time."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if (index := Path(directory) / INDEX).is_file():
-        names = json.loads(index.read_text())["weight_map"].values()
-        files = [Path(directory) / name for name in sorted({*names})]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{index} names {missing}, which are not there: copy them")
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {directory}: download the weights there")
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():
-                yield hub_name(name), weights.get_tensor(name)
-
-
-def empty_model(directory: str | Path, head: str = "lm") -> Qwen25VL:
+def empty_model(directory: Folder, head: str = "lm") -> Qwen25VL:
     """The architecture of a model directory on the meta device: shapes without memory."""
     with torch.device("meta"):
         return Qwen25VL(read_config(directory), head)
 
 
-def load_model(
-    directory: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    head: str = "lm",
-) -> Qwen25VL:
-    """A model directory, whole, as policy (head="lm") or critic (head="value"); ValueError as in
-    load_weights. parallel.load is the same in slices.
-    """
+def load_model(directory: Folder, dtype=torch.float32, device="cpu", head="lm") -> Qwen25VL:
+    """A model directory, whole, as policy (head="lm") or critic (head="value")."""
     model = empty_model(directory, head).to(dtype).to_empty(device=device)
     load_weights(model, directory)
     return model
 
 
-def copy_weight(weight: Tensor, tensor: Tensor):
-    weight.data.copy_(tensor)
+@torch.no_grad()
+def load_weights(model: Qwen25VL, directory: Folder):
+    """Fills a model, plain or sharded; of sharded weights each rank reads its own rows alone.
 
-
-def load_weights(
-    model: Qwen25VL,
-    directory: str | Path,
-    put: Callable[[Tensor, Tensor], None] = copy_weight,
-):
-    """Fills a model from the files in either layout, one tensor in memory at a time.
-
-    put(weight, tensor): how a weight takes its value. A critic may come from a policy's files: its
-    value head then starts as in Open-Reasoner-Zero's code, N(0, 1/(C+1)). Every weight of the model
-    must be in the files and every weight of the files must be used; ValueError names those that are
-    not, and wrong shapes.
+    A critic may come from a policy's files: its value head then starts as in Open-Reasoner-Zero's
+    code, N(0, 1/(C+1)), the same on all ranks if they have seeded torch alike.
     """
-    missing, problems, tied = dict(model.named_parameters()), [], None
-    unused = {"lm_head.weight", "value_head.weight"} - set(missing)  # of the head that is not here
-    for name, tensor in read_weights(directory):
-        weight = missing.pop(name, None)
-        if weight is not None and weight.shape == tensor.shape:
-            put(weight, tensor)
-        elif weight is not None:
-            shapes = f"{[*tensor.shape]} in the files, {[*weight.shape]} by config.json"
-            problems.append(f"{name} is {shapes}")
-        elif name == "lm_head.weight" and model.config.tie_word_embeddings:
-            tied = tensor
-        elif name not in unused:
-            problems.append(f"unexpected {name}")
-    if tied is not None:
-        stored = dict(weight for weight in read_weights(directory) if "embed_tokens" in weight[0])
-        if not torch.equal(tied, stored["model.embed_tokens.weight"]):
-            problems.append("lm_head.weight differs from the embedding that config.json ties it to")
-    if (weight := missing.pop("value_head.weight", None)) is not None:
-        put(weight, torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1)))
-    problems += [f"missing {name}" for name in missing]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{directory} does not fit config.json: {'; '.join(problems[:8])}{more}")
+    stored, weights = check_weights(model, directory), model.state_dict()
+    if tied := model.lm_head is None and model.value_head is None and "lm_head.weight" in stored:
+        weights["lm_head.weight"] = torch.empty_like(model.head_weight)
+    state = {stored[name][1]: weight for name, weight in weights.items() if name in stored}
+    reader = hf_storage.HuggingFaceStorageReader(str(directory))
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    if tied and not torch.equal(weights["lm_head.weight"], model.head_weight):
+        file = stored["lm_head.weight"][0]
+        raise ValueError(f"{file}: lm_head.weight differs from the embedding that it is tied to")
+    if model.value_head is not None and "value_head.weight" not in stored:
+        weight = model.value_head.weight
+        start = torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1))
+        if isinstance(weight, DTensor):  # each rank draws the whole head and takes its own rows
+            mesh, axes = weight.device_mesh, weight.placements
+            start = distribute_tensor(start, mesh, axes, src_data_rank=None)
+        weight.copy_(start)
 
 
-def shards(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict]:
-    """{name: tensor} of at most SHARD_BYTES: what saving a model takes of the host's memory."""
-    shard, size = {}, 0
-    for name, tensor in weights:
-        tensor = tensor.detach().to("cpu", dtype).contiguous()
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name], size = tensor, size + tensor.nbytes
-    yield shard
+def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str, list[int]]]:
+    """{hub name: (file, name in the file, shape)} of all weights, from the headers of the files.
+
+    Every weight of the model must be in the files, once, and every weight of the files must be used
+    (a policy does without a critic's head); ValueError names what is not so.
+    """
+    shapes = {name: [*weight.shape] for name, weight in model.named_parameters()}
+    optional = {"lm_head.weight": [*model.head_weight.shape], "value_head.weight": None}  # tied
+    stored, wrong = {}, []
+    for file in weight_files(Path(directory)):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                found = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is cut, or a Git-LFS pointer ({error}): fetch it") from error
+        for own_name, shape in found.items():
+            name = hub_name(own_name)
+            wanted = shapes.get(name) or optional.get(name)
+            if name in stored:
+                wrong.append(f"{name} stands twice, in {stored[name][0].name} and {file.name}")
+            elif name not in shapes and name not in optional:
+                wrong.append(f"unexpected {name} in {file.name}")
+            elif wanted and wanted != shape:
+                wrong.append(f"{name} is {shape} in {file.name}, {wanted} by config.json")
+            stored[name] = file, own_name, shape
+    wrong += [f"missing {name}" for name in shapes if name not in {*stored, "value_head.weight"}]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{directory} does not fit config.json: {'; '.join(wrong[:8])}{more}")
+    return stored
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """All *.safetensors. Where there is an index it must name them all: of old and new weights side
+    by side nobody can tell which are meant.
+    """
+    files, index = sorted(directory.glob("*.safetensors")), directory / INDEX
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {directory}: download the weights there")
+    if index.is_file():
+        listed = {*(read_json(index).get("weight_map") or {}).values()}
+        if odd := sorted(listed ^ {file.name for file in files}):
+            raise ValueError(
+                f"{index} lists other files than are there, {odd}: fetch the model anew"
+            )
+    return files
+
+
+def hub_name(name: str) -> str:
+    """transformers >= 4.52 in memory (`model.visual.*`, `model.language_model.*`) -> the files."""
+    name = name.replace("model.language_model.", "model.", 1)
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def save_model(model: Qwen25VL, directory: Folder, like: Folder | None = None, dtype=None):
+    """As a directory that transformers and vLLM open; a tied head is stored once.
+
+    dtype: of the files, the decoder's own if None. For the rest see save_weights.
+    """
+    weights = model.state_dict()  # of a sharded model: float32 slices, not what a forward gathered
+    dtype = dtype or weights["model.norm.weight"].dtype
+    save_weights(weights, model.config, directory, dtype, like)
 
 
 def save_weights(
-    weights: Iterable[tuple[str, Tensor]],
+    weights: dict[str, Tensor],
     config: Config,
-    directory: str | Path,
+    directory: Folder,
     dtype: torch.dtype,
-    like: str | Path | None = None,
+    like: Folder | None = None,
+    group: dist.ProcessGroup | None = None,
 ):
-    """Writes (name, tensor) pairs as a Hugging Face directory in the hub's layout.
+    """A model directory in the hub's layout, cleared of older weights first.
 
-    like: a model directory whose tokenizer, template and image settings are copied along.
+    like: a model directory whose tokenizer, template and image settings are copied along. All ranks
+    of `group` (None: all) call this. Each writes its own rows of sharded weights, the first joins
+    their files and returns last. No weight is sent, so a thread with a group of its own may write
+    copies while the training goes on. Raises OSError on all ranks if one of them cannot write.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("model*.safetensors*"):
-        old.unlink()
-    places, size = {}, 0
-    for number, shard in enumerate(shards(weights, dtype), start=1):
-        file = f"model-{number:05}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-        size += sum(tensor.nbytes for tensor in shard.values())
-    if number == 1:
-        (directory / file).rename(directory / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
-    (directory / "config.json").write_text(json.dumps(config_json(config, dtype), indent=1))
-    if like is not None and Path(like).resolve() != directory.resolve():
-        for pattern in COMPANIONS.split():
-            for file in Path(like).glob(pattern):
-                shutil.copy(file, directory / file.name)
-
-
-def save_model(model: Qwen25VL, directory: str | Path, like: str | Path | None = None):
-    """As a directory that transformers and vLLM open. A tied head is stored once."""
-    dtype = next(model.parameters()).dtype
-    save_weights(model.named_parameters(), model.config, directory, dtype, like)
+    directory, parts = Path(directory), Path(directory) / "sharded"
+    several = dist.is_initialized() and dist.get_world_size(group) > 1
+    first = not several or dist.get_rank(group) == 0
+    files, size = {}, 0
+    for name, weight in weights.items():
+        files[name] = 1 + size // SHARD_BYTES
+        size += weight.numel() * dtype.itemsize
+    if first:  # the others do not write before they have met it in dcp.save
+        shutil.rmtree(parts, ignore_errors=True)
+        for old in (*directory.glob("*.safetensors"), *directory.glob(INDEX)):
+            old.unlink()
+    weights = {name: weight.detach().to(dtype) for name, weight in weights.items()}
+    writer = hf_storage.HuggingFaceStorageWriter(str(directory), files, 1, several, several)
+    try:
+        dcp.save(weights, storage_writer=writer, process_group=group, no_dist=not several)
+    except dcp.CheckpointException as error:  # no Exception to Python; it holds those of all ranks
+        cause, _ = next(iter(error.failures.values()))
+        raise OSError(f"writing {directory} failed: {cause}") from error
+    if not first:
+        return
+    shutil.rmtree(parts, ignore_errors=True)
+    if max(files.values()) == 1:
+        (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
+        (directory / INDEX).unlink()
+    text = json.dumps(config_json(config, dtype), indent=1)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    if like and Path(like).resolve() != directory.resolve():
+        for file in (file for pattern in COMPANIONS.split() for file in Path(like).glob(pattern)):
+            shutil.copy(file, directory)

@@ -1,128 +1,111 @@
 """Sampling: problems in, rollouts out, each token with the log-prob that the sampler gave it.
 
     sampler.generate(problems, samples=16, max_tokens=..., seed=(seed, step)) -> list[Rollout]
-    sampler.rest()                 # until the next sync: gives its GPU memory to the training
-    sampler.sync(weights)          # (hub name, tensor) pairs of the policy after its update
+    sampler.rest()           # until the next sync its GPU memory is free for training
+    sampler.sync(weights)    # (hub name, tensor) pairs of the policy after its update
 
-Two samplers stand behind that interface, and each is checked against the other. TorchSampler is
-plain torch, for laptops and tests: below some tens of millions of parameters it outruns vLLM.
+TorchSampler is plain torch, for laptops and tests: below some tens of millions of parameters it
+outruns vLLM. VllmSampler is for real runs: one vLLM engine in the process of each rank, beside the
+model that trains. Each is checked against the other.
 
-    1  one packed prefill a batch of prompts; a picture is looked at once, whatever the samples
-    2  the prompt's keys and values are repeated for its n samples
-    3  one token for each live row a step; rows that have finished leave the batch
+Token ids and log-probs go on to the loss, text only to the reward and the log. Log-probs are those
+of the unmasked distribution at temperature 1, as the trainer's are, whatever temperature samples.
+The random numbers of a rollout follow from (seed, problem id, sample): it does not depend on what
+else is in the batch, nor on the rank (with vLLM up to rounding, which may flip a close draw).
 
-VllmSampler is for the real runs: one vLLM engine in the process of each rank, next to the model
-that trains. A rank takes the next problem when its engine has room, so with `turns` dealt from a
-counter that the ranks share, none idles behind another's long responses.
-
-Token ids are the only currency between sampler and loss: text is for the reward and the log. Log-
-probs are those of the unmasked distribution, so that they equal the trainer's; tokens that stand
-for pictures are never drawn (a sampled <|image_pad|> has no picture behind it, and breaks the
-trainer's pack). Draws are addressed by (seed, problem id, sample): a rollout does not depend on
-what else is in the batch, nor on the rank (vLLM: up to rounding, which may flip a close draw).
-
-Dimensions: P problems, n samples each, N = P n rows, V vocabulary.
+Dimensions: P problems, n samples each, N = P n rows, V vocabulary. Nothing to run here: see rl.py.
 """
 
+import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.data import (
-    IMAGE_MARKER,
-    Document,
-    ImageSettings,
-    Problem,
-    Prompt,
-    encode_prompt,
-    load_image,
-    pack,
-    prompt_length,
-    with_blank_picture,
-)
+from common import data
+from common.data import Document, ImageSettings, Problem, Prompt
 from common.log import progress
-from model import KVCache, Qwen25VL, read_config
+from common.packs import make_pack, pack_alone, with_blank_picture
+from model import Config, Inputs, KVCache, Qwen25VL, load_model, read_config
+from reward import Verdict
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
+# On GPUs vLLM runs what no test on a CPU does: its second model runner, asynchronous scheduling,
+# sleep. If sampler and trainer disagree there alone, set in the environment, one after the other:
+# VLLM_USE_V2_MODEL_RUNNER=0 (the runner of the tests), OVR_VLLM_ASYNC=0, OVR_VLLM_SLEEP=1 (keeps
+# the weights in host memory; level 2 drops them, and has spoilt vision models, vllm#29341).
+ASYNC_SCHEDULING = False if os.environ.get("OVR_VLLM_ASYNC") == "0" else None  # None: vLLM decides
+SLEEP_LEVEL = int(os.environ.get("OVR_VLLM_SLEEP", "2"))
 
 
 @dataclass
 class Rollout:
-    """One try at one problem."""
+    """One sampled response to a problem, and what it is worth."""
 
     problem: Problem
-    sample: int  # which of the n tries
+    sample: int  # which of the n
     prompt: Prompt
+    index: int = 0  # place of the problem in the batch
     response_ids: list[int] = field(default_factory=list)  # the stop token included, if it came
     logps: list[float] = field(default_factory=list)  # of each response token, by the sampler
     stopped: bool = False  # False: cut at max_tokens
     text: str = ""
-    index: int = 0  # place of the problem in the list that was handed to generate()
+    verdict: Verdict | None = None
+    reward: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.problem.id}#{self.sample}"
 
     @property
     def document(self) -> Document:
-        return Document(self.prompt, self.response_ids)
+        return Document(self.prompt, self.response_ids, self.name)
 
 
-def address(seed: tuple[int, ...], problem_id: str, sample: int) -> int:
-    """Randomness addressed by (seed, problem, sample): the same in any batch, on any rank."""
-    key = "/".join(map(str, (*seed, problem_id, sample))).encode()
-    return zlib.crc32(key)  # torch uses 32 bits of a seed
+# ------------------------------------------------------------------ what both samplers share
 
 
-def row_generator(seed: tuple[int, ...], problem_id: str, sample: int) -> torch.Generator:
-    return torch.Generator().manual_seed(address(seed, problem_id, sample))
-
-
-def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
-    """One token a row by inverse CDF. logits (N, V), uniforms (N,) in [0, 1) -> (N,) int64.
-
-    temperature 0 takes the likeliest. float64: in float32 the cumulative sum of 152k probabilities
-    ends at 1 +- 1e-3, and the last tokens would be drawn too often.
+def forbidden_ids(config: Config, tokenizer) -> list[int]:
+    """Never sampled: tokens that stand for pictures, as no picture is behind a sampled one, and
+    untrained rows of the vocabulary, which are no token (7B: 152,064 rows for 151,665 tokens).
     """
-    logits = logits.index_fill(1, forbidden, float("-inf"))
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    nameless = {*range(config.vocab_size)} - {*tokenizer.get_vocab().values()}
+    return sorted(nameless | {*config.vision_token_ids})
 
 
-class TorchSampler:
-    """Samples from a model of its own, kept equal to the policy by sync()."""
+def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) -> int:
+    """The seed of one rollout: the same in any batch, on any rank. twin: places behind the first of
+    an equal id in the batch; without it such problems would get copies.
+    """
+    key = "/".join(map(str, (*seed, problem_id, sample))) + (f"\n{twin}" if twin else "")
+    return zlib.crc32(key.encode())  # torch uses 32 bits of a seed
 
-    def __init__(self, model: Qwen25VL, tokenizer, settings: ImageSettings, batch: int = 256):
-        self.model, self.tokenizer, self.settings, self.batch = (
-            model.eval(),
-            tokenizer,
-            settings,
-            batch,
-        )
-        self.device = next(model.parameters()).device
-        c = model.config
-        self.stops = {c.eos_token_id, tokenizer.eos_token_id}
-        self.forbidden = torch.tensor(sorted({*c.vision_token_ids}), device=self.device)
 
-    @torch.no_grad()
-    def sync(self, weights: Iterable[tuple[str, Tensor]]):
-        """Copies the policy's weights in. KeyError if a name is unknown: a weight that is not
-        copied stays stale.
-        """
-        own = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            own[name].copy_(tensor)
+def divergence(rollout: Rollout, token: int, model: nn.Module) -> FloatingPointError:
+    """From logits that hold NaN or infinity nothing can be sampled."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    cause = f"NaN or infinity in the weights: {', '.join(broken[:4])}"
+    cause = cause if broken else "every weight is finite"
+    return FloatingPointError(
+        f"{rollout.name}: the logits of response token {token} are not finite ({cause}): go back "
+        "to a sound model or checkpoint, and train with a lower --lr or a longer --warmup"
+    )
 
-    def rest(self):
-        """Nothing to give back: the model is small."""
 
-    @torch.no_grad()
+class Sampler:
+    """What both share. What differs is _run(groups, samples, max_tokens, temperature): it takes the
+    next group (a problem's rollouts, each with its seed) when it has room for one, fills in
+    response_ids and logps, and yields each rollout when it is done.
+    """
+
     def generate(
         self,
         problems: list[Problem],
@@ -131,97 +114,141 @@ class TorchSampler:
         temperature: float = 1.0,
         seed: tuple[int, ...] = (0,),
         bar: str = "",
-        turns: Iterable[int] | None = None,
+        indices: Iterable[int] | None = None,
     ) -> list[Rollout]:
-        """n rollouts a problem, in the order of the turns: sample 0, sample 1, ... of each.
+        """n rollouts a problem, in the order of `indices`: sample 0, sample 1, ... of each.
 
-        max_tokens: of a response. temperature 0: greedy. bar: name of a progress bar, none if
-        empty. turns: which of the problems to do, taken as many at a time as a batch holds and not
-        before, so several ranks can share them; all of them in order, if None.
+        temperature 0: greedy. bar: name of a progress bar. indices: problems to sample, None for
+        all; each is taken when there is room for it, so that ranks can share a counter.
         """
-        size = max(1, self.batch // samples)  # whole groups, so that a prompt is read once
-        total = None if turns is not None else -(-len(problems) // size)
-        turns = iter(range(len(problems)) if turns is None else turns)
-        batches, rollouts = iter(lambda: [*islice(turns, size)], []), []
-        for indices in progress(batches, bar, total) if bar else batches:
-            group = []
-            for i in indices:
-                p = problems[i]
-                prompt = encode_prompt(p.prompt, p.images, self.tokenizer, self.settings, p.id)
-                group += [Rollout(p, n, prompt, index=i) for n in range(samples)]
-            self._fill(group, samples, max_tokens, temperature, seed)
-            for rollout in group:
-                rollout.text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-            rollouts += group
+        total = None if indices is not None else len(problems) * samples
+        first = {p.id: index for index, p in reversed([*enumerate(problems)])}
+        rollouts = []
+
+        def groups() -> Iterator[list[tuple[Rollout, int]]]:
+            for index in range(len(problems)) if indices is None else indices:
+                p = problems[index]
+                prompt = data.encode_prompt(p.prompt, p.images, self.tokenizer, self.settings, p.id)
+                group = [Rollout(p, n, prompt, index) for n in range(samples)]
+                rollouts.extend(group)
+                yield [(r, address(seed, p.id, r.sample, index - first[p.id])) for r in group]
+
+        done = self._run(groups(), samples, max_tokens, temperature)
+        for rollout in progress(done, bar, total) if bar else done:
+            rollout.stopped = rollout.response_ids[-1] in self.stops
+            rollout.text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         return rollouts
 
-    def _fill(
-        self, rollouts: list[Rollout], samples: int, max_tokens: int, temperature: float, seed
-    ):
-        """Generates the responses of one batch, in place."""
-        device = self.device
+
+# ------------------------------------------------------------------ plain torch
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
+    """One token a row by inverse CDF. logits (N, V), uniforms (N,) in [0, 1) -> (N,) int64.
+
+    temperature 0 takes the likeliest. float64: in float32 the cumulative sum of 152k probabilities
+    ends at 1 +- 1e-3, and the last tokens would be drawn too often. NaN gives the last row.
+    """
+    logits = logits.index_fill(1, forbidden, float("-inf"))
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return tokens.clamp_max(logits.shape[1] - 1)
+
+
+def row_uniforms(seed: int, count: int) -> Tensor:
+    """The random numbers of one rollout, one a token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class TorchSampler(Sampler):
+    """Samples from a model of its own, kept equal to the policy by sync().
+
+    One packed prefill reads the prompts of a batch, a picture once whatever the samples; a prompt's
+    keys and values are repeated for its samples; then one token a step for each row that has not
+    ended. Rows that end leave the batch.
+    """
+
+    def __init__(self, model: Qwen25VL, tokenizer, settings: ImageSettings, batch: int = 256):
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.batch, self.device = batch, next(model.parameters()).device
+        self.stops = {*model.config.stop_ids, tokenizer.eos_token_id}
+        self.forbidden = torch.tensor(forbidden_ids(model.config, tokenizer), device=self.device)
+
+    @torch.no_grad()
+    def sync(self, weights: Iterable[tuple[str, Tensor]]):
+        """Copies the policy's weights in. An unknown name is a KeyError."""
+        own = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+
+    def rest(self):
+        """Nothing to give back: the model is small."""
+
+    def _run(self, groups, samples: int, max_tokens: int, temperature: float) -> Iterator[Rollout]:
+        while batch := [*islice(groups, max(1, self.batch // samples))]:
+            rollouts, seeds = zip(*(pair for group in batch for pair in group), strict=True)
+            uniforms = torch.stack([row_uniforms(seed, max_tokens) for seed in seeds], dim=1)
+            self._fill(rollouts, samples, uniforms.to(self.device), temperature)
+            yield from rollouts
+
+    @torch.no_grad()
+    def _fill(self, rollouts: tuple[Rollout], samples: int, uniforms: Tensor, temperature: float):
+        """Samples the responses of one batch. uniforms (max_tokens, N)."""
         prompts = [r.prompt for r in rollouts[::samples]]
-        cache, logits, positions = self._prefill(prompts, max_tokens)
-        repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache.take(repeat)
-        logits, positions = logits[repeat], positions[repeat]
-        draws = [
-            torch.rand(
-                max_tokens,
-                generator=row_generator(seed, r.problem.id, r.sample),
-                dtype=torch.float64,
-            )
-            for r in rollouts
-        ]
-        uniforms = torch.stack(draws, dim=1).to(device)  # (max_tokens, N)
-        rows = torch.arange(len(rollouts), device=device)  # which rollout each row of the batch is
-        stops = torch.tensor(sorted(self.stops), device=device)
-        ids = torch.full((max_tokens, len(rollouts)), -1, device=device)  # -1: has ended before
-        logps = torch.zeros(ids.shape, device=device)
-        for step in range(max_tokens):
-            token = draw_tokens(logits, uniforms[step, rows], temperature, self.forbidden)
-            every = (logits / (temperature or 1.0)).log_softmax(-1)
-            ids[step, rows] = token
-            logps[step, rows] = every.gather(1, token[:, None]).squeeze(1)
-            live = ~torch.isin(token, stops)
-            left = int(live.sum())  # all that the host waits for in a step
-            if not left or step == max_tokens - 1:
+        cache, logits, positions = self._prefill(prompts, samples, len(uniforms))
+        rows = torch.arange(len(rollouts), device=self.device)  # which rollout each row is
+        stops = torch.tensor(sorted(self.stops), device=self.device)
+        ids = torch.full(uniforms.shape, -1, device=self.device)  # -1: the rollout has ended
+        logps = torch.zeros(uniforms.shape, device=self.device)
+        for step, uniform in enumerate(uniforms):
+            token = draw_tokens(logits, uniform[rows], temperature, self.forbidden)
+            logp = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+            ids[step, rows], logps[step, rows] = token, logp
+            # NaN or infinity among a row's logits makes its log-prob NaN. The host waits for the
+            # GPU once a step, to read both counts.
+            live, finite = torch.isin(token, stops, invert=True), logp.isfinite()
+            left, sound = torch.stack([live.sum(), finite.sum()]).tolist()
+            if sound < len(rows):
+                raise divergence(rollouts[rows[~finite][0]], step + 1, self.model)
+            if not left or step == len(uniforms) - 1:
                 break
-            if left < len(live):
-                kept = cache.keep(live)
-                rows, token, positions = rows[kept], token[kept], positions[kept]
-            logits = self.model(token, positions.expand(3, -1), cache=cache)
+            if left < len(rows):
+                order = cache.keep(live)
+                rows, token, positions = rows[order], token[order], positions[order]
+            logits = self.model.logits(Inputs(token, positions.expand(3, -1), None), cache=cache)
             positions = positions + 1
-        ids, logps = ids[: step + 1].T.tolist(), logps[: step + 1].T.tolist()
-        for rollout, row_ids, row_logps in zip(rollouts, ids, logps, strict=True):
-            length = row_ids.index(-1) if -1 in row_ids else len(row_ids)
-            rollout.response_ids, rollout.logps = row_ids[:length], row_logps[:length]
-            rollout.stopped = row_ids[length - 1] in self.stops
+        for rollout, own, its_logps in zip(rollouts, ids.T.cpu(), logps.T.cpu(), strict=True):
+            length = int((own >= 0).sum())
+            rollout.response_ids = own[:length].tolist()
+            rollout.logps = its_logps[:length].tolist()
 
-    def _prefill(self, prompts: list[Prompt], max_tokens: int) -> tuple[KVCache, Tensor, Tensor]:
-        """-> cache with a row a prompt, logits (P, V) of the first response token, next position
-        (P,).
-        """
-        documents = [Document(prompt, []) for prompt in prompts]
-        batch = pack(documents, sum(map(len, documents)))[0].to(self.device)
-        room = max(batch.lengths) + max_tokens
-        dtype = next(self.model.parameters()).dtype
+    def _prefill(
+        self, prompts: list[Prompt], samples: int, max_tokens: int
+    ) -> tuple[KVCache, Tensor, Tensor]:
+        """-> cache of N rows, logits (N, V) of the first response token, its position (N,)."""
+        pack = pack_alone([Document(prompt, []) for prompt in prompts]).to(self.device)
+        room, dtype = max(pack.lengths) + max_tokens, next(self.model.parameters()).dtype
         cache = KVCache(self.model.config, len(prompts), room, dtype, self.device)
-        last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
-        logits = self.model(**batch.inputs, cache=cache, rows=last)
-        back = torch.tensor(batch.members, device=self.device).argsort()  # pack() may reorder
-        cache.take(back)
-        return cache, logits[back], batch.positions[:, last].amax(0)[back] + 1
+        last = torch.tensor(pack.lengths, device=self.device).cumsum(0) - 1
+        logits = self.model.logits(pack, last, cache)
+        order = torch.tensor(pack.members, device=self.device).argsort()  # a pack has its own
+        rows = order.repeat_interleave(samples)
+        cache.take(rows)
+        return cache, logits[rows], pack.positions[:, last].amax(0)[rows] + 1
 
 
-class VllmSampler:
+# ------------------------------------------------------------------ vLLM
+
+
+class VllmSampler(Sampler):
     """A vLLM engine in this process, kept equal to the policy by sync(). Checked with vLLM 0.32.
 
     Build it before the model that trains: its start wants the GPU's memory free. Under torchrun
-    the process group must be there first (the engine joins it; where it has to make its own, the
-    group of each rank holds that rank alone, and sums over the ranks silently do nothing), and all
-    ranks build their engines together. The start sets the global random seed, the same on every
-    rank, and on a CPU it disables torch.set_num_threads: set OMP_NUM_THREADS instead.
+    start the process group first (an engine that makes its own makes one of that rank alone, and
+    sums over the ranks silently do nothing), and build all ranks' engines together.
 
     batch: responses in flight. max_model_len: most tokens of a prompt and its response.
     kv_cache_gb: room for keys and values; responses that do not fit are put off and begun again.
@@ -237,17 +264,15 @@ class VllmSampler:
         kv_cache_gb: float = 0.25,
         dtype: torch.dtype = torch.float32,
     ):
+        vllm, config = import_vllm(), read_config(directory)
         self.tokenizer, self.settings = tokenizer, settings
         self.batch, self.limit, self.cuda = batch, max_model_len, torch.cuda.is_available()
-        config = read_config(directory)
-        self.stops = {config.eos_token_id, tokenizer.eos_token_id}
-        LLM, SamplingParams, RequestOutputKind = import_vllm()
-        pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        self.stops = {*config.stop_ids, tokenizer.eos_token_id}
         parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.llm = LLM(
+        pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        self.llm = vllm.LLM(
             str(directory),
             dtype=dtype,
-            seed=0,
             max_model_len=max_model_len,
             max_num_seqs=batch,
             kv_cache_memory_bytes=int(kv_cache_gb * 1e9),
@@ -255,189 +280,142 @@ class VllmSampler:
             enable_prefix_caching=True,
             enable_sleep_mode=self.cuda,
             enforce_eager=not self.cuda,
+            async_scheduling=ASYNC_SCHEDULING,
             distributed_executor_backend="external_launcher" if parallel else None,
             limit_mm_per_prompt={"video": 0},
             mm_processor_kwargs={"size": pixels},
             mm_processor_cache_gb=0,  # a picture comes back an epoch later
-            generation_config="vllm",  # not the model's
-            logprobs_mode="raw_logprobs",  # from before masks and penalties: the trainer's
-            disable_log_stats=True,
+            generation_config="vllm",  # its own defaults: Qwen2.5-VL's file has a penalty of 1.05
+            logprobs_mode="raw_logprobs",  # from before masks and temperature: the trainer's
         )
-        # Every field that acts is set: none is left to a model's generation_config.json (Qwen2.5-
-        # VL's has repetition_penalty 1.05).
         self.params = partial(
-            SamplingParams,
-            n=1,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            repetition_penalty=1.0,
-            min_tokens=0,
+            vllm.SamplingParams,
             stop_token_ids=sorted(self.stops),
             ignore_eos=True,  # what vLLM takes for one: the stops above are all there are
-            logit_bias=dict.fromkeys(config.vision_token_ids, float("-inf")),
-            logprobs=0,  # of the drawn token alone
+            logit_bias=dict.fromkeys(forbidden_ids(config, tokenizer), float("-inf")),
+            logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
+        (runner,) = self.llm.collective_rpc(lambda worker: type(worker.model_runner))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vLLM runs {runner.__module__}.{runner.__name__}, sleep level {SLEEP_LEVEL}")
 
-    def generate(
-        self,
-        problems: list[Problem],
-        samples: int = 1,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        seed: tuple[int, ...] = (0,),
-        bar: str = "",
-        turns: Iterable[int] | None = None,
-    ) -> list[Rollout]:
-        """As TorchSampler.generate, but the next turn is taken as soon as there is room for it."""
-        if temperature not in (0, 1):
-            raise ValueError(
-                f"temperature {temperature}: vLLM gives log-probs at temperature 1 only (use 1, or "
-                "0 for greedy, or --sampler torch)"
-            )
-        total = None if turns is not None else len(problems) * samples
-        turns = iter(range(len(problems)) if turns is None else turns)
-        rollouts = []
-        drawn = {"max_tokens": max_tokens, "temperature": temperature}
-        ended = self._play(problems, turns, rollouts, samples, seed, drawn)
-        for rollout in progress(ended, bar, total) if bar else ended:
-            rollout.text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        return rollouts
-
-    def _play(self, problems, turns, rollouts: list[Rollout], samples: int, seed, drawn: dict):
-        """Yields each rollout when it ends; `rollouts` gets them in the order they were begun."""
-        engine, running, more = self.llm.llm_engine, {}, True
+    def _run(self, groups, samples: int, max_tokens: int, temperature: float) -> Iterator[Rollout]:
+        """n requests of one sample each, which share the prompt's keys, values and pictures. One
+        request of n would keep its place until the longest of the n has ended.
+        """
+        params = partial(self.params, max_tokens=max_tokens, temperature=temperature)
+        engine, running = self.llm.llm_engine, {}  # the rollout of each request
         try:
-            while more or running:
-                while more and (not running or len(running) + samples <= self.batch):
-                    index = next(turns, None)
-                    if more := index is not None:
-                        asked = self._ask(problems[index], index, samples, seed, drawn)
-                        running |= asked
-                        rollouts += asked.values()
-                for output in engine.step() if running else []:
+            while True:
+                while not running or len(running) + samples <= self.batch:
+                    if (group := next(groups, None)) is None:
+                        break
+                    prompt = self._prepare(group[0][0], max_tokens)
+                    for rollout, seed in group:
+                        request = f"{rollout.index}/{rollout.sample}"
+                        engine.add_request(request, prompt, params(seed=seed))
+                        running[request] = rollout
+                if not running:
+                    return
+                for output in engine.step():
                     if output.finished:
                         yield self._read(output.outputs[0], running.pop(output.request_id))
         finally:
             engine.abort_request([*running])  # after an error: the next call must not meet them
 
-    def _ask(self, problem: Problem, index: int, samples: int, seed, drawn: dict) -> dict:
-        """Hands the engine n requests for one problem. -> {request id: rollout}.
-
-        The prompt is prepared once. n requests of one sample, not one of n: each leaves the batch
-        when it ends, and not when the longest of the n does. They share the prompt's keys and
-        values, block by block, and its pictures pass the tower once.
+    def _prepare(self, rollout: Rollout, max_tokens: int) -> dict:
+        """The prompt for vLLM, which itself expands one image token a picture; pictures resized as
+        the trainer's are (its own resize is torchvision's, off by one of 255 levels).
         """
-        prompt = encode_prompt(
-            problem.prompt, problem.images, self.tokenizer, self.settings, problem.id
-        )
-        if len(prompt.ids) + drawn["max_tokens"] > self.limit:
+        problem, prompt, side = rollout.problem, rollout.prompt, self.settings.patch_size
+        if len(prompt.ids) + max_tokens > self.limit:
             raise ValueError(
-                f"{problem.id}: {len(prompt.ids)} prompt + {drawn['max_tokens']} response tokens "
-                f"exceed the sampler's max_model_len of {self.limit}; raise it, or leave it out"
+                f"{problem.id}: {len(prompt.ids)} prompt + {max_tokens} response tokens exceed "
+                f"max_model_len of {self.limit}: raise it, or leave the problem out"
             )
-        given = self._prepared(problem, prompt)
-        asked = {}
-        for n in range(samples):
-            name = f"{index}/{n}"
-            params = self.params(seed=address(seed, problem.id, n), **drawn)
-            self.llm.llm_engine.add_request(name, given, params)
-            asked[name] = Rollout(problem, n, prompt, index=index)
-        return asked
-
-    def _prepared(self, problem: Problem, prompt: Prompt) -> dict:
-        """The prompt as vLLM wants it. It gets one image token a picture and expands it itself;
-        an expanded prompt would be expanded again, without a word.
-
-        Pictures are resized here, as the trainer's are. vLLM's own resize is torchvision's, which
-        is off by one of 255 levels here and there.
-        """
-        given = {"prompt_token_ids": prompt.short_ids}
-        if problem.images:
-            side, pictures = self.settings.patch_size, []
-            for image, (_, h, w) in zip(problem.images, prompt.grids, strict=True):
-                size = (w * side, h * side)
-                pictures.append(load_image(image).resize(size, Image.Resampling.BICUBIC))
-            given["multi_modal_data"] = {"image": pictures}
-        (prepared,) = self.llm.renderer.render_cmpl([given])
-        if prepared["prompt_token_ids"] != prompt.ids:
+        inputs, pictures = {"prompt_token_ids": prompt.short_ids}, []
+        for image, (_, h, w) in zip(problem.images, prompt.grids, strict=True):
+            size = (w * side, h * side)
+            pictures.append(data.load_image(image).resize(size, Image.Resampling.BICUBIC))
+        if pictures:
+            inputs["multi_modal_data"] = {"image": pictures}
+        (prepared,) = self.llm.renderer.render_cmpl([inputs])
+        if (length := len(prepared["prompt_token_ids"])) != len(prompt.ids):
             raise RuntimeError(
-                f"{problem.id}: {len(prepared['prompt_token_ids'])} prompt tokens in vLLM, "
-                f"{len(prompt.ids)} in the trainer: their image settings differ"
+                f"{problem.id}: {length} prompt tokens in vLLM, {len(prompt.ids)} in the trainer: "
+                "their image settings differ"
             )
         return prepared
 
     def _read(self, output, rollout: Rollout) -> Rollout:
         if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(
-                f"{rollout.problem.id}: vLLM dropped the request ({output.finish_reason}); its log "
-                "above says why"
-            )
+            why = output.finish_reason
+            raise RuntimeError(f"{rollout.name}: vLLM dropped it ({why}); its log says more")
         rollout.response_ids, rollout.logps = [*output.token_ids], output.logprobs.logprobs
-        rollout.stopped = rollout.response_ids[-1] in self.stops
-        counts = len(rollout.response_ids), len(rollout.logps)
-        assert counts[0] == counts[1], f"{counts[0]} tokens with {counts[1]} log-probs"
+        finite = np.isfinite(rollout.logps)
+        if not finite.all():
+            token = int(finite.argmin()) + 1
+            raise self.llm.apply_model(partial(divergence, rollout, token))[0]
         return rollout
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
-        """Copies the policy's weights in, one layer at a time, and forgets what the old ones left:
-        keys and values of prompts, and pictures as the old tower saw them.
-
-        Ranks that gather the weights together have to go through all of them, so the rest is
-        gathered, too, before an error is raised.
+        """Copies the policy's weights in, and forgets what the old ones left: keys and values of
+        prompts, and pictures. The iterator is always exhausted: ranks gather weights together.
         """
-        weights = iter(weights)
-        if self.llm.llm_engine.is_sleeping():  # not yet run on a GPU
+        weights, asleep = iter(weights), self.llm.llm_engine.is_sleeping()
+        if asleep:  # not yet run on a GPU
             torch.cuda.empty_cache()  # what the training had taken
             self.llm.wake_up(["weights"])
             self.llm.collective_rpc(clear_positions)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        left = [name for name, _ in weights]
-        if left:
+        if left := [name for name, _ in weights]:
             raise RuntimeError(f"vLLM left {len(left)} weights unread, from {left[0]} on")
-        if self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(["kv_cache"])  # not yet run on a GPU
+        if asleep:
+            self.llm.wake_up(["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running")
         self.llm.llm_engine.reset_encoder_cache()
 
     def rest(self):
-        """Frees the GPU memory of weights, keys and values until sync() brings them back. Level 2
-        drops them; level 1 would keep the weights, which sync() replaces, in host memory.
-        """
+        """Frees the GPU memory of weights, keys and values until sync() brings them back."""
         if self.cuda:
-            self.llm.sleep(level=2)  # not yet run on a GPU
+            self.llm.sleep(level=SLEEP_LEVEL)  # not yet run on a GPU
+
+
+def import_vllm():
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, by our weights
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+    if not torch.cuda.is_available():  # it warns of every call of torch.set_num_threads
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+    except ImportError as error:
+        cure = "pip install -r requirements-gpu.txt, or take --sampler torch"
+        raise ImportError(f"--sampler vllm needs vLLM ({error}): {cure}") from error
+    return vllm
 
 
 def clear_positions(worker):
     """M-RoPE positions of vLLM's GPU runner. Sleep drops them with the weights, and rows that only
-    pad a CUDA graph are never written: left as found, they would index anywhere.
+    pad a CUDA graph are never written: left as they are, they would index anywhere.
     """
     state = getattr(worker.model_runner, "model_state", None)
     if (rope := getattr(state, "rope_state", None)) is not None:
         rope.positions.zero_()
 
 
-def import_vllm():
-    """The one place that needs it. What vLLM reads from the environment has to be set before."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, by our weights
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-    # on CPUs it warns of every call of torch.set_num_threads
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
-    try:
-        from vllm import LLM, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-    except ImportError as error:
-        raise ImportError(
-            f"--sampler vllm needs vLLM ({error}): pip install -r requirements-gpu.txt, or take "
-            "--sampler torch"
-        ) from error
-    return LLM, SamplingParams, RequestOutputKind
+def open_sampler(
+    kind: str, directory: str, world, tokenizer, settings, batch: int, context: int, kv_cache_gb
+) -> Sampler:
+    """The sampler that --sampler names; context: most tokens of a prompt and its response."""
+    if kind == "torch":
+        model = load_model(directory, world.dtype, world.device)
+        return TorchSampler(model, tokenizer, settings, batch)
+    room = batch, context, kv_cache_gb, world.dtype
+    return VllmSampler(directory, tokenizer, settings, *room)
 
 
 # ------------------------------------------------------------------ is it still the policy?
@@ -447,29 +425,68 @@ def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:
     """A prompt of at most `limit` tokens for canary_gap, the same at every step: with pictures if a
     problem has some, and its words again and again until a block of the prefix cache is full.
     """
-    first = next((p for p in islice(problems, 4096) if p.images), problems[0])
-    words, longest = first.prompt.replace(IMAGE_MARKER, " "), first
-    for times in range(1, 1 + CANARY_TOKENS):
-        longer = replace(first, id="canary", prompt=" ".join([words] * times))
-        length = prompt_length(longer.prompt, longer.images, tokenizer, settings)
-        if length <= limit:
-            longest = longer
-        if length >= min(limit, CANARY_TOKENS):
-            break
-    return longest
+
+    def length(problem: Problem) -> int:
+        return data.prompt_length(problem.prompt, problem.images, tokenizer, settings)
+
+    problem = next((p for p in islice(problems, 4096) if p.images), problems[0])
+    words = problem.prompt.replace(data.IMAGE_MARKER, " ")
+    longer = problem = replace(problem, id="canary")
+    while length(problem) < CANARY_TOKENS and length(longer) <= limit and words.strip():
+        problem, longer = longer, replace(longer, prompt=f"{longer.prompt} {words}")
+    return problem
 
 
 @torch.no_grad()
-def canary_gap(sampler, policy, problem: Problem, temperature: float, vision: bool) -> float:
-    """Mean |difference| in nats of sampler's and policy's log-probs on a prompt that it has seen.
-
-    Large where weights were not copied, or a cache of prompts or pictures is of the old weights.
+def canary_gap(sampler: Sampler, policy: Qwen25VL, problem: Problem, vision: bool) -> float:
+    """Mean |difference| in nats of sampler's and policy's log-probs on a prompt that it has seen:
+    large where weights were not copied, or a cache of prompts or pictures is of the old weights.
     vision: the tower is sharded, so every rank has to run it.
     """
-    (rollout,) = sampler.generate([problem], 1, 8, temperature)
-    (batch,) = pack([rollout.document], len(rollout.document))
-    batch = with_blank_picture(batch) if vision else batch
-    moved = batch.to(next(policy.parameters()).device)
-    wanted = dict(rows=moved.rows, targets=moved.targets, temperature=temperature)
-    logps, _ = policy(**moved.inputs, **wanted)
+    (rollout,) = sampler.generate([problem], max_tokens=8)
+    pack = make_pack([rollout.document])
+    pack = with_blank_picture(pack) if vision else pack
+    logps, _ = policy.logps(pack.to(next(policy.parameters()).device))
     return (logps.cpu() - torch.tensor(rollout.logps)).abs().mean().item()
+
+
+# ------------------------------------------------------------------ a step on disk
+
+
+def save_rollouts(path: str | Path, rollouts: list[Rollout]):
+    """The graded rollouts of one step, 8 bytes a token, whole or not at all."""
+    rows = [
+        (r.problem.id, r.index, r.sample, r.stopped, r.verdict, float(r.reward)) for r in rollouts
+    ]
+    part = Path(f"{path}.part")
+    with part.open("wb") as file:
+        np.savez(
+            file,
+            rows=json.dumps(rows).encode(),
+            ends=np.cumsum([len(r.response_ids) for r in rollouts]),
+            ids=np.concatenate([np.array(r.response_ids, np.int32) for r in rollouts]),
+            logps=np.concatenate([np.array(r.logps, np.float32) for r in rollouts]),
+        )
+    part.replace(path)
+
+
+def load_rollouts(
+    path: str | Path, problems: list[Problem], tokenizer, settings: ImageSettings
+) -> list[Rollout]:
+    """What save_rollouts wrote of the batch `problems`, bit for bit."""
+    with np.load(path) as saved:
+        rows, ends = json.loads(saved["rows"].item()), saved["ends"][:-1]
+        ids, logps = (np.split(saved[name], ends) for name in ("ids", "logps"))
+    if {(i, name) for name, i, *_ in rows} != {(i, p.id) for i, p in enumerate(problems)}:
+        raise ValueError(
+            f"{path} is of other problems than these, so data or settings have changed: restore "
+            "them, or delete the file to sample the step again"
+        )
+    prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id) for p in problems]
+    rollouts = []
+    for row, own, of_own in zip(rows, map(np.ndarray.tolist, ids), logps, strict=True):
+        _, i, sample, stopped, verdict, reward = row
+        text = tokenizer.decode(own, skip_special_tokens=True)
+        graded = (stopped, text, verdict and Verdict(*verdict), reward)
+        rollouts.append(Rollout(problems[i], sample, prompts[i], i, own, of_own.tolist(), *graded))
+    return rollouts

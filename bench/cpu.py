@@ -41,7 +41,6 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers as hf
-import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,17 +48,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from common import (
-    data,  # noqa: E402
-    dealing,  # noqa: E402
-    packing,  # noqa: E402
+from common import data, distributed, packs  # noqa: E402
+from common.log import progress, run_main  # noqa: E402
+from miniature import world  # noqa: E402
+from model import (  # noqa: E402
+    Inputs,
+    Qwen25VL,
+    VisionConfig,
+    hub_name,
+    load_model,
+    save_model,
+    train_flops,
 )
-from common import distributed as parallel  # noqa: E402
-from common.log import progress  # noqa: E402
-from miniature import world as toy  # noqa: E402
-from model import Qwen25VL, VisionConfig, hub_name, load_model, save_model, train_flops  # noqa: E402
 
-ALONE = parallel.World(0, 1, torch.device("cpu"))
+ALONE = distributed.World(0, 1, torch.device("cpu"))
 SHAPE = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=2048, mrope_section=(8, 12, 12))  # fmt: skip
 
@@ -126,12 +128,14 @@ def lengths_of(mean: float, sigma: float, count: int, rng) -> list[int]:
 
 def document(prompt: int, response: int, rng) -> data.Document:
     """So many random words, none of them special."""
-    ids = rng.integers(len(toy.SPECIAL), SHAPE["vocab_size"], prompt + response).tolist()
+    ids = rng.integers(len(world.SPECIAL), SHAPE["vocab_size"], prompt + response).tolist()
     return data.Document(data.Prompt(ids[:prompt], ids[:prompt], None, (), ()), ids[prompt:])
 
 
 def problems_of(count: int, rng) -> list[data.Problem]:
-    return [data.Problem(str(i), " ".join(rng.choice(toy.FILLERS, 26)), "7") for i in range(count)]
+    return [
+        data.Problem(str(i), " ".join(rng.choice(world.FILLERS, 26)), "7") for i in range(count)
+    ]
 
 
 def name_of(count: int, samples: int, lengths: list[int]) -> str:
@@ -141,28 +145,31 @@ def name_of(count: int, samples: int, lengths: list[int]) -> str:
 
 def make_model(folder: Path, seed: int):
     """A model directory: random weights, the miniature's tokenizer."""
-    toy.save_tokenizer(folder)
+    world.save_tokenizer(folder)
     tower = VisionConfig(1, 48, 96, 3, SHAPE["hidden_size"], (0,))  # never run
     torch.manual_seed(seed)
-    save_model(Qwen25VL(replace(toy.model_config(2048), vision=tower, **SHAPE)), folder)
+    save_model(Qwen25VL(replace(world.model_config(2048), vision=tower, **SHAPE)), folder)
 
 
 def load_sides(folder: Path) -> tuple[Qwen25VL, nn.Module]:
     """The same weights in our model and in transformers', the tower frozen as in both stages."""
     theirs = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     theirs.model.visual.requires_grad_(False)
-    return parallel.load(folder, ALONE), theirs
+    return distributed.load(folder, ALONE), theirs
 
 
 def our_backward(model, documents, scales: Tensor, budget: int, shared: bool = False) -> Tensor:
     """Stage 2's loss with `scales` for advantages; all 1, it is stage 1's. -> log-probs."""
     found, tokens = [None] * len(documents), sum(len(d.response_ids) for d in documents)
-    for pack in data.pack(documents, budget, shared=shared):
-        logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
-        sizes = [len(documents[i].response_ids) for i in pack.members]
-        scale = scales[pack.members].repeat_interleave(torch.tensor(sizes))
+    lengths = [len(d) for d in documents]
+    (plan,) = packs.plan_packs(lengths, [id(d.prompt) for d in documents], budget)
+    for members in plan:
+        members = sorted(members, key=lengths.__getitem__)
+        pack = packs.make_pack([documents[i] for i in members], members, shared)
+        logps, _ = model.logps(pack)
+        scale = scales[members].repeat_interleave(torch.tensor(pack.counts))
         (rl.policy_loss(logps, logps.detach(), scale, 0.2).sum() / tokens).backward()
-        for i, part in zip(pack.members, logps.detach().split(sizes), strict=True):
+        for i, part in zip(members, logps.detach().split(pack.counts), strict=True):
             found[i] = part
     return torch.cat(found)
 
@@ -237,8 +244,8 @@ def ending(sampler, lengths: list[int], problems, samples: int):
     Rows move when others end: the uniform number that one draws with tells which row and token.
     """
     draw, forbidden, stop = rollout.draw_tokens, sampler.forbidden, min(sampler.stops)
-    streams = [rollout.row_generator((0,), p.id, n) for p in problems for n in range(samples)]
-    drawn = [torch.rand(max(lengths), generator=g, dtype=torch.float64) for g in streams]
+    seeds = [rollout.address((0,), p.id, n) for p in problems for n in range(samples)]
+    drawn = [rollout.row_uniforms(seed, max(lengths)) for seed in seeds]
     (known, where), last = torch.stack(drawn, dim=1).flatten().sort(), torch.tensor(lengths) - 1
 
     def draw_or_stop(logits, uniforms, temperature, forbidden) -> Tensor:
@@ -335,24 +342,31 @@ def as_qwen2(folder: Path, kind=hf.Qwen2ForCausalLM):
     return kind.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
-def our_iteration(c: rl.Config, pair: dict, problems, lengths: list[int], sampler, drawn: set):
+def our_iteration(c: rl.Config, models: dict, problems, lengths: list[int], sampler, drawn: set):
     """The steps of rl.main, all but log and checkpoint. drawn: gets its tokens."""
-    policy, cost = pair["policy"][0], partial(train_flops, sampler.model.config)
+    policy, cost = models["policy"][0], partial(train_flops, sampler.model.config)
     with ending(sampler, lengths, problems, c.samples):
-        found = sampler.generate(problems, c.samples, max(lengths), seed=(0,))
-    _ = [rl.verdict_of(r) for r in found]
-    scores, sizes = odd([r.response_ids for r in found]), [len(r.document) for r in found]
-    _, bins = dealing.place(found, sizes, c, ALONE, sampler.tokenizer, None, cost)
+        rollouts = sampler.generate(problems, c.samples, max(lengths), seed=(0,))
+    for r, r.reward in zip(rollouts, odd([r.response_ids for r in rollouts]), strict=True):
+        r.verdict = rl.verdict_of(r)
+    rollouts, sizes = packs.exchange(rollouts, problems, ALONE)
+    parts = packs.share_packs(rollouts, sizes, c, cost, None, ALONE)
     if c.algorithm == "ppo":
-        values = rl.judge(pair["critic"][0], bins, len(found), ALONE.device)
-        advantages, returns = rl.advantages_of(values, scores, c, ALONE)
-        rl.learn_critic(*pair["critic"], bins, returns, c, 0, ALONE)
+        every = sum(parts, [])
+        rl.critic_values(models["critic"][0], every, ALONE)
+        for p in every:
+            p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, c.lam)
+        rl.normalise(every, ALONE)
+        rates = rl.rates(0, c.critic_steps, c.critic_lr, c.warmup)
+        minibatches = rl.split(parts, c.critic_steps)
+        rl.train(models["critic"], minibatches, rates, rl.critic_losses, 0, ALONE)
     else:
-        grouped = rl.group_advantages(torch.tensor(scores).view(-1, c.samples))
-        advantages = rl.spread(grouped.flatten(), found)
-    metrics = rl.learn_policy(*pair["policy"], bins, found, advantages, c, 0, ALONE)
-    sampler.sync(parallel.whole_weights(policy))
-    rollout.canary_gap(sampler, policy, problems[0], c.temperature, False)
+        rl.compare_samples(rollouts, sum(parts, []), c.samples)
+    rates, losses_of = rl.rates(0, c.policy_steps, c.lr, c.warmup), partial(rl.policy_losses, cfg=c)
+    minibatches = rl.split(parts, c.policy_steps)
+    metrics = rl.train(models["policy"], minibatches, rates, losses_of, 0, ALONE)
+    sampler.sync(distributed.whole_weights(policy))
+    rollout.canary_gap(sampler, policy, problems[0], False)
     drawn.add(int(metrics["tokens"]))
 
 
@@ -395,12 +409,13 @@ def trl(folder: Path, cfg: Config, rng, algorithm, count, samples, mean, sigma) 
     problems, lengths = problems_of(count, rng), lengths_of(mean, sigma, count * samples, rng)
     prompts = [data.encode_prompt(p.prompt, (), tokenizer, None).ids for p in problems]
     c = rl.Config(model=str(folder), algorithm=algorithm, problems=count, samples=samples, lr=1e-6,
-                  critic_lr=1e-6, lengths=(max(lengths),), length_from=(0,))  # fmt: skip
+                  critic_lr=1e-6, lengths=((0, max(lengths)),))  # fmt: skip
     ids = torch.tensor(document(200, 0, rng).ids)
-    gap = ours(ids, torch.arange(200).expand(3, -1), [200]) - as_qwen2(folder)(ids[None]).logits[0]
+    inputs = Inputs(ids, torch.arange(200).expand(3, -1), [200])
+    gap = ours.logits(inputs) - as_qwen2(folder)(ids[None]).logits[0]
     gate = agree("logits", gap.abs().max().item()) + f", {sum(lengths)} tokens drawn and trained"
     common = prompts, lengths, sampler, drawn
-    ours = partial(our_iteration, c, rl.load_pair(c, ALONE), problems, *common[1:])
+    ours = partial(our_iteration, c, rl.load_models(c, c.model, ALONE), problems, *common[1:])
     sides = {"ours": ours, "TRL": their_iteration(c, *common)}
     sides["TRL, activations kept"] = their_iteration(c, *common, gradient_checkpointing=False)
     work = f"{algorithm}, {name_of(count, samples, lengths)}"
@@ -414,20 +429,22 @@ def trl(folder: Path, cfg: Config, rng, algorithm, count, samples, mean, sigma) 
 def scaling(folder: Path, cfg: Config, rng) -> list[dict]:
     config = replace(load_model(folder).config, num_hidden_layers=0, vocab_size=256)
     model = Qwen25VL(config)  # no layers take no time; responses end after about 24 tokens
-    model.model.embed_tokens.weight.data.fill_(1.0)
-    model.lm_head.weight.data.zero_()[config.eos_token_id] = math.log(256 / 24) / 256
     sampler = rollout.TorchSampler(model, data.load_tokenizer(folder), None, 1 << 20)
+    words = config.vocab_size - len(sampler.forbidden)
+    model.model.embed_tokens.weight.data.fill_(1.0)
+    stop = model.lm_head.weight.data.zero_()[config.eos_token_id]
+    stop.fill_(math.log(words / 24) / config.hidden_size)
     thought, rows = "so the sum is $x + y = 12$, and { 12 } may be wrong; once more: ", []
     work = {
         "TorchSampler without its model, rows": (64, lambda n: partial(
             sampler.generate, problems_of(n // 16, rng), 16, 64, seed=(0,))),
         "reward.grade, characters after the box": (4096, lambda n: partial(
             reward.grade, "1/3", r"\boxed{\frac{2}{6}} " + thought * (n // len(thought)))),
-        "packing.plan on 8 ranks, documents": (256, lambda n: partial(
-            packing.plan, lengths_of(2048, 0.8, n, rng), [i // 16 for i in range(n)],
+        "packs.plan_packs on 8 ranks, documents": (256, lambda n: partial(
+            packs.plan_packs, lengths_of(2048, 0.8, n, rng), [i // 16 for i in range(n)],
             65536, 8, partial(train_flops, config))),
         "rl.gae, tokens": (1024, lambda n: partial(
-            rl.gae, torch.zeros(n), torch.rand(n), 1.0, 0.95)),
+            rl.gae, torch.zeros(n), torch.rand(n), [n], 1.0, 0.95)),
     }  # fmt: skip
     print("\nscaling: seconds ~ size ^ exponent, by least squares of the logarithms\n\n"
           "| what | size: ms | exponent |\n|---|---|---|")  # fmt: skip
@@ -478,4 +495,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -19,12 +19,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.log import progress  # noqa: E402
+from common.log import progress, run_main  # noqa: E402
 from curation import logic  # noqa: E402
 
 TRACE = 6_000  # characters
@@ -106,4 +104,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -1,16 +1,17 @@
-"""What one GPU does with this code: ceilings, the parts of a step, and how far plan.py is off.
+"""What one GPU does with this code: ceilings, the parts of a step, and what plan.py should assume.
 
     python bench/gpu.py                               # 7B decoder, 3B step; under 8 minutes
     python bench/gpu.py --parts attention decoder     # those alone; stages only where it is named
     python bench/gpu.py --size mini                   # the same code on a CPU, in a minute
-    python -m tools.plan --measured out/gpu.json ...        # plans with what was found
+    python -m tools.plan --mfu 0.42 --decode 0.55 ...       # plans with what the last table shows
 
 Weights and inputs are random, nothing is fetched. Correctness before speed: an attention kernel
 that misses float32 by 2 % gets no figures, nor does a decoder whose log-probs or gradients drift.
 What fails, does not fit or has no time left is a row that says so. FLOPs are the model's: 6 a
 weight and token, 6 H D n (n + 1) for causal attention in a document of n tokens, nothing that is
 computed again; `mfu` is their share of the data sheet's peak (of the measured one where plan.py
-does not know the GPU). `first_ms` is the first call at a shape: cuDNN plans for every new length
+does not know the GPU). `predicted_gb` of step3b is what plan.py finds with fake tensors. `first_ms`
+is the first call at a shape: cuDNN plans for every new length
 (TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 rounds it). The file is written after every part. Not yet run
 on a GPU; on a CPU it checks the path, no more.
 """
@@ -29,18 +30,20 @@ from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from statistics import harmonic_mean, median
+from statistics import median
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as qwen  # noqa: E402
-from common import distributed as parallel  # noqa: E402
+from common import distributed  # noqa: E402
+from common.data import Document, Prompt  # noqa: E402
+from common.log import run_main  # noqa: E402
+from common.packs import Pack, make_pack  # noqa: E402
 from tools import plan  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -48,7 +51,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 GATE, ATTENTION_ERROR = ((512,), (300, 170, 42)), 0.02  # documents; relative: bf16 has 0.005
 SHORT, LOGP_ERROR, COSINE = (200, 90, 30), 0.05, 0.98  # documents; nats on average; of gradients
 WAYS = [*product(("selective", "none", "full"), (False, True))]  # recompute, compiled
-SECONDS = dict(ceilings=15, parity=30, attention=90, decoder=190, step3b=40, head=15, vision=15)
+SECONDS = dict(ceilings=15, parity=30, attention=90, decoder=190, step3b=60, head=15, vision=15)
 SECONDS |= dict(sampler=40, stages=900)  # the parts; after so long one begins no further row
 UNEVEN = (9011, 7013, 5003, 4001, 3001, 2011, 1511, 1217)  # documents, no two alike
 Lengths = tuple[int, ...]  # documents of a pack
@@ -59,7 +62,7 @@ random = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
 class Config:
     size: str = "7b"  # mini, 3b, 7b; step3b and parity are 3B at most
     parts: tuple[str, ...] = ()  # ceilings, parity, ... as in SECONDS; none: all but stages
-    out: str = plan.MEASURED
+    out: str = "out/gpu.json"
 
 
 @dataclass
@@ -111,7 +114,6 @@ def attempt(b: Bench, row: dict, work: Callable[[], dict], needs: float = 0.0) -
         row |= work() or {}
     except Exception as error:  # kernels refuse with any type they like: the text is the finding
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    row |= {"ms_error": row["predicted_ms"] / row["ms"] - 1} if "predicted_ms" in row else {}
     if CUDA and needs:
         peak, (free, total) = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()
         row |= dict(peak_gb=peak / 1e9, gb_error=needs / peak - 1)
@@ -137,11 +139,12 @@ def built(c: qwen.Config, head: str = "lm", dtype=torch.bfloat16) -> qwen.Qwen25
     return model
 
 
-def packed(c: qwen.Config, lengths: Lengths) -> dict:
-    ids = torch.randint(0, min(500, c.vocab_size), (sum(lengths),), device=DEVICE)
-    places = torch.cat([torch.arange(n, device=DEVICE) for n in lengths]).expand(3, -1)
-    x = dict(ids=ids, positions=places, lengths=[*lengths], targets=ids.roll(-1))
-    return x | {"rows": torch.arange(len(ids), device=DEVICE)}
+def packed(c: qwen.Config, lengths: Lengths) -> Pack:
+    documents = []
+    for n in lengths:
+        first, *others = torch.randint(0, min(500, c.vocab_size), (n,)).tolist()
+        documents.append(Document(Prompt([first], [first], None, (), ()), others))
+    return make_pack(documents).to(DEVICE)
 
 
 def treat(model: qwen.Qwen25VL, kind: str, compiled: bool) -> qwen.Qwen25VL:
@@ -150,8 +153,8 @@ def treat(model: qwen.Qwen25VL, kind: str, compiled: bool) -> qwen.Qwen25VL:
         for name in [name for name in vars(module) if callable(getattr(type(module), name, None))]:
             delattr(module, name)  # what stands before a method of the class
     if compiled:
-        parallel.compile_blocks(model)
-    parallel.recompute_blocks(model, kind)
+        distributed.compile_blocks(model)
+    distributed.recompute_blocks(model, kind)
     return model
 
 
@@ -165,7 +168,7 @@ def ceilings(b: Bench) -> list[dict]:
         rows.append({"what": f"{m} x {k} x {out}"} | timed(work, b, 2 * m * k * out))
     there, host = torch.rand(4 * n * n, device=DEVICE), torch.rand(4 * n * n)
     copies = {"on the device": partial(torch.empty_like(there).copy_, there)}
-    copies |= {"to host, pageable": partial(there.to, "cpu", copy=True)}  # as parallel.move does
+    copies |= {"to host, pageable": partial(there.to, "cpu", copy=True)}  # as distributed.move does
     copies |= {"from host, pageable": partial(host.to, DEVICE, copy=True)}
     if CUDA:
         copies |= {"to host, pinned": partial((pinned := host.pin_memory()).copy_, there)}
@@ -178,11 +181,11 @@ def ceilings(b: Bench) -> list[dict]:
 
 def parity(b: Bench) -> list[dict]:
     """Log-probs and gradients of a model in bf16 against the same weights in float32."""
-    inputs, model = packed(b.small, SHORT), built(b.small).float()
+    pack, model = packed(b.small, SHORT), built(b.small).float()
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> tuple[Tensor, list[Tensor]]:
-        logps, _ = model(**inputs)
+        logps, _ = model.logps(pack)
         return logps.detach(), [x.float() for x in grad(-logps.mean(), weights)]
 
     def compare(way: tuple) -> dict:
@@ -284,56 +287,57 @@ def attention(b: Bench) -> list[dict]:
 
 def trained(b: Bench, c, lengths: Lengths, way: tuple, needs: float, make: Callable) -> dict:
     """A row. make() -> what runs once forward and backward; c: whose FLOPs count; needs: bytes."""
-    seconds = sum(plan.train_seconds(c, n, way[0], b.tflops, plan.ASSUMED) for n in lengths)
     row = dict(documents=len(lengths), longest=max(lengths), recompute=way[0], compiled=way[1])
     for checked in b.found.get("parity", []):
         if (checked.get("recompute"), checked.get("compiled")) == way and not checked.get("passes"):
             return row | {"error": "parity failed"}
-    row["predicted_ms"], flops = 1e3 * seconds, sum(qwen.train_flops(c, n) for n in lengths)
+    flops = sum(qwen.train_flops(c, n) for n in lengths)
     return attempt(b, row, lambda: timed(make(), b, flops, sum(lengths), 8), needs)
 
 
 def decoder(b: Bench) -> list[dict]:
     """Embedding, all blocks and the last norm, forward and backward, without head or optimiser."""
-    c, rows, s, model = b.model, [], plan.sizes(b.model, "value"), built(b.model, "value")
+    c, rows, model = b.model, [], built(b.model, "value")
 
     def make(way: tuple, lengths: Lengths) -> Callable:
-        inner, x = treat(model, *way).model, packed(c, lengths)
-        rest, slope = (x["positions"], x["lengths"], None), random(sum(lengths), c.hidden_size)
-        return lambda: inner(inner.embed_tokens(x["ids"]), *rest).backward(slope)
+        inner, pack = treat(model, *way).model, packed(c, lengths)
+        slope = random(sum(lengths), c.hidden_size)
+        return lambda: inner(inner.embed_tokens(pack.ids), pack).backward(slope)
 
     for way, lengths in product(WAYS, b.decoder):
-        took = plan.activation_bytes(replace(c, vocab_size=1), way[0], sum(lengths))
-        needs = 2 * (s.tower + 2 * plan.trained(s) + sum(lengths) * c.hidden_size)
         run = partial(trained, b, replace(c, vocab_size=0), lengths, way)
-        rows.append(run(needs + took["kept"] + took["working"], partial(make, way, lengths)))
+        rows.append(run(0.0, partial(make, way, lengths)))
         model.zero_grad()
     return rows
 
 
 def step3b(b: Bench) -> list[dict]:
     """A cold start's step: FSDP2 on one rank, fp32 masters, clipping and fused AdamW included."""
-    c, tokens, rows, known = b.small, 2 * b.square, [], plan.ASSUMED | {"reserve_gb": 0}
-    world = parallel.start(torch.get_num_threads(), "bfloat16")
-    cfg = plan.Config(stage="coldstart", gpus=1, length=tokens, pack_tokens=tokens)
+    c, tokens, rows = b.small, 2 * b.square, []
+    kinds = dict.fromkeys(kind for kind, _ in WAYS)
+    parts = {kind: plan.footprint(c, "lm", kind, tokens, 1) for kind in kinds}  # begun together
+    world = distributed.start("bfloat16")
 
     def make(way: tuple) -> Callable:
-        model, inputs = treat(built(c, dtype=torch.float32), *way), packed(c, (tokens,))
+        model, pack = treat(built(c, dtype=torch.float32), *way), packed(c, (tokens,))
         model.visual.bfloat16()
-        weights = [p for p in parallel.shard(model, world).parameters() if p.requires_grad]
+        weights = [p for p in distributed.shard(model, world).parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, 1e-6, fused=True)
 
         def step():
-            parallel.backward(model, -model(**inputs)[0].sum() / tokens, world, last=True)
-            parallel.clip_gradients(model, 1.0)
+            loss = -model.logps(pack)[0].sum() / tokens
+            distributed.backward(model, loss, world, last=True)
+            distributed.clip_gradients(model, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
+    parts = {kind: sum(future.result()[:-1]) for kind, future in parts.items()}  # no sync here
+    plan.workers().shutdown()
     for way in WAYS:
-        parts = plan.memory(replace(cfg, recompute=way[0]), c, known)["learn"]
-        rows.append(trained(b, c, (tokens,), way, sum(parts.values()), partial(make, way)))
+        needs = 1e9 * parts[way[0]]
+        rows.append(trained(b, c, (tokens,), way, needs, partial(make, way)))
     return rows
 
 
@@ -368,71 +372,77 @@ def vision(b: Bench) -> list[dict]:
 def sampler(b: Bench, context: int = 2048) -> list[dict]:
     """A step as TorchSampler's, against the time to read weights and cache once."""
     c, model, draw = b.model, built(b.model), import_module("rollout").draw_tokens
-    weights = 2 * (plan.sizes(c).layers + c.vocab_size * c.hidden_size)
+    weights = 2 * sum(p.numel() for p in (*model.model.layers.parameters(), model.head_weight))
     forbidden = torch.arange(5, device=DEVICE)
 
     def measure(batch: int) -> dict:
-        held = qwen.KVCache(c, batch, context + 24, torch.bfloat16, DEVICE)
-        for x in (*held.keys, *held.values):
-            x.normal_()
-        held.lengths += context
-        held.longest = context
+        cache = qwen.KVCache(c, batch, context + 24, torch.bfloat16, DEVICE)
+        cache.layers.normal_()
+        cache.lengths += context
+        cache.longest = context
 
         def step():
-            logits = model(held.lengths * 0, held.lengths.expand(3, -1), cache=held)
+            token = qwen.Inputs(cache.lengths * 0, cache.lengths.expand(3, -1), None)
+            logits = model.logits(token, cache=cache)
             uniforms = torch.rand(batch, dtype=torch.float64, device=DEVICE)
             token = draw(logits, uniforms, 1.0, forbidden)
             logits.log_softmax(-1).gather(1, token[:, None]).cpu()
 
-        row, read = timed(step, b, 0, batch, 4), weights + batch * context * plan.cache_bytes(c)
+        row, read = timed(step, b, 0, batch, 4), weights + batch * context * plan.token_bytes(c)
         return row | {"share": 1e-6 * read / b.gbs / row["ms"]}  # of the time to read once
 
     return [attempt(b, {"batch": n}, partial(measure, n)) for n in (64, 128, 256)]
 
 
 def stages(b: Bench) -> list[dict]:
-    """coldstart.py in bf16 and in float32, then rl.py, on the miniature's data: the last step."""
-    coldstart, rl, toy, data = map(import_module, ("coldstart", "rl", "toy", "data"))
-    rows, (parallel.finish, finish) = [], (lambda world: None, parallel.finish)  # one group for all
+    """coldstart.py, then rl.py, on the miniature's data: the last step of each."""
+    coldstart, rl, world = map(import_module, ("coldstart", "rl", "miniature.world"))
+    rows = []
     with tempfile.TemporaryDirectory() as name:
-        toy.save_tokenizer(Path(model := f"{name}/model"))
-        tiny = vars(toy.model_config(len(data.load_tokenizer(model))))
+        world.save_tokenizer(Path(model := f"{name}/model"))
+        tiny = vars(world.model_config(len(world.SPECIAL) + len(world.VOCABULARY)))
         ids = {name: tiny[name] for name in tiny if name.endswith("token_id")}
         qwen.save_model(built(replace(b.small, **ids)), model)
-        toy.write_data(toy.Config(out=name), Path(name) / "data")
-        sft = dict(data=f"{name}/data/sft.jsonl", batch=64, epochs=192 / 16256, lr=1e-5)  # 3 steps
+        world.write_data(world.Config(out=name), Path(name) / "data")
+        sft = dict(data=f"{name}/data/sft.jsonl", batch_rows=64, epochs=192 / 16256, lr=1e-5)
         ppo = dict(data=f"{name}/data/train.jsonl", steps=3, problems=8, samples=4, offload=True)
         ppo |= dict(lr=1e-6, critic_lr=5e-6)
-        kinds = (coldstart, "bfloat16", sft), (coldstart, "float32", sft), (rl, "bfloat16", ppo)
-        for stage, dtype, asked in kinds:
-            more = dict(model=model, dtype=dtype, recompute="selective", out=f"{name}/{len(rows)}")
-            run = partial(stage.main, stage.Config(**asked | more))
-            rows.append(attempt(b, {"stage": stage.__name__, "dtype": dtype}, run))
+        for stage, settings in (coldstart, sft), (rl, ppo):  # three steps each
+            more = dict(model=model, recompute="selective", out=f"{name}/{stage.__name__}")
+            run = partial(stage.main, stage.Config(**settings | more))
+            rows.append(attempt(b, {"stage": stage.__name__}, run))
             if (log := Path(more["out"]) / "metrics.jsonl").is_file():
                 rows[-1] |= json.loads(log.read_text().splitlines()[-1])
-    parallel.finish = finish
     return rows
 
 
-def constants(b: Bench) -> dict:
-    """What plan.py assumes and this has measured, by its names."""
-    known, took, peak = {}, {}, 1e9 * b.tflops  # FLOPs a millisecond
+def constants(b: Bench) -> dict[str, tuple[float, float]]:
+    """{setting or constant of plan.py: (what it assumes, what this has measured)}."""
+    found, best, peak = {}, {}, 1e9 * b.tflops  # FLOPs a millisecond
     good = {name: [r for r in rows if "error" not in r] for name, rows in b.found.items()}
     heads = [1e3 / r["per_second"] for r in good.get("head", [])]  # ms a row
     for r in (r for r in good.get("decoder", []) if heads and r["documents"] == 1):
-        n, times = r["longest"], took.setdefault(r["recompute"], {})
-        times[n] = min(times.get(n, math.inf), r["ms"] + n * min(heads))
-    if took:  # of the kind that fits most lengths, of equals the fastest
-        kind = max(took, key=lambda k: (len(took[k]), -sum(took[k].values())))
-        mfu = {f"{n}": qwen.train_flops(b.model, n) / (peak * ms) for n, ms in took[kind].items()}
-        known |= {"mfu": mfu, "mfu_recompute": kind}
+        n = r["longest"]
+        flops = qwen.train_flops(b.model, n) * plan.EXECUTED[r["recompute"]]
+        best[n] = max(best.get(n, 0.0), flops / (peak * (r["ms"] + n * min(heads))))
+    if best:
+        found["mfu"] = plan.Config.mfu, median(best.values())  # over the lengths
     if shares := [r["share"] for r in good.get("sampler", [])]:
-        known["decode"] = max(shares)  # the torch sampler's, which is no vLLM
-    if host := [r["gbs"] for r in good.get("ceilings", []) if "pageable" in r["what"]]:
-        known["host_gbs"] = harmonic_mean(host)  # there and back
+        found["decode"] = plan.Config.decode, max(shares)  # the torch sampler's, which is no vLLM
     if held := [r["reserve_gb"] for rows in good.values() for r in rows if "reserve_gb" in r]:
-        known["reserve_gb"] = max(held)
-    return known
+        found["RESERVE_GB"] = plan.RESERVE_GB, max(held)
+    return found
+
+
+def sheet_of(name: str) -> tuple[float, ...]:
+    """NVIDIA's (TFLOP/s, GB/s) by the driver's name; () for a GPU that plan.py does not know, as
+    for PCIe and NVL boards, which are slower than those it has.
+    """
+    name = name.lower().replace(" ", "")
+    if "pcie" in name or "nvl" in name:
+        return ()
+    fits = (g for g in plan.GPUS if all(part in name for part in g.split("-")))
+    return plan.GPUS.get(next(fits, ""), ())[1:]
 
 
 def machine(b: Bench) -> dict:
@@ -443,7 +453,7 @@ def machine(b: Bench) -> dict:
         row |= {"name": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         row |= {"driver": subprocess.run(asked, capture_output=True, text=True).stdout.strip()}
         b.room = torch.cuda.mem_get_info()[0]
-    sheet = plan.GPUS.get(plan.gpu_of(row["name"]), ())[1:3]
+    sheet = sheet_of(row["name"])
     found = [] if sheet else ceilings(b)
     b.tflops, b.gbs = sheet or (max(r.get(n, 0) for r in found) for n in ("tflops", "gbs"))
     return row | {"tflops": b.tflops, "gbs": b.gbs, "by": "data sheet" if sheet else "measured"}
@@ -452,6 +462,8 @@ def machine(b: Bench) -> dict:
 def main(cfg: Config):
     if cfg.size not in ("mini", *plan.MODELS) or {*cfg.parts} - {*SECONDS}:
         raise ValueError(f"size: mini, {', '.join(plan.MODELS)}; parts: {', '.join(SECONDS)}")
+    if not CUDA and cfg.size != "mini":
+        raise ValueError("there is no GPU here; --size mini runs the same code on a CPU")
     b, out = Bench(*MINI) if cfg.size == "mini" else Bench(plan.MODELS[cfg.size]), Path(cfg.out)
     found = {"machine": machine(b), "parts": b.found}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -464,11 +476,10 @@ def main(cfg: Config):
         out.write_text(json.dumps(found | {"plan": constants(b)}, indent=1))
         spent = f"{time.monotonic() - begun:.0f} s, written to {out}"
         print(f"\n## {name}: {spent}\n\n{table(b.found[name])}", flush=True)
-    if constants(b):
-        known, names = plan.constants(str(out))  # refuses what plan.py does not know
-        print(table([{"plan": n, "assumed": plan.ASSUMED[n], "measured": known[n]} for n in names]))
-    parallel.finish(parallel.World(0, 1, DEVICE))
+    rows = [{"plan.py": name, "assumed": x, "measured": y} for name, (x, y) in constants(b).items()]
+    print(table(rows) if rows else "")
+    distributed.finish(distributed.World(0, 1, DEVICE))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

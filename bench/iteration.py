@@ -8,6 +8,7 @@ its own, without that of clocked functions inside. CPU seconds of one process wi
 that other work on the machine does not count. The first step, which warms up, is left out.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -15,38 +16,27 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; rl.py then leaves it alone
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import model  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from common import checkpoint as checkpoints  # noqa: E402
-from common import (
-    data,  # noqa: E402
-    dealing,  # noqa: E402
-    telling,  # noqa: E402
-)
-from common import distributed as parallel  # noqa: E402
-from common import log as runlog  # noqa: E402
+from common import checkpoint, data, distributed  # noqa: E402
+from common.log import RunLog, run_main  # noqa: E402
+from tools import trace  # noqa: E402
 
 PARTS = {  # what is clocked, by the row of the table it counts for
-    "model, forward": [(model.Qwen25VL, "forward")],
-    "model, backward": [(parallel, "backward")],
-    "optimiser": [(torch.optim.AdamW, "step"), (parallel, "clip_gradients")],
+    "model, forward": [(model.Qwen25VL, name) for name in ("logps", "values", "logits")],
+    "model, backward": [(distributed, "backward")],
+    "optimiser": [(torch.optim.AdamW, "step"), (distributed, "clip_gradients")],
     "sampler": [(rollout.TorchSampler, "generate"), (rollout.TorchSampler, "sync")],
-    "grading and behaviours": [(rl, "verdict_of"), (telling, "describe")],
-    "packing": [(dealing, "place"), (dealing, "exchange")],
-    "what is told and kept": [
-        (telling, "rows_of"),
-        (telling, "token_rows"),
-        (dealing, "keep"),
-        (runlog.RunLog, "append"),
-    ],
+    "rewards and behaviours": [(rl, "verdict_of"), (rl, "describe")],
+    "packing": [(rl, "exchange"), (rl, "share_packs")],
+    "records": [(trace, "rows_of"), (trace, "row_of"), (rl, "record"), (RunLog, "append")],
     "problems": [(data.Stream, "batch")],
-    "checkpoints": [(checkpoints.Saver, "save")],
+    "checkpoints": [(checkpoint.Saver, "save")],
 }
 INNER = {"model, forward", "model, backward", "optimiser", "sampler"}
 
@@ -90,19 +80,19 @@ class Clock:
 
 def main(cfg: Config):
     shutil.rmtree(cfg.out, ignore_errors=True)
-    clock, told = Clock(), runlog.RunLog.log
+    clock, plain_log = Clock(), RunLog.log
 
     def log(self, step, *rest, **options):
-        told(self, step, *rest, **options)
+        plain_log(self, step, *rest, **options)
         if step == 0:
             clock.turn()
             clock.spent.clear()
 
-    runlog.RunLog.log = log
+    RunLog.log = log
     for row, places in PARTS.items():
         for owner, name in places:
             clock.around(owner, name, row)
-    rl.main(rl.Config(model=cfg.model, data=cfg.data, out=cfg.out, steps=cfg.steps, threads=1))
+    rl.main(rl.Config(model=cfg.model, data=cfg.data, out=cfg.out, steps=cfg.steps))
     clock.turn()
     whole, steps = sum(clock.spent.values()), cfg.steps - 1
     print("\n| part | CPU s a step | share |\n|---|---|---|")
@@ -114,4 +104,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

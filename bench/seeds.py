@@ -10,10 +10,12 @@ itself uncertain by half. A run that lacks a stage is left out of that row, and 
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.log import run_main  # noqa: E402
 
 COLUMNS = {  # of a stage in results.json -> head of the column
     "image_accuracy": "image, greedy",
@@ -63,4 +65,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

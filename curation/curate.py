@@ -39,10 +39,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 
-from common.log import progress
-from common.provenance import beside, write_report
+from common.log import beside, progress, run_main, write_report
 from curation.alike import (
     BANDS,
     ODD,
@@ -540,4 +538,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

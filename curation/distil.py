@@ -31,8 +31,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-import tyro
-
 from common.client import (
     Endpoint,
     Failure,
@@ -43,8 +41,7 @@ from common.client import (
     picture_type,
     user_message,
 )
-from common.log import compact, progress
-from common.provenance import beside, changes, command_line, write_report
+from common.log import beside, changes, command_line, compact, progress, run_main, write_report
 from curation.alike import DAMAGED
 from curation.rules import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
 from reward import extract, grade
@@ -459,4 +456,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

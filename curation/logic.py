@@ -40,10 +40,7 @@ from functools import lru_cache
 from itertools import combinations, permutations, product
 from pathlib import Path
 
-import tyro
-
-from common.log import progress
-from common.provenance import beside, write_report
+from common.log import beside, progress, run_main, write_report
 
 LEVELS = (1, 2, 3, 4, 5)
 NAMES = (
@@ -498,4 +495,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

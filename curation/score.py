@@ -38,14 +38,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import data
-from common import distributed as parallel
-from common.log import progress
-from common.provenance import beside, changes, fingerprint, write_report
+from common import data, distributed
+from common.log import beside, changes, fingerprint, progress, run_main, write_report
+from common.packs import make_pack, plan_packs
 from model import HEAD_CHUNK, Qwen25VL, load_model
 from reward import grade
 from rollout import Rollout, TorchSampler, VllmSampler
@@ -86,8 +84,6 @@ class Config:
             raise ValueError("samples, max_tokens, prompt_tokens and chunk must be positive")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy tries are all the same: set --temperature")
-        if self.sampler == "vllm" and self.temperature not in (0, 1):
-            raise ValueError("vllm reports log-probs at temperature 1 only: --temperature 1")
 
 
 # ------------------------------------------------------------------ loss
@@ -150,11 +146,11 @@ def plain_logps(documents: Sequence[data.Document], model, budget: int) -> list[
 def packed_logps(documents: Sequence[data.Document], model: Qwen25VL, budget: int) -> list[Tensor]:
     """As plain_logps by our own model, in packs, pictures too; the stop token is scored."""
     device, found = next(model.parameters()).device, [torch.zeros(0)] * len(documents)
-    for pack in data.pack(documents, budget):
-        moved = pack.to(device)
-        logps, _ = model(**moved.inputs, rows=moved.rows, targets=moved.targets)
-        sizes = [len(documents[i].response_ids) for i in pack.members]
-        for i, part in zip(pack.members, logps.cpu().split(sizes), strict=True):
+    (plan,) = plan_packs([*map(len, documents)], range(len(documents)), budget)
+    for members in plan:
+        pack = make_pack([documents[i] for i in members], members)
+        logps, _ = model.logps(pack.to(device))
+        for i, part in zip(members, logps.cpu().split(pack.counts), strict=True):
             found[i] = part
     return found
 
@@ -284,8 +280,6 @@ def claim(cfg: Config, protocol: dict, ids: list[str]) -> list[int]:
     because its rows share batches. ValueError where the records there were measured otherwise.
     """
     file = beside(cfg.out, "protocol.json")
-    if twice := [name for name, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"{cfg.rows}: {len(twice)} ids stand more than once, as {twice[:5]}")
     before = json.loads(file.read_text()) if file.exists() else {}
     if before or parts_of(cfg.out) or Path(cfg.out).exists():
         if found := "; ".join(changes(before, protocol)):
@@ -380,20 +374,22 @@ def close(cfg: Config, protocol: dict, rows: list[tuple[str, str]]):
 
 
 def main(cfg: Config):
-    world = parallel.start(cfg.threads, cfg.dtype)
+    world = distributed.start(cfg.dtype)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     read = {"loss": data.read_examples, "passes": data.read_problems}[cfg.kind]
-    items = read(cfg.rows)
+    items = read(cfg.rows, share=(world.rank, world.size))
     directory = data.model_directory(cfg.model)
     rows, protocol, todo = [], {}, []
     if world.main:
         rows = [(item.id, sys.intern(item.source)) for item in progress(items, "ids")]
         protocol = protocol_of(cfg, directory, world.dtype)
         todo = claim(cfg, protocol, [name for name, _ in rows])
-    todo = parallel.everyone(todo)[0]  # nobody writes before the main rank has read
+    todo = distributed.everyone(todo)[0]  # nobody writes before the main rank has read
     if todo:
         scorer = {"loss": loss_scorer, "passes": pass_scorer}[cfg.kind](cfg, directory, world)
-        # dealt from a counter: no rank waits behind another's long responses
-        turns = parallel.turns(world, len(todo), f"score/{cfg.out}", dynamic=True)
+        # taken from a counter: no rank waits behind another's long responses
+        turns = distributed.my_problems(world, len(todo), f"score/{cfg.out}", dynamic=True)
         with beside(cfg.out, f"rank{world.rank}.part.jsonl").open("a", encoding="utf-8") as file:
             for turn in progress(turns, cfg.kind, math.ceil(len(todo) / world.size)):
                 start = todo[turn] * cfg.chunk
@@ -401,8 +397,8 @@ def main(cfg: Config):
     world.wait()
     if world.main:
         close(cfg, protocol, rows)
-    parallel.finish(world)
+    distributed.finish(world)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

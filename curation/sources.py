@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-import tyro
 from datasets import load_dataset_builder
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from common.log import progress
-from common.provenance import beside, write_report
+from common.log import beside, on_hub, progress, run_main, write_report
 
 IMAGE_MARKER = "<image>"  # as data.py reads it
 # as text it would be a turn or a picture that is not there; data.py refuses a file with such a row
@@ -287,8 +287,21 @@ def raw_rows(
             index += 1
 
 
+def refuse_unreachable(hub: str) -> None:
+    """FileNotFoundError at once; datasets would ask for half a minute before it gives up."""
+    try:
+        HfApi().dataset_info(hub, timeout=10)
+    except (OSError, HTTPError) as error:
+        raise FileNotFoundError(
+            f"{hub} cannot be read from the Hub: {error}. Get it where the Hub can be reached "
+            f"(`hf download --repo-type dataset {hub} --local-dir DIR`), then give --place DIR"
+        ) from error
+
+
 def hub_rows(source: Source, config: str | None, split: str) -> Iterator[tuple[dict, list[Path]]]:
     """As load_dataset(..., streaming=True), but a shard of 500 MB takes 0.6 GB and not 1.2."""
+    if on_hub(source.hub):
+        refuse_unreachable(source.hub)
     builder = load_dataset_builder(source.hub, config)
     if hasattr(builder.config, "fragment_scan_options"):  # parquet
         builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
@@ -761,4 +774,4 @@ def into_file(found: Iterable[dict | Dropped], cfg, source) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

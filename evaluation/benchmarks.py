@@ -35,9 +35,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-import tyro
 
-from common.log import progress
+from common.log import progress, run_main
 from curation.sources import (
     IMAGE_MARKER,
     ODD,
@@ -850,4 +849,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

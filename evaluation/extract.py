@@ -26,9 +26,8 @@ import string
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import tyro
-
 import reward
+from common.log import run_main
 
 KINDS = ("choice", "yes/no", "free")
 WINDOW = 8_000  # characters at the end that rules 2 to 6 read: an answer further up is none
@@ -454,4 +453,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

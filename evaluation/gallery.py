@@ -29,10 +29,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import tyro
 from PIL import Image
 
-from common.log import progress
+from common.log import progress, run_main
 from curation.alike import DAMAGED
 from evaluation import behaviors
 from miniature.report import CSS, HUES, read_rows, words
@@ -331,4 +330,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -31,11 +31,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 from common.client import Endpoint, Failure, Reply, Totals, Unusable, each, user_message
-from common.log import progress
-from common.provenance import command_line
+from common.log import command_line, progress, run_main
 from evaluation import behaviors
 from evaluation.extract import conclusion
 
@@ -281,4 +279,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -9,7 +9,7 @@ are inline SVG and pictures data URIs, so it can be mailed. It redraws the paper
 6 from this run and Table 4 in miniature; from `bench/STAGE/STEP/BENCH`, the benchmarks that
 runs/eval.sh has scored, Figure 4 and the whole Table 4. Every sentence that claims something is
 computed here from what was measured, and says so when a claim of the paper did not come out. Where
-`rl/tokens.jsonl` is, single rollouts follow token by token (tokens.py), with the page's one script.
+`rl/trace.jsonl` is, single rollouts follow token by token (tokens.py), with the page's one script.
 
 How numbers are made. Every rate is right / total, summed over problems; the unit of its standard
 error is the problem (ratio estimator), as k samples of one are not k independent observations.
@@ -35,8 +35,8 @@ from string import Template
 
 import matplotlib
 import numpy as np
-import tyro
 
+from common.log import run_main
 from evaluation import behaviors, metrics
 from miniature import tokens
 
@@ -60,7 +60,7 @@ PAIRS = behaviors.PAIRS  # (linguistic, visual), four of them
 REFLECTION = "visual_reflection"
 HUES = dict(zip(behaviors.NAMES, (345, 215, 150, 262, 32, 190, 85, 300), strict=True))  # of a mark
 MODES = ("greedy", "sampled", "reading")  # directories under eval/STAGE
-PERCEPTION = "toy/reading"  # source of the rows that ask what a cell shows, and no sum
+PERCEPTION = "miniature/reading"  # source of the rows that ask what a cell shows, and no sum
 BINS = 10  # of RL steps in the behaviour curves
 INK, GRID = "#010203", "#030201"  # stand-ins: become currentColor and var(--line), light or dark
 SPAN = 2.0  # standard errors that make a difference between two stages a finding
@@ -165,9 +165,9 @@ def measure(greedy: list[dict], sampled: list[dict], problems: dict[str, dict]) 
 
 def reading(records: list[dict], problems: dict[str, dict]) -> Rate:
     """Share of the digits named while reasoning about a picture that are the picture's digits."""
-    from miniature import world as toy  # here: a report of other runs needs no miniature
+    from miniature.world import read_accuracy  # here: other pages use this file without torch
 
-    counts = [toy.read_accuracy(problems[record["id"]], record["response"]) for record in records]
+    counts = [read_accuracy(problems[record["id"]], record["response"]) for record in records]
     rows = [{"id": r["id"], "count": count} for r, count in zip(records, counts, strict=True)]
     return ratio(rows, lambda row: row["count"][0], lambda row: row["count"][1])
 
@@ -544,7 +544,7 @@ INVARIANTS = (  # title, {metric: label}, what is healthy
     ("Critic: what it expects", {"value_mean": "mean V", "return_mean": "mean return"},
      "The two should meet: V is the critic's forecast of the reward."),
     ("Clipped tokens", {"clip_fraction": "clip fraction", "ratio_max": "max |ratio − 1|"},
-     "0: one policy step a batch is strictly on-policy, so the clip never acts."),
+     "0 with one policy step a batch: strictly on-policy, so the clip never acts."),
     ("Answers that earn nothing", {"truncated": "cut off", "no_box": "no box"},
      "A rising share cut off: the budget is too small, or the model rambles."),
     ("Entropy", {"entropy": "nats a token"},
@@ -1054,4 +1054,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -1,17 +1,20 @@
-"""Token by token: what sampler, trainer and critic made of single rollouts of RL.
+"""Token by token: what sampler and critic made of single rollouts of RL.
 
-    RUN/tokens.jsonl, one rollout a line ──▶ a section of report.html, or a page of its own
+    RUN/trace.jsonl, one rollout a line ──▶ a section of report.html, or a page of its own
 
     python -m miniature.tokens --run out/laptop/rl   # out/laptop/rl/tokens.html
     python -m miniature.tokens --run out/laptop/rl --step 40 --out tokens.html
 
-rl.py keeps up to four rollouts a step, tries at one problem. Their tokens are coloured by advantage
-(blue: made likelier, orange: less likely), by value, by entropy or by how far sampler and trainer
-differ. The curve below is the critic's forecast V before each token beside the return that came,
-tinted from where on it stays within 1/2 of that. GRPO has no critic: there it is entropy alone.
-Tokens are hostile: they travel as JSON without a "<" and reach the page as text alone.
+rl.py keeps up to four rollouts a step, samples of one problem (tools/trace.py). Their tokens are
+coloured by advantage (blue: made likelier, orange: less likely) or by value. The curve below is the
+critic's forecast V before each token beside the return that came, tinted from where on it stays
+within 1/2 of that; faint is the surprise -log p of the token. GRPO has no critic: there it is the
+surprise alone. Of long responses beginning and end are shown. Tokens are hostile: they travel as
+JSON without a "<" and reach the page as text alone.
 """
 
+import base64
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,16 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-import tyro
+from common.log import run_main
 
-LISTS = ("tokens", "sampled", "logp", "entropy", "value", "advantage")  # an entry a token each
-KEYS = "step id sample source prompt pictures answer status score stop length".split() + [*LISTS]
+LISTS = ("tokens", "logps", "values", "advantages")  # an entry a token each
+KEYS = "step id sample source prompt images answer status reward stopped length".split() + [*LISTS]
+END = 1000  # tokens that are shown of a long response, at its beginning and at its end
+SIDE = 320  # pixels of a picture
 
 
 @dataclass(frozen=True)
 class Config:
     run: Path = Path("out/laptop/rl")  # run directory of rl.py
-    step: int | None = None  # opened first; none: the last whose tries differ in score
+    step: int | None = None  # opened first; none: the last whose samples differ in reward
     steps: int = 12  # embedded at most, first and last among them; the miniature's 12: 0.3 MB
     out: Path | None = None  # HTML to write; none: tokens.html in the run
 
@@ -38,11 +43,9 @@ def parse(line: bytes) -> dict:
     row = json.loads(line, parse_constant=int)  # int refuses NaN, as browsers do
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"without {', '.join(missing)}")
-    sizes = {name: len(row[name]) for name in LISTS if row[name] is not None or name != "value"}
+    sizes = {name: len(row[name]) for name in LISTS if row[name] is not None or name != "values"}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"lists of different lengths, {sizes}")
-    if not all(str(picture).startswith("data:image/") for picture in row["pictures"]):
-        raise ValueError("a picture that is no data URI")
     return row
 
 
@@ -55,6 +58,24 @@ def read(path: Path) -> Iterator[dict]:
                 raise ValueError(f"{path}, line {number}: {error}; delete this line") from None
 
 
+def shortened(row: dict) -> dict:
+    """ "skipped": after how many tokens of a long response how many are not here."""
+    row, size = {key: row[key] for key in KEYS}, len(row["tokens"])
+    if size <= 2 * END:
+        return row
+    ends = {name: row[name] and row[name][:END] + row[name][-END:] for name in LISTS}
+    return row | ends | {"skipped": [END, size - 2 * END]}
+
+
+def picture(path: str) -> str:
+    from common.data import load_image  # here: other pages use this file without torch
+
+    image, file = load_image(path), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(file, "webp")
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def spread(steps: list[int], count: int) -> list[int]:
     """At most `count` of sorted steps, evenly, the first and the last among them."""
     ends = max(1, count - 1)
@@ -63,25 +84,29 @@ def spread(steps: list[int], count: int) -> list[int]:
 
 def gather(path: Path, count: int, step: int | None) -> dict:
     """What the page embeds. The file is read twice: a real run's need not fit in memory."""
-    scores = defaultdict(set)
+    rewards = defaultdict(set)
     for row in read(path):
-        scores[row["step"]].add(row["score"])
-    wanted, asked = spread(sorted(scores), count), {step} - {None}
-    if asked - scores.keys():
+        rewards[row["step"]].add(row["reward"])
+    wanted, asked = spread(sorted(rewards), count), {step} - {None}
+    if asked - rewards.keys():
         raise ValueError(f"--step {step} is not in {path}; there are {wanted} and steps between")
-    wanted, rows, pictures = sorted({*wanted, *asked}), [], {}
-    for row in (row for row in read(path) if row["step"] in wanted):
-        kept = {key: row[key] for key in [*KEYS, "skipped"] if key in row}
-        kept["pictures"] = [pictures.setdefault(uri, len(pictures)) for uri in row["pictures"]]
-        rows.append(kept)  # tries share the pictures: places in one list
-    mixed = (each for each in wanted if len(scores[each]) > 1)
+    wanted = sorted({*wanted, *asked})
+    rows = [shortened(row) for row in read(path) if row["step"] in wanted]
+    files = dict.fromkeys(file for row in rows for file in row["images"])
+    if lost := [file for file in files if not Path(file).is_file()]:
+        print(f"{path}: {len(lost)} pictures are not there and not shown, as {lost[0]}")
+    places = {file: place for place, file in enumerate(file for file in files if file not in lost)}
+    for row in rows:  # samples share the pictures: places in one list
+        row["images"] = [places[file] for file in row["images"] if file in places]
+    mixed = (each for each in wanted if len(rewards[each]) > 1)
     opened = [None, *wanted, *mixed, *asked][-1]
-    return {"open": opened, "steps": wanted, "rows": rows, "pictures": [*pictures]}
+    pictures = [picture(file) for file in places]
+    return {"open": opened, "steps": wanted, "rows": rows, "pictures": pictures}
 
 
 def section(run: Path, steps: int = Config.steps, step: int | None = None) -> str:
-    """HTML with its style, data and script; empty where the run kept no tokens."""
-    path = run / "tokens.jsonl"
+    """HTML with its style, data and script; empty where the run has no trace."""
+    path = run / "trace.jsonl"
     found = gather(path, steps, step) if path.is_file() else {"rows": []}
     data = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no </, no <!--
     return SECTION.substitute(css=OWN_CSS, data=data, script=SCRIPT) if found["rows"] else ""
@@ -89,7 +114,7 @@ def section(run: Path, steps: int = Config.steps, step: int | None = None) -> st
 
 def main(cfg: Config) -> None:
     if not (body := section(cfg.run, cfg.steps, cfg.step)):
-        raise FileNotFoundError(f"--run {cfg.run}: no tokens.jsonl with rows in it, from rl.py")
+        raise FileNotFoundError(f"--run {cfg.run}: no trace.jsonl with rows in it, from rl.py")
     out = cfg.out or cfg.run / "tokens.html"
     out.write_text(PAGE.substitute(section=body), encoding="utf-8")
     print(f"{out}: {len(body) / 1e6:.1f} MB")
@@ -104,10 +129,10 @@ system-ui}</style></head><body>$section</body></html>""")
 
 SECTION = Template("""<section id="tokens"><style>$css</style>
 <h2>Token by token <span>where did the critic know?</span></h2>
-<p>Tries at a problem, as RL sampled them. Hover, tap, or walk with the arrow keys. V is the score
+<p>Samples of a problem, as RL drew them. Hover, tap, or walk with the arrow keys. V is the reward
 that the critic expects before a token, the advantage what it was credited with.</p>
 <div class="tk-bar"><label>Step <input type="range" min="0"><output></output></label>
-<div role="group" aria-label="try"></div><div role="group" aria-label="colour by"></div></div>
+<div role="group" aria-label="sample"></div><div role="group" aria-label="colour by"></div></div>
 <div class="tk-body"><aside></aside><div><div class="tk-scale"></div>
 <div class="tk-text" role="listbox" aria-label="tokens of the response"></div>
 <div class="tk-panel"><dl></dl><div class="tk-curve"><div></div>
@@ -117,12 +142,10 @@ that the critic expects before a token, the advantage what it was credited with.
 SCRIPT = r"""
 const root = document.getElementById("tokens"), find = name => root.querySelector(name);
 const all = JSON.parse(find("script").textContent), text = find(".tk-text"), svg = find("svg");
-const [tries, modes] = root.querySelectorAll("[role=group]"), slider = find("input");
+const [samples, modes] = root.querySelectorAll("[role=group]"), slider = find("input");
 const MODES = {  // label, unit, the number of token i of rollout r
-  advantage: ["Advantage", "standard deviations; + made likelier", (r, i) => r.advantage[i]],
-  value: ["Value", "expected score, before the token", (r, i) => r.value?.[i] ?? 0],
-  entropy: ["Entropy", "nats, before the token", (r, i) => r.entropy[i]],
-  gap: ["Δ log p", "|sampler − trainer|, nats", (r, i) => Math.abs(r.sampled[i] - r.logp[i])],
+  advantage: ["Advantage", "standard deviations; + made likelier", (r, i) => r.advantages[i]],
+  value: ["Value", "expected reward, before the token", (r, i) => r.values?.[i] ?? 0],
 };
 let row, mode = "advantage", tokens = [], marked = 0, point;
 const show = x => String(+x.toPrecision(3)).replace("-", "−");
@@ -134,7 +157,6 @@ function make(tag, more, ...inside) {
   return element.append(...inside) ?? element;
 }
 function scale(name) {  // -> [ends of the legend, share of full colour], one for all steps
-  if (name === "gap") return [[1e-7, 1], x => Math.max(0, 1 + Math.log10(x) / 7)];
   const every = all.rows.flatMap(r => r.tokens.map((_, i) => Math.abs(MODES[name][2](r, i))));
   every.sort((a, b) => a - b);
   const top = name === "value" ? 1 : every[Math.floor(every.length * 0.98)] || 1;  // 2 % saturate
@@ -146,43 +168,43 @@ function paint(name) {
   mode = name;
   const [[low, high], share] = scale(mode), [, unit, number] = MODES[mode];
   tokens.forEach((token, i) => { token.style.background = color(share(number(row, i))); });
-  const bar = make("i"), middle = mode === "gap" ? Math.sqrt(low * high) : (low + high) / 2;
+  const bar = make("i"), middle = (low + high) / 2;
   bar.style.background = `linear-gradient(90deg, ${[low, middle, high].map(x => color(share(x)))})`;
   find(".tk-scale").replaceChildren(unit, make("span", {}, show(low), bar, show(high)));
   for (const button of modes.children) button.ariaPressed = button.name === mode;
 }
 function mark(i) {  // a token: its numbers, its place on the curve, where Tab comes to
   if (!tokens[i]) return;
-  const a = row.advantage[i], push = a > 0 ? "likelier" : a < 0 ? "less likely" : "no push";
-  const told = Object.entries({token: plain(row.tokens[i]), place: `${at(i)} of ${row.length}`,
-    "log p sampler": show(row.sampled[i]), "log p trainer": show(row.logp[i]),
-    difference: show(MODES.gap[2](row, i)), entropy: show(row.entropy[i]),
-    "value V": row.value ? show(row.value[i]) : "no critic", [`advantage: ${push}`]: show(a)});
-  find("dl").replaceChildren(...told.map(([name, value]) =>
+  const a = row.advantages[i], push = a > 0 ? "likelier" : a < 0 ? "less likely" : "no push";
+  const numbers = Object.entries({token: plain(row.tokens[i]),
+    place: `${at(i)} of ${row.length}`, "log p": show(row.logps[i]),
+    "value V": row.values ? show(row.values[i]) : "no critic", [`advantage: ${push}`]: show(a)});
+  find("dl").replaceChildren(...numbers.map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   Object.assign(tokens[marked] ?? {}, {ariaSelected: false, tabIndex: -1});
-  Object.assign(tokens[marked = i], {ariaSelected: true, tabIndex: 0, ariaLabel: told.join()});
+  Object.assign(tokens[marked = i], {ariaSelected: true, tabIndex: 0, ariaLabel: numbers.join()});
   find(".at").setAttribute("d", `M${point(i)[0]} 0V1`);
   find(".dot").setAttribute("d", `M${point(i)}h0`);
 }
 function draw() {  // the curve and what it says; -> the token that moved V most
-  const v = row.value ?? [], n = tokens.length, most = Math.max(...row.entropy, 1e-9);
-  const low = Math.min(0, row.score, ...v), high = Math.max(1, row.score, ...v);
+  const v = row.values ?? [], n = tokens.length, surprise = row.logps.map(u => -u);
+  const most = Math.max(...surprise, 1e-9);
+  const low = Math.min(0, row.reward, ...v), high = Math.max(1, row.reward, ...v);
   const x = i => n > 1 ? i / (n - 1) : 0.5, y = u => 1 - (u - low) / (high - low);
   const line = (list, to) => list.map((u, i) =>  // broken where tokens are left out
     `${i && i !== row.skipped?.[0] ? "L" : "M"}${x(i)} ${to(u)}`).join("");
   const path = (name, d = "") => `<path class="${name}" d="${d}"/>`;
-  const knew = v.findLastIndex(u => Math.abs(u - row.score) >= 0.5) + 1;
-  point = i => [x(i), v.length ? y(v[i]) : 1 - row.entropy[i] / most];
+  const knew = v.findLastIndex(u => Math.abs(u - row.reward) >= 0.5) + 1;
+  point = i => [x(i), v.length ? y(v[i]) : 1 - surprise[i] / most];
   svg.innerHTML = path("knew", knew && knew < v.length ? `M${x(knew)} 0H1V1H${x(knew)}z` : "") +
-    path("entropy", line(row.entropy, u => 1 - u / most)) +
-    path("return", `M0 ${y(row.score)}H1`) + path("value", line(v, y)) + path("at") + path("dot");
+    path("surprise", line(surprise, u => 1 - u / most)) +
+    path("return", `M0 ${y(row.reward)}H1`) + path("value", line(v, y)) + path("at") + path("dot");
   find(".tk-curve div").replaceChildren(...[high, low].map(u => make("span", {}, show(u))));
   const moves = v.slice(1).map((u, i) => i + 1 === row.skipped?.[0] ? 0 : u - v[i]);
   const sizes = moves.map(Math.abs), moved = Math.max(0, sizes.indexOf(Math.max(...sizes)));
   const key = (name, said) => make("span", {className: name}, said);
   find(".tk-panel p").replaceChildren(key("value", v.length ? "V" : "no critic"),
-    key("return", `return ${show(row.score)}`), key("entropy", `entropy, 0 to ${show(most)}`),
+    key("return", `return ${show(row.reward)}`), key("surprise", `−log p, 0 to ${show(most)}`),
     !v.length ? "" : !knew ? "V is within ½ of the return all along. " : knew < v.length
       ? `From token ${at(knew)} on V stays within ½ of the return. `
       : "V does not end within ½ of the return. ",
@@ -191,23 +213,23 @@ function draw() {  // the curve and what it says; -> the token that moved V most
 }
 function open(chosen) {  // a rollout
   row = chosen;
-  const rows = all.rows.filter(r => r.step === row.step), tick = r => r.score === 1 ? "✓" : "✗";
+  const rows = all.rows.filter(r => r.step === row.step), tick = r => r.reward === 1 ? "✓" : "✗";
   slider.value = all.steps.indexOf(row.step);
   slider.ariaValueText = find("output").textContent = row.step;
-  tries.replaceChildren(...rows.map(r => make("button", {type: "button", onclick: () => open(r),
-    ariaPressed: r === row, title: r.id}, `${tick(r)} try ${r.sample}`)));
+  samples.replaceChildren(...rows.map(r => make("button", {type: "button", onclick: () => open(r),
+    ariaPressed: r === row, title: r.id}, `${tick(r)} sample ${r.sample}`)));
   find("aside").replaceChildren(
-    ...row.pictures.map(p => make("img", {alt: `picture of ${row.id}`, src: all.pictures[p]})),
+    ...row.images.map(p => make("img", {alt: `picture of ${row.id}`, src: all.pictures[p]})),
     make("p", {}, row.prompt.replaceAll("<image>", "").trim()),
     make("p", {}, "Right: ", make("b", {}, row.answer)),
-    make("p", {className: row.score === 1 ? "tk-right" : "tk-wrong"},
-      `${tick(row)} ${row.status}, score ${show(row.score)}${row.stop ? "" : ", cut"}`),
+    make("p", {className: row.reward === 1 ? "tk-right" : "tk-wrong"},
+      `${tick(row)} ${row.status}, reward ${show(row.reward)}${row.stopped ? "" : ", cut"}`),
     make("small", {}, `${row.id}, ${row.source}, ${row.length} tokens`));
   tokens = row.tokens.map(token =>
     make("span", {role: "option", tabIndex: -1}, plain(token).replaceAll("↵", "↵\n")));
   text.replaceChildren(...tokens.flatMap((token, i) => [row.skipped?.[0] === i
     ? make("em", {}, ` … ${row.skipped[1]} tokens left out … `) : make("wbr"), token]));
-  modes.children.value.disabled = !row.value;
+  modes.children.value.disabled = !row.values;
   paint(mode);
   mark(draw());
 }
@@ -225,8 +247,8 @@ open(all.rows.find(r => r.step === all.open));
 """
 
 OWN_CSS = """
-#tokens{--tk-advantage:50 125 225;--tk-down:226 112 20;--tk-value:150 100 215;--tk-gap:200 50 120;
---tk-entropy:20 150 140;--tk-most:.7}@media (prefers-color-scheme:dark){#tokens{--tk-most:.6}}
+#tokens{--tk-advantage:50 125 225;--tk-down:226 112 20;--tk-value:150 100 215;
+--tk-surprise:20 150 140;--tk-most:.7}@media (prefers-color-scheme:dark){#tokens{--tk-most:.6}}
 .tk-bar,.tk-bar *{display:flex;flex-wrap:wrap;gap:8px;align-items:center}.tk-bar{column-gap:32px}
 .tk-bar button{font:inherit;font-size:14px;color:inherit;padding:6px 11px;background:var(--card);
 border:1px solid var(--line);border-radius:8px}.tk-bar :disabled{opacity:.4}
@@ -248,8 +270,9 @@ margin-right:8px}.tk-panel,.tk-scale,.tk-body small{color:var(--soft)}.tk-panel 
 align-content:space-between}.tk-curve svg{flex:1;min-width:0;height:84px;overflow:visible;
 cursor:crosshair;touch-action:pan-y}.tk-curve path{fill:none;stroke:currentColor;
 vector-effect:non-scaling-stroke;pointer-events:none}.tk-panel .value{color:rgb(var(--tk-value));
-stroke-width:2}.tk-panel .entropy{stroke-opacity:.6;color:rgb(var(--tk-entropy))}.tk-panel .return{
-color:var(--ink);stroke-dasharray:5 4}.tk-curve .knew{fill:rgb(var(--tk-value)/.12);stroke:none}
+stroke-width:2}.tk-panel .surprise{stroke-opacity:.6;color:rgb(var(--tk-surprise))}
+.tk-panel .return{color:var(--ink);stroke-dasharray:5 4}
+.tk-curve .knew{fill:rgb(var(--tk-value)/.12);stroke:none}
 .tk-curve .dot{color:var(--ink);stroke-width:9;stroke-linecap:round}@media (max-width:760px){
 .tk-body{grid-template-columns:minmax(0,1fr);gap:14px}.tk-body aside{position:static;
 display:flow-root}.tk-body img{float:left;width:40%;margin-right:14px}}
@@ -257,4 +280,4 @@ display:flow-root}.tk-body img{float:left;width:40%;margin-right:14px}}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -36,13 +36,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, IterableDataset
 
 from common import data
-from common.log import RunLog, progress
+from common.log import RunLog, progress, run_main
+from common.packs import pack_alone
 from model import Config as ModelConfig
 from model import Qwen25VL, VisionConfig, save_model
 
@@ -70,12 +70,23 @@ WORDS = (
 TORCHRUN = ("RANK", "WORLD_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_")
 FILLERS = "table paper small line here there next to on in one by side page with note mark".split()
 NOISE = [*FILLERS, *WORDS[WORDS.index("what") :]]  # any word, but for the format of an answer
+VOCABULARY = [*WORDS, *CELLS, *(str(n) for n in range(LARGEST + 1)), *COLOURS, *FILLERS]
+READABLE = "A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ; what is the sum of row A ?"
+# A word-level tokenizer has nothing for a word it does not know: the template says so before it is
+# asked, to a script of ours as to whoever asks a server.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    f"{{% set words = {json.dumps(VOCABULARY)} %}}"
+    "{% macro read(text) %}"
+    "{% set unknown = text.split() | reject('in', words) | unique | list %}"
+    "{% if unknown %}{{ raise_exception('the miniature is a world of ' ~ words | length"
+    " ~ ' words, and these are not among them: ' ~ unknown | join(' ')"
+    f" ~ '. It can read: {READABLE}') }}}}"
+    "{% endif %}{{ text }}{% endmacro %}"
+    "{% for message in messages %}<|im_start|> {{ read(message['role']) }} "
+    "{% if message['content'] is string %}{{ read(message['content']) }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|> <|image_pad|> <|vision_end|> "
-    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% else %}{{ read(part['text']) }} {% endif %}{% endfor %}"
     "{% endif %} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
@@ -101,8 +112,7 @@ class Config:
 
 
 def make_tokenizer() -> Tokenizer:
-    numbers = [str(n) for n in range(LARGEST + 1)]
-    vocabulary = [*SPECIAL, *WORDS, *CELLS, *numbers, *COLOURS, *FILLERS]
+    vocabulary = [*SPECIAL, *VOCABULARY]
     assert len(set(vocabulary)) == len(vocabulary), "a word stands twice in the vocabulary"
     tokenizer = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=None)
@@ -388,7 +398,12 @@ def sft_row(rng: random.Random, index: int) -> dict:
     asked, cells = reading(rng) if rng.random() < 0.12 else question(rng, grids=0.5)
     prompt = posed(written([str(d) for d in grid]), asked, rng)
     answer = solution(grid, asked, cells)
-    row = {"id": f"sft-{index}", "source": "toy/text", "prompt": prompt, "answer": str(answer)}
+    row = {
+        "id": f"sft-{index}",
+        "source": "miniature/text",
+        "prompt": prompt,
+        "answer": str(answer),
+    }
     return row | {"response": trace(grid, asked, cells, rng)}
 
 
@@ -400,7 +415,7 @@ def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
     looks, images = shown(grid, mode, rng)
     row = {
         "id": f"replay-{index}",
-        "source": "toy/replay",
+        "source": "miniature/replay",
         "prompt": f"{looks} describe the grid",
     }
     row["images"] = save_images(images, folder, f"replay-{index}")
@@ -416,7 +431,7 @@ def problem_row(
     looks, images = shown(grid, mode, rng)
     return {
         "id": name,
-        "source": f"toy/{'reading' if ask is reading else mode}",
+        "source": f"miniature/{'reading' if ask is reading else mode}",
         "prompt": f"{looks} {asked}",
         "images": save_images(images, folder, name),
         "answer": str(solution(grid, asked, cells)),
@@ -515,7 +530,7 @@ class BasePacks(IterableDataset):
         for _ in range(self.cfg.steps):
             examples = [base_example(rng) for _ in range(self.cfg.batch)]
             documents = [data.encode_example(e, self.tokenizer, self.settings) for e in examples]
-            yield data.pack(documents, sum(map(len, documents)))[0]
+            yield pack_alone(documents)
 
 
 def train_base(cfg: Config, directory: Path):
@@ -538,7 +553,7 @@ def train_base(cfg: Config, directory: Path):
     for step, pack in enumerate(packs):
         lr = cfg.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
         optimizer.param_groups[0]["lr"] = lr
-        logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
+        logps, _ = model.logps(pack)
         loss = -logps.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -563,7 +578,8 @@ def ensure(world, *paths: str):
             clean = {k: v for k, v in os.environ.items() if not k.startswith(TORCHRUN)}
             clean["PYTHONPATH"] = str(Path(__file__).parents[1])
             command = [sys.executable, "-m", script]
-            subprocess.run(command, check=True, env=clean)
+            if subprocess.run(command, env=clean).returncode:
+                raise RuntimeError(f"{script} has failed, see above: {path} is still missing")
         world.wait()
 
 
@@ -582,4 +598,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -4,7 +4,7 @@
 #
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/ovr_7b.sh                           # one node
 #   NODES=8 HEAD=node001 SFT=... RL=... bash runs/ovr_7b.sh                        # on every node
-#   srun --nodes 8 --ntasks-per-node 1 --gpus-per-node 8 --export ALL,NODES=8,HEAD=$(scontrol show
+#   srun --nodes 8 --ntasks-per-node 1 --gpus-per-node 8 --kill-on-bad-exit=1 --export ALL,NODES=8,HEAD=$(scontrol show
 #     hostnames "$SLURM_JOB_NODELIST" | head -n 1) bash runs/ovr_7b.sh             # under Slurm
 #
 # First, on one node, where the Hub can be reached (a checkout that several nodes share is set up once):
@@ -13,42 +13,47 @@
 # Every path must be seen by all nodes. Give the same command again after a failure: finished stages
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #
-# Expected, derived by tools/plan.py and not measured (7.6 B parameters trained, 16 B of state each, 24k to 48k tokens a response):
-#   memory    of 80 GB a GPU on 8: cold start 66; PPO 55 while it samples, 67 while it learns, 73 while weights go over
-#             to the engine; 176 GB of host memory a node. With --recompute selective H200s are needed
-#   time      cold start: 83 s a step of 640 sequences of 8k tokens on 8 H100, 15 days for 10 M; 46 h on 64
-#             one PPO step of 8,192 x 10k tokens: 2 h on 8 H100 (70 min of it sampling), 19 min on 64 (900 steps: 12 days)
-#   disk      17 GB a model in bfloat16, 200 GB the state of one PPO checkpoint (two are kept)
-# Before it: python -m tools.doctor --model Qwen/Qwen2.5-VL-7B-Instruct --data problems.jsonl --sampler vllm --gpus 8 --offload \
-#     --recompute full --lr 1e-6 --prompt-tokens 8192 --pack-tokens 65536 --length 49152 --kv-cache-gb 32
-# Watch it: tail -f $OUT/rl/metrics.jsonl; cat $OUT/rl/heartbeat/*.json
+# Expected, by tools/plan.py and not measured on GPUs (7.6 B parameters trained, 24k to 48k tokens a response):
+#   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 57 while it trains, 76 while weights go over to the
+#             engine; 198 GB of host memory a node
+#   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10 days;
+#             a PPO step of 8,192 responses 130 min, 57 of them sampling, 900 steps 81 days; an eighth of all that on 64
+#   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)
+# Before it: python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 32, and python -m tools.doctor rl
+#   with the settings below. --compile is not measured yet, and off.
+# Watch it: tail -f $OUT/rl/metrics.jsonl. Hangs: kill -USR1 PID prints every thread's stack.
+# Stop it: touch $OUT/rl/stop (Ctrl-C and SIGTERM ask the same: torchrun then waits $PATIENCE seconds for the checkpoint).
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
+where=(--nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout "$PATIENCE")
 if [ "$NODES" = 1 ]; then
-  where=(--standalone --nproc-per-node "${GPUS:-8}")
+  where+=(--standalone)
 else # every node runs this line; the first to reach HEAD leads
-  where=(--nnodes "$NODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-id ovr
-    --rdzv-endpoint "${HEAD:?the name of the first node}:29500")
+  where+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id ovr --rdzv-endpoint "${HEAD:?the name of the first node}:29500")
 fi
 
-# Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 sequences a step, packs of 64k tokens, 2e-4
+# Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 packs of 64k tokens a step, 2e-4
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
-  --out "$OUT/coldstart" --epochs 5 --batch 640 --pack-tokens 65536 --max-tokens 65536 \
+  --out "$OUT/coldstart" --epochs 5 --batch-packs 640 --batch-rows 0 --pack-tokens 65536 --max-tokens 65536 \
   --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute full \
-  --valid 1024 --valid-every 250 --save-every 250 --keep-every 2500
+  --valid 1024 --valid-every 20 --save-every 10 --keep-every 200
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
-  --out "$OUT/rl" --steps 900 --problems 512 --samples 16 \
-  --lengths 24576 32768 49152 --length-from 0 300 700 --prompt-tokens 8192 --pack-tokens 65536 \
-  --lr 1e-6 --critic-lr 5e-6 --warmup 50 --critic-steps 4 --gamma 1 --lam 1 --epsilon 0.2 \
+  --out "$OUT/rl" --algorithm ppo --steps 900 --problems 512 --samples 16 --policy-steps 1 --critic-steps 4 \
+  --lengths 0 24576 300 32768 700 49152 --prompt-tokens 8192 --pack-tokens 65536 \
+  --lr 1e-6 --critic-lr 5e-6 --warmup 50 --lam 1 --epsilon 0.2 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute full \
-  --save-every 20 --keep-every 100 --dump-minutes 120
+  --save-every 5 --keep-every 100
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.
+# The first node makes it: the one that HEAD names, or whose address HEAD is.
 first=${HEAD:-$(hostname)}
-[ -e "$OUT/average/model" ] || [ "$(hostname -s)" != "${first%%.*}" ] || python -m tools.average \
-  --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"
+if [ ! -e "$OUT/average/model" ] && [[ " $(hostname) $(hostname -s) $(hostname -I 2>/dev/null) " == *" $first "* ]]; then
+  python -m tools.average --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"
+fi

@@ -71,6 +71,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory) -> Mini:
     from common import data
+    from common.packs import pack_alone
     from miniature import world as toy
     from model import Qwen25VL, save_model
 
@@ -115,8 +116,7 @@ def mini(tmp_path_factory) -> Mini:
             thought = rng.choice(["", "", "so it is good . ", "wait , let me look again : "])
             answer = f"{thought}answer \\boxed{{ {rng.randint(1, 5)} }}"
             documents.append(data.Document(prompt, data.encode_response(answer, tokenizer)))
-        pack = data.pack(documents, sum(map(len, documents)))[0]
-        logps, _ = model(**pack.inputs, rows=pack.rows, targets=pack.targets)
+        logps, _ = model.logps(pack_alone(documents))
         optimizer.zero_grad()
         (-logps.mean()).backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-r"""Real bugs, planted one at a time: what each does to the reward, and what tells.
+r"""Real bugs, planted one at a time: what each does to the reward, and what gives it away.
 
 BUGS holds what a bug puts in the place of shipped code, which knows nothing of it; where people met
 it, its sign in a run's numbers, what catches it (test_planted.py proves it: a mutation test of the
@@ -6,23 +6,20 @@ suite), and the cure. All runs took half an hour on two cores that others used a
 
     python tests/planted.py --picture docs/planted.png      # after runs/laptop.sh
 
-Each is rl.main on the miniature in a process of its own; finished ones are kept. Where rl.py would
-stop, as sampler and trainer differ, OUT/NAME/stopped.txt keeps its message, and the run goes on.
+Each is rl.main on the miniature, which goes on where it would stop, as sampler and trainer differ;
+finished ones are kept.
 """
 
 import json
-import os
-import subprocess
+import math
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
@@ -32,8 +29,7 @@ import model  # noqa: E402
 import reward  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from common import distributed as parallel  # noqa: E402
-from common.log import progress  # noqa: E402
+from common import distributed, packs  # noqa: E402
 
 EDGE, CLEAR = 5, 0.08  # steps at each end of a curve that are averaged; 2.5 errors of a difference
 
@@ -49,7 +45,6 @@ class Config:
     bugs: tuple[str, ...] = ()  # all, if none is named
     out: str = "out/planted"
     picture: str = ""  # png: all curves
-    alone: bool = False  # run the one bug in this process
 
 
 @dataclass(frozen=True)
@@ -63,25 +58,53 @@ class Bug:
     cure: str
 
 
+def one_slot_further(inputs):
+    return inputs if inputs.slots is None else replace(inputs, slots=inputs.slots + 1)
+
+
+def read_late(values):
+    """A wrapper of rl.critic_values."""
+
+    def critic_values(critic, packs, world):
+        values(critic, packs, world)
+        for pack in packs:
+            parts = pack.values.split(pack.counts)
+            pack.values = torch.cat([torch.cat([v[1:], v[-1:]]) for v in parts])
+
+    return critic_values
+
+
+def with_rewards_of_neighbours(share):
+    """A wrapper of packs.share_packs."""
+
+    def share_packs(rollouts, lengths, cfg, *rest):
+        others = rollouts[cfg.samples :] + rollouts[: cfg.samples]
+        pairs = zip(rollouts, others, strict=True)
+        return share([replace(r, reward=o.reward) for r, o in pairs], lengths, cfg, *rest)
+
+    return share_packs
+
+
 def coarse(made, weights):
     for weight in weights:
         weight.data.copy_(weight.data.bfloat16())
     return made
 
 
-def estranged(pair):
-    group = pair["policy"][1].param_groups[0]
+def estranged(models):
+    group = models["policy"][1].param_groups[0]
     group["params"] = [torch.nn.Parameter(w.detach().clone()) for w in group["params"]]
-    return pair
+    return models
 
 
-def unstopped(rollouts, advantages):
-    pairs = zip(rollouts, advantages, strict=True)
-    return [a * (torch.arange(len(a)) < len(a) - r.stopped) for r, a in pairs]
+def without_stops(pack, policy):
+    stops = torch.isin(pack.targets, torch.tensor(policy.config.stop_ids))
+    return replace(pack, advantages=pack.advantages * ~stops)
 
 
-EXACT = "test_rl.test_judge_gae_normalise_and_learn_give_the_exact_gradient_of_a_batch"
-HEALTHY = "test_rl.test_a_run_tells_what_it_did_and_the_sampler_agrees_with_the_trainer"
+EXACT = "test_rl.test_values_gae_normalise_and_train_give_the_exact_gradient_of_a_batch"
+HEALTHY = "test_rl.test_a_run_logs_what_it_did_and_the_sampler_agrees_with_the_trainer"
+RATES = "test_rl.test_warm_up_counts_optimiser_steps"
 # fmt: off
 BUGS = {
     "stale_sampler": Bug(
@@ -105,28 +128,27 @@ BUGS = {
         "give attention the lengths of documents, not of packs"),
     "features_one_off": Bug(
         "image features stand one slot too far", "EasyR1#110, R1-V#180",
-        [(model.Qwen25VL, "forward", lambda forward: lambda self, *a, slots=None, **more: forward(
-            self, *a, slots=None if slots is None else slots + 1, **more))],
+        [(model.Qwen25VL, "hidden", lambda hidden: lambda self, inputs, *rest: hidden(
+            self, one_slot_further(inputs), *rest))],
         "no gap: both see it so; reward_image starts a little low, at most", "reward_image",
         ("test_model.test_logits_and_all_gradients_equal_those_of_transformers[1]",),
         "place them by offsets stored with the prompt; compare logits with transformers"),
     "wrong_sign": Bug(
         "the loss is the objective, not minus it", "open-r1#239, TRL#2703",
-        [(rl, "policy_loss", lambda loss: lambda *asked: -loss(*asked))],
+        [(rl, "policy_loss", lambda loss: lambda *tensors: -loss(*tensors))],
         "reward falls to 0, boxes go first; policy_loss is 0 as ever", "reward",
         ("test_rl.test_the_clip_by_hand[0]", EXACT),
         "hold the loss against an exact gradient"),
     "value_late": Bug(
         "V is read behind the token that it should not have seen", "SkyRL#1305, verl#1758",
-        [(rl, "judge", lambda judge: lambda *a: [torch.cat([v[1:], v[-1:]]) for v in judge(*a)])],
+        [(rl, "critic_values", read_late)],
         "after 25 steps reward turns down; length and cuts up", "truncated", (EXACT,),
         "read V(s_t) at the row that predicts token t"),
     "rewards_shuffled": Bug(
-        "each problem's rewards go to the tries at its neighbour", "Search-R1#88",
-        [(rl, "advantages_of", lambda judged: lambda values, scores, cfg, world: judged(
-            values, scores[cfg.samples :] + scores[: cfg.samples], cfg, world))],
+        "each problem's rewards go to the samples at its neighbour", "Search-R1#88",
+        [(where, "share_packs", with_rewards_of_neighbours) for where in (packs, rl)],
         "reward falls as by a wrong sign; explained_variance within 0.01 of 0", "reward",
-        (EXACT,), "keep the problem in the record; pair no lists by place alone"),
+        (EXACT,), "keep the reward in the record of its rollout; pair no lists by place alone"),
     "spaces_in_box": Bug(
         "the box is compared as it stands, spaces and all", "verl#5635, Math-Verify#55",
         [(reward, "compare", lambda same: lambda gold, box, *rest: (gold == box, "mismatch", ""))],
@@ -142,33 +164,33 @@ BUGS = {
         "only the last closed box counts; read what scored"),
     "bf16_masters": Bug(
         "the weights that the optimiser moves are kept in bfloat16", "AReaL#1292",
-        [(parallel, "load", lambda load: lambda *asked, **more: coarse(
-            made := load(*asked, **more), made.parameters())),
+        [(distributed, "load", lambda load: lambda *given, **more: coarse(
+            made := load(*given, **more), made.parameters())),
          (torch.optim.AdamW, "step", lambda step: lambda self, *rest: coarse(
             step(self, *rest), self.param_groups[0]["params"]))],
         "none, and no harm at this lr; at 1e-5 most weights stand still", "reward",
         ("doctor: precision",), "keep masters and moments in float32"),
     "stale_optimizer": Bug(
         "the optimiser holds weights that are no longer the policy's", "NeMo-RL#227, verl#7834",
-        [(rl, "load_pair", lambda load: lambda *asked: estranged(load(*asked)))],
+        [(rl, "load_models", lambda load: lambda *given: estranged(load(*given)))],
         "reward and entropy are flat; grad_norm grows, as nobody clears it", "grad_norm",
         (HEALTHY,), "build it from the weights that train, after sharding; see that they move"),
     "critic_frozen": Bug(
         "the critic's learning rate is 0", "a critic that does not learn",
-        [(rl, "learn_critic", lambda learn: lambda critic, optimizer, parts, returns, cfg, *rest:
-            learn(critic, optimizer, parts, returns, replace(cfg, critic_lr=0.0), *rest))],
+        [(rl, "rates", lambda rates: lambda step, count, peak, warmup: rates(
+            step, count, peak * (count == 1), warmup))],
         "value_loss does not fall, value_mean stays; the policy learns", "value_loss",
-        ("test_rl.test_the_critic_warms_up_over_its_own_steps_and_the_policy_over_its",),
-        "see that value_mean meets return_mean"),
+        (RATES,), "see that value_mean meets return_mean"),
     "endless_warmup": Bug(
         "the warm-up does not end, the rates go on rising", "warm-up counts steps",
-        [(rl, "warm", lambda warm: lambda step, warmup: (step + 1) / max(1, warmup))],
-        "lr climbs; reward rises, then falls for good", "lr",
-        ("test_rl.test_warm_up_counts_optimiser_steps",), "log the rate that is used"),
+        [(rl, "rates", lambda rates: lambda step, count, peak, warmup: [
+            peak * (step * count + k + 1) / max(1, warmup) for k in range(count)])],
+        "lr climbs; reward rises, then falls for good", "lr", (RATES,),
+        "log the rate that is used"),
     "stop_untrained": Bug(
         "a mask by token id (pad is the stop token) takes its loss away", "TRL#1623, open-r1#494",
-        [(rl, "learn_policy", lambda learn: lambda policy, optimizer, parts, tries, a, *rest:
-            learn(policy, optimizer, parts, tries, unstopped(tries, a), *rest))],
+        [(rl, "policy_losses", lambda losses: lambda policy, pack, cfg: losses(
+            policy, without_stops(pack, policy), cfg))],
         "policy_loss is not 0: advantages are missing", "policy_loss", (HEALTHY,),
         "masks follow from lengths, never from token ids"),
 }
@@ -185,38 +207,12 @@ def planted(name: str):
         yield
 
 
-def run_alone(cfg: Config):
-    """One run in this process."""
-    (name,), refuse = cfg.bugs, rl.refuse_gap
-    out = Path(cfg.out) / name
-
-    def note(*asked):
-        try:
-            refuse(*asked)
-        except RuntimeError as error:
-            if not (out / "stopped.txt").exists():
-                (out / "stopped.txt").write_text(str(error))
-
-    out.mkdir(parents=True, exist_ok=True)
-    sizes = dict(steps=cfg.steps, problems=cfg.problems, samples=cfg.samples, lr=cfg.lr, threads=1)
-    kept = dict(record=False, save_every=cfg.steps + 1, log_rollouts=cfg.problems * cfg.samples)
-    with planted(name), patch.object(rl, "refuse_gap", note):
-        rl.main(rl.Config(model=cfg.model, data=cfg.data, out=str(out), **sizes, **kept))
-
-
-def run_apart(name: str, cfg: Config):
-    """The same in a process of its own; if it dies, its last line is the reason."""
-    out = Path(cfg.out) / name
-    if (out / "screen.txt").exists():
-        return
-    given = {k: v for k, v in vars(cfg).items() if k not in ("bugs", "picture", "alone")}
-    command = [sys.executable, __file__, "--alone", "--bugs", name]
-    command += [f"--{k}={v}" for k, v in given.items()]
-    ours = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=ours, capture_output=True, text=True)
-    if done.returncode:
-        (out / "stopped.txt").write_text(done.stderr.strip().splitlines()[-1])
-    (out / "screen.txt").write_text(done.stdout + done.stderr)
+def run(name: str, cfg: Config):
+    """rl.main with one bug, and without its limit on the gap between sampler and trainer."""
+    sizes = dict(steps=cfg.steps, problems=cfg.problems, samples=cfg.samples, lr=cfg.lr)
+    out, any_gap = str(Path(cfg.out) / name), dict.fromkeys(rl.GAP_LIMITS, math.inf)
+    with planted(name), patch.dict(rl.GAP_LIMITS, any_gap):
+        rl.main(rl.Config(cfg.model, cfg.data, out=out, save_every=0, **sizes))
 
 
 def rows_of(cfg: Config, name: str) -> list[dict]:
@@ -226,8 +222,6 @@ def rows_of(cfg: Config, name: str) -> list[dict]:
 
 def curve_of(rows: list[dict], healthy: list[dict]) -> str:
     """What the reward did: means of its first and last steps, against the healthy run's last."""
-    if not rows:
-        return "none"
     parts = rows[:EDGE], rows[-EDGE:], healthy[-EDGE:]
     first, last, wanted = (sum(row["reward"] for row in part) / len(part) for part in parts)
     shape = "rises" if last - first > CLEAR else "falls" if first - last > CLEAR else "flat"
@@ -235,11 +229,9 @@ def curve_of(rows: list[dict], healthy: list[dict]) -> str:
     return f"{shape}, {first:.2f} to {last:.2f}, {side} healthy"
 
 
-def told_by(cfg: Config, name: str, rows: list[dict], healthy: list[dict]) -> str:
-    """The run's refusal, or where its metric leaves the healthy run's range and half of it more."""
-    reason, metric = Path(cfg.out) / name / "stopped.txt", BUGS[name].metric
-    if reason.exists():
-        return "stopped: " + reason.read_text().split(", more than")[0]
+def sign_of(name: str, rows: list[dict], healthy: list[dict]) -> str:
+    """Where the bug's metric leaves the healthy run's range and half of it more."""
+    metric = BUGS[name].metric
     known = [row[metric] for row in healthy]
     room = max((max(known) - min(known)) / 2, 1e-6)
     low, high = min(known) - room, max(known) + room
@@ -247,50 +239,45 @@ def told_by(cfg: Config, name: str, rows: list[dict], healthy: list[dict]) -> st
     for row in rows:
         if not low <= row[metric] <= high:
             return f"{metric} {row[metric]:.2g} in step {row['step']}, not {low:.2g} to {high:.2g}"
-    return f"not told by {metric}, but by {BUGS[name].caught_by[0]}"
+    return f"not in {metric}, but {BUGS[name].caught_by[0]}"
 
 
 def table(cfg: Config, names: list[str]) -> str:
     healthy = rows_of(cfg, "healthy")
-    lines = ["| bug | what is wrong | its sign | reward | told | what catches it | cure |"]
+    lines = ["| bug | what is wrong | symptom | reward | first sign | what catches it | cure |"]
     lines += ["|---" * 7 + "|", f"| none | | | {curve_of(healthy, healthy)} | | | |"]
     for name in names:
         bug, rows = BUGS[name], rows_of(cfg, name)
         cells = [name, f"{bug.wrong} ({bug.trap})", bug.symptom, curve_of(rows, healthy)]
-        cells += [told_by(cfg, name, rows, healthy), "; ".join(bug.caught_by), bug.cure]
+        cells += [sign_of(name, rows, healthy), "; ".join(bug.caught_by), bug.cure]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(cfg: Config, names: list[str]):
-    """A panel a bug: its reward over the healthy run's in grey, and under it what told."""
+    """A panel a bug: its reward over the healthy run's in grey, and under it the first sign."""
     healthy, down = rows_of(cfg, "healthy"), -(-len(names) // 4)
     figure = plt.figure(figsize=(13, 2.7 * down), layout="tight")
     for place, name in enumerate(names, start=1):
-        axis = figure.add_subplot(down, 4, place)
-        rows = rows_of(cfg, name)
-        for told, colour in ((healthy, "#b5bac4"), (rows, "#d1495b")):
-            values = [row["reward"] for row in told]
+        axis, rows = figure.add_subplot(down, 4, place), rows_of(cfg, name)
+        for curve, colour in ((healthy, "#b5bac4"), (rows, "#d1495b")):
+            values = [row["reward"] for row in curve]
             near = [values[max(0, i - 2) : i + 3] for i in range(len(values))]
             axis.plot([sum(x) / len(x) for x in near], color=colour, lw=2.2)
         axis.set(title=name, xlim=(0, len(healthy) - 1), ylim=(-0.04, 1.04))
-        axis.set_xlabel(textwrap.fill(told_by(cfg, name, rows, healthy), 38), loc="left")
+        axis.set_xlabel(textwrap.fill(sign_of(name, rows, healthy), 38), loc="left")
     figure.suptitle("reward by step, with one bug each (red) and without (grey)")
     figure.savefig(cfg.picture, dpi=100)
 
 
 def main(cfg: Config):
-    if unknown := {*cfg.bugs} - {*BUGS, "healthy"}:
+    if unknown := {*cfg.bugs} - {*BUGS}:
         raise SystemExit(f"no bug {', '.join(unknown)}; there are {', '.join(BUGS)}")
-    if cfg.alone:
-        return run_alone(cfg)
     names = [*(cfg.bugs or BUGS)]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(run_apart, name, cfg) for name in ["healthy", *names]]
-        for job in progress(as_completed(jobs), "runs", len(jobs)):
-            job.result()
-    if not rows_of(cfg, "healthy"):
-        raise SystemExit(f"the run without a bug failed: {cfg.out}/healthy/screen.txt")
+    for name in ["healthy", *names]:
+        if not (Path(cfg.out) / name / "model").is_dir():
+            print(f"--- {name}", flush=True)
+            run(name, cfg)
     print(table(cfg, names))
     if cfg.picture:
         draw(cfg, names)

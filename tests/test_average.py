@@ -1,91 +1,106 @@
-"""average.py against a mean taken by numpy, on checkpoints of a few random tensors."""
+"""average.py against a mean taken by numpy, and what it must not average."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tools.average import INDEX, Config, average
+import model as qwen
+from miniature import world
+from tools import average
 
-SHAPES = {"model.embed_tokens.weight": (7, 4), "model.norm.weight": (4,), "visual.w": (2, 3, 2)}
-
-
-def checkpoint(directory, seed, dtype=torch.float32, tied=False, cut=False, extra=None):
-    torch.manual_seed(seed)
-    tensors = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()} | (extra or {})
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": tied, "seed": seed}))
-    (directory / "tokenizer.json").write_text(f"tokenizer {seed}")
-    (directory / "README.md").write_text(f"trained with seed {seed}")
-    if not cut:
-        save_file(tensors, directory / "model.safetensors")
-        return tensors
-    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(files.values()):
-        save_file({n: t for n, t in tensors.items() if files[n] == file}, directory / file)
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return tensors
+TINY = replace(world.model_config(64), num_hidden_layers=1, intermediate_size=32)
+NAN = torch.full((TINY.hidden_size,), torch.nan)
+TIED = replace(TINY, tie_word_embeddings=True)
+NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
 
 
-def load(directory):
-    return {n: t for file in directory.glob("*.safetensors") for n, t in load_file(file).items()}
+@pytest.fixture
+def member(tmp_path):
+    """Writes a random model, with changes {name: tensor or None}, as a directory; -> its path."""
+
+    def write(name: str, seed: int, changes=(), config=TINY, dtype=torch.float32) -> str:
+        torch.manual_seed(seed)
+        weights = qwen.Qwen25VL(config).state_dict() | dict(changes)
+        weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        (tmp_path / name).mkdir()
+        qwen.save_weights(weights, config, tmp_path / name, dtype)
+        (tmp_path / name / "tokenizer.json").write_text(f"tokenizer {seed}")
+        return str(tmp_path / name)
+
+    return write
+
+
+def weights(directory) -> dict[str, torch.Tensor]:
+    return {n: t for f in Path(directory).glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def run(*models: str) -> Path:
+    out = Path(models[0]).parent / "out"
+    average.main(average.Config(models, str(out)))
+    return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cut", [False, True])
-def test_the_average_is_the_mean_rounded_once(tmp_path, dtype, cut):
-    paths = [tmp_path / name for name in "abc"]
-    # the first is sharded or not, the last always the other way round
-    members = [checkpoint(p, i, dtype, cut=cut ^ (i == 2)) for i, p in enumerate(paths)]
-    average(tuple(map(str, paths)), str(tmp_path / "out"))
-    got = load(tmp_path / "out")
-    assert got.keys() == SHAPES.keys()
-    for name in SHAPES:
-        mean = np.mean([m[name].double().numpy() for m in members], axis=0)
-        assert got[name].dtype == dtype
+def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dtype, monkeypatch):
+    paths = [member("a", 0, dtype=dtype), member("b", 1, dtype=dtype)]
+    monkeypatch.setattr(qwen, "SHARD_BYTES", 100_000)
+    paths.append(member("c", 2, dtype=dtype))
+    assert [(Path(path) / qwen.INDEX).exists() for path in paths] == [False, False, True]
+    mean, members = weights(out := run(*paths)), [weights(path) for path in paths]
+    assert mean.keys() == members[0].keys()
+    for name, tensor in mean.items():
+        exact = np.mean([m[name].double().numpy() for m in members], axis=0)
         tolerance = 1e-6 if dtype == torch.float32 else 2**-8  # half a unit in bf16's last place
-        np.testing.assert_allclose(got[name].double().numpy(), mean, rtol=tolerance, atol=1e-7)
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer 0"
-    assert (tmp_path / "out" / INDEX).exists() == cut
+        assert tensor.dtype == dtype
+        np.testing.assert_allclose(tensor.double().numpy(), exact, rtol=tolerance, atol=1e-7)
+    assert (out / "tokenizer.json").read_text() == "tokenizer 0"
+    about = json.loads((out / "README.md").read_text().split("```")[1].removeprefix("json"))
+    assert about["config"]["models"] == paths
 
 
-def test_equal_members_come_back_bit_for_bit(tmp_path):
-    paths = [tmp_path / name for name in "abc"]
-    member = [checkpoint(path, 0, torch.bfloat16) for path in paths][0]
-    average(tuple(map(str, paths)), str(tmp_path / "out"))
-    assert all(torch.equal(t, member[name]) for name, t in load(tmp_path / "out").items())
+def test_a_new_average_leaves_nothing_of_an_older_one_in_its_directory(member, monkeypatch):
+    with monkeypatch.context() as small:
+        small.setattr(qwen, "SHARD_BYTES", 100_000)
+        assert (run(member("a", 0), member("b", 1)) / qwen.INDEX).exists()
+    out = run(*(member(name, 2, dtype=torch.bfloat16) for name in "cde"))
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    one = weights(out.parent / "c")  # and equal members come back bit for bit
+    assert all(torch.equal(tensor, one[name]) for name, tensor in weights(out).items())
 
 
-def test_the_card_names_the_members_and_is_not_the_first_ones(tmp_path):
-    paths = [str(tmp_path / name) for name in "abc"]
-    for seed, path in enumerate(paths):
-        checkpoint(tmp_path / path, seed)
-    average(tuple(paths), str(tmp_path / "out"))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "average of 3 checkpoints" in card and "trained with seed" not in card
-    assert [line[2:] for line in card.splitlines() if line.startswith("- ")] == paths
-    assert card.startswith("---\nlibrary_name: transformers\n")
+def test_a_tied_head_is_averaged_and_written_once(member):
+    embedding = torch.zeros(64, TIED.hidden_size)
+    twice = member("b", 1, {HEAD: embedding.clone(), EMBEDDING: embedding}, TIED)
+    assert HEAD in weights(twice) and HEAD not in weights(run(member("a", 0, config=TIED), twice))
 
 
-def test_a_tied_head_is_averaged_and_written_once(tmp_path):
-    checkpoint(tmp_path / "a", 0, tied=True)
-    checkpoint(tmp_path / "b", 1, tied=True, extra={"lm_head.weight": torch.zeros(7, 4)})
-    average((str(tmp_path / "a"), str(tmp_path / "b")), str(tmp_path / "out"))
-    assert load(tmp_path / "out").keys() == SHAPES.keys()
+@pytest.mark.parametrize(
+    "match, options",
+    [
+        (f"other.model.safetensors: {NORM} has NaN", {"changes": {NORM: NAN}}),
+        (f"other.*{NORM} is .65.", {"changes": {NORM: torch.zeros(65)}}),
+        ("other.*unexpected odd", {"changes": {"odd": torch.zeros(2)}}),
+        (f"other.*missing {NORM}", {"changes": {NORM: None}}),
+        ("other.*critic", {"changes": {"value_head.weight": torch.zeros(1, 128)}}),
+        ("other.* is torch.bfloat16, others are torch.float32", {"dtype": torch.bfloat16}),
+        ("other.*rope_theta 10.0 instead of 1000000", {"config": replace(TINY, rope_theta=10.0)}),
+        ("other.*intermediate_size 48", {"config": replace(TINY, intermediate_size=48)}),
+    ],
+)  # fmt: skip
+def test_a_member_that_does_not_belong_is_named_and_nothing_is_written(member, match, options):
+    good = member("good", 0)
+    with pytest.raises(ValueError, match=match):
+        run(good, member("other", 1, **options))
+    assert not (Path(good).parent / "out").exists()
 
 
-def test_a_member_that_does_not_fit_is_named(tmp_path):
-    checkpoint(tmp_path / "a", 0)
-    checkpoint(tmp_path / "more", 1, extra={"odd.weight": torch.zeros(2)})
-    checkpoint(tmp_path / "wide", 1, extra={"visual.w": torch.zeros(2, 3, 3)})
-    with pytest.raises(ValueError, match="more.*odd.weight"):
-        average((str(tmp_path / "a"), str(tmp_path / "more")), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"wide: visual.w has shape \(2, 3, 3\)"):
-        average((str(tmp_path / "a"), str(tmp_path / "wide")), str(tmp_path / "out"))
-
-
-def test_no_member_is_overwritten(tmp_path):
+def test_no_member_counts_twice_and_none_is_overwritten(member):
+    with pytest.raises(ValueError, match="twice"):
+        average.Config(("a/b", "a/./c/../b"), "out")
     with pytest.raises(ValueError, match="overwritten"):
-        Config((str(tmp_path / "a"),), str(tmp_path / "b" / ".." / "a"))
+        average.Config(("a", "b"), "c/../a")

@@ -14,7 +14,7 @@ import pytest
 from conftest import write_rows
 from PIL import Image
 
-from common import provenance
+from common import log
 from curation import card
 
 ROOT = Path(__file__).parent.parent
@@ -58,20 +58,20 @@ def chain(tmp_path) -> Path:
     out.parent.mkdir()
     write_rows(raw, rows[:80])
     settings = Made(out=str(raw))
-    provenance.write_report(raw, settings, [], {"read": step_of(rows, rows[:80], "no_answer")})
+    log.write_report(raw, settings, [], {"read": step_of(rows, rows[:80], "no_answer")})
     write_rows(out, rows[:60])
     gone = [
         {"id": row["id"], "step": "rules", "reason": "near", "detail": f"as {row['id']}<b>"}
         for row in rows[60:80]
     ]
-    write_rows(provenance.beside(out, "dropped.jsonl"), gone)
+    write_rows(log.beside(out, "dropped.jsonl"), gone)
     tests = write_rows(tmp_path / "bench.jsonl", [{"id": "math_1", "prompt": "x"}])
     losses = write_rows(tmp_path / "sft.losses.jsonl", [{"id": "row-3", "loss": 1.25}])
     pairs = [
         {"id": f"row-{i}", "benchmark_id": f"{'math' if i % 3 else 'chart/qa'}_{i}", "score": 0.75}
         for i in range(70)
     ]
-    contaminated = provenance.beside(out, "contaminated.jsonl")
+    contaminated = log.beside(out, "contaminated.jsonl")
     write_rows(contaminated, [pair | {"kind": "text"} for pair in pairs])
     settings = Made((str(raw),), str(out), (tests,), (losses,))
     levels = Counter((row["source"], row["level"]) for row in rows[:80])
@@ -82,7 +82,7 @@ def chain(tmp_path) -> Path:
     }
     drawn = {"edges": [0.5, 1.0, 1.5], "counts": [20, 60]}
     about = {"median": 1.1, "low": float("-inf"), "high": 4.5, "histogram": drawn}
-    provenance.write_report(
+    log.write_report(
         out,
         settings,
         [raw, tests, losses],
@@ -97,7 +97,7 @@ def chain(tmp_path) -> Path:
 
 def made(out: Path, **settings) -> str:
     card.main(card.Config(str(out), **settings))
-    return provenance.beside(out, "card.html").read_text()
+    return log.beside(out, "card.html").read_text()
 
 
 def cells(page: str) -> list[list[str]]:
@@ -109,7 +109,7 @@ def cells(page: str) -> list[list[str]]:
 
 
 def edit_report(out: Path, change) -> None:
-    path = provenance.beside(out, "report.json")
+    path = log.beside(out, "report.json")
     report = json.loads(path.read_text())
     change(report)
     path.write_text(json.dumps(report))
@@ -170,7 +170,7 @@ def test_scores_and_benchmarks_are_no_part_of_the_funnel(chain, name):
     path = chain.parent.parent / name
     cell = {"in": 7, "kept": 7, "reasons": {}}
     settings = Made((str(chain),), str(path))
-    provenance.write_report(path, settings, [chain], {"score": {"set/a": cell}})
+    log.write_report(path, settings, [chain], {"score": {"set/a": cell}})
     lines = cells(made(chain))
     assert ["source", "rows", "read", "rules"] in lines
     assert ["set/a", "30", "27 90 %", "20 66.7 %"] in lines
@@ -184,7 +184,7 @@ def test_sets_that_went_different_ways_meet_in_the_funnel(tmp_path):
         write_rows(place[name], kept)
         settings = Made(tuple(str(place[one]) for one in inputs), str(place[name]))
         steps = {step: step_of(rows, kept)}
-        provenance.write_report(place[name], settings, [place[one] for one in inputs], steps)
+        log.write_report(place[name], settings, [place[one] for one in inputs], steps)
 
     step("a", a, a[:8], "read")
     step("b", b, b[:9], "read")
@@ -222,7 +222,7 @@ def test_what_rows_say_cannot_run(chain):
     out = chain.parent / "evil.jsonl"
     write_rows(out, rows)
     write_rows(
-        provenance.beside(out, "dropped.jsonl"),
+        log.beside(out, "dropped.jsonl"),
         [dict.fromkeys(("id", "step", "reason", "detail"), evil)],
     )
     page = made(out)
@@ -263,7 +263,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(chain):
     for seed in (0, 0, 1):
         code = f"from curation import card; card.main(card.Config({str(chain)!r}, seed={seed}))"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-        pages.append(provenance.beside(chain, "card.html").read_bytes())
+        pages.append(log.beside(chain, "card.html").read_bytes())
     assert pages[0] == pages[1]
     shown = [re.findall(rb"<h3>row-\d+", page) for page in pages]
     assert len(shown[0]) == 10 and shown[0] != shown[2]
@@ -319,7 +319,7 @@ def test_no_benchmark_is_said_plainly(chain):
 def test_dropped_rows_of_rare_reasons_are_seen(chain):
     rows = [{"id": str(i), "step": "rules", "reason": "near", "detail": ""} for i in range(500)]
     rows.insert(100, {"id": "rare", "step": "rules", "reason": "leak", "detail": "Answer: 42"})
-    write_rows(provenance.beside(chain, "dropped.jsonl"), rows)
+    write_rows(log.beside(chain, "dropped.jsonl"), rows)
     text = card.dropped_section(card.Config(str(chain), examples=4))
     assert "501 in all" in text and len(cells(text)) == 1 + 4
     assert ["rare", "rules", "leak", "Answer: 42"] in cells(text)
@@ -327,13 +327,13 @@ def test_dropped_rows_of_rare_reasons_are_seen(chain):
 
 def test_every_file_of_the_chain_stands_with_its_hash(chain):
     losses = chain.parent.parent / "sft.losses.jsonl"
-    provenance.write_report(losses, Made((str(chain),), str(losses)), [chain], {})
+    log.write_report(losses, Made((str(chain),), str(losses)), [chain], {})
     lines = {line[0]: line for line in cells(made(chain)) if len(line) == 4}
     for name in ("sft.jsonl", "../raw.jsonl", "../bench.jsonl", "../sft.losses.jsonl"):
-        sha = re.search(r"sha256 (\w+)", provenance.fingerprint(chain.parent / name))[0]
+        sha = re.search(r"sha256 (\w+)", log.fingerprint(chain.parent / name))[0]
         assert lines[name][2].startswith(sha)
     assert lines["../bench.jsonl"][1] == "no report"
-    assert lines["../sft.losses.jsonl"][1] == provenance.command_line()
+    assert lines["../sft.losses.jsonl"][1] == log.command_line()
 
 
 def test_lengths_fall_into_their_bins(tmp_path):

@@ -1,20 +1,21 @@
-"""checkpoints.py: whole or ignored, read by any number of ranks, and never in the training's way.
+"""checkpoint.py: whole or ignored, read by any number of ranks, and never in the training's way.
 
-    pytest tests/test_checkpoints.py     # starts itself alone, and under torchrun on 2 and 4 ranks
-
-The model is a Qwen2.5-VL of some thousand weights; its gradients are drawn, not computed.
+The model is a Qwen2.5-VL of some thousand weights; its gradients are drawn, not computed. Ranks
+are forked from a process that has imported torch: that is most of a start.
 """
 
 import faulthandler
 import json
 import os
-import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import asdict, dataclass
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,22 +27,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import checkpoint as checkpoints
-from common import provenance
+import rl
+from common import checkpoint
+from common.log import RunLog
 from model import Config, Qwen25VL, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds; a start takes about 10
+LIMIT = 240  # seconds after which a process that hangs says where; a start takes about 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """As much of a stage's Config as `claim` looks at."""
+    """As much of a stage's Config as `resume_or_start` looks at."""
 
-    out: str
+    model: str = "a/b"
+    data: str = ""
+    algorithm: str = "ppo"
     lr: float = 0.1
     steps: int = 100
-    save_every: int = 1
 
 
 def tiny(head: str = "lm", width: int = 32, mesh=None) -> Qwen25VL:
@@ -50,503 +53,489 @@ def tiny(head: str = "lm", width: int = 32, mesh=None) -> Qwen25VL:
     sizes = dict(hidden_size=width, intermediate_size=48, num_hidden_layers=2, vocab_size=40)
     heads = dict(num_attention_heads=width // 16, num_key_value_heads=1, mrope_section=(2, 3, 3))
     model = Qwen25VL(Config(vision=vision, **sizes, **heads), head)
-    for weight in model.visual.parameters():
-        weight.requires_grad_(False)
-    if mesh is not None:
-        frozen = set(model.visual.parameters())
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params=frozen)
+    model.visual.requires_grad_(False)
+    for module in [*model.model.layers, model] if mesh else ():
+        fully_shard(module, mesh=mesh, ignored_params=set(model.visual.parameters()))
     return model
 
 
-def make_pairs(seed: int = 0, names=("policy", "critic"), **options) -> dict:
+def make_pairs(seed: int = 0, names=("policy", "critic"), decay=0.01, **options) -> dict:
     torch.manual_seed(seed)
-    pairs = {}
-    for name in names:
-        model = tiny("lm" if name == "policy" else "value", **options)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        pairs[name] = (model, torch.optim.AdamW(trained, 0.1, fused=True))
-    return pairs
+    models = {name: tiny("lm" if name == "policy" else "value", **options) for name in names}
+    trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in models.items()}
+    return {n: (models[n], torch.optim.AdamW(trained[n], 0.1, weight_decay=decay)) for n in names}
 
 
 def learn(pairs: dict, step: int):
     """One optimiser step of each model, its gradient drawn from the number of the step."""
-    for model, optimizer in pairs.values():
+    for _, optimizer in pairs.values():
         torch.manual_seed(step)
-        for weight in (p for p in model.parameters() if p.requires_grad):
-            grad = torch.randn(weight.shape)
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.grad = torch.randn(weight.shape)
             if isinstance(weight, DTensor):
-                grad = distribute_tensor(grad, weight.device_mesh, weight.placements)
-            weight.grad = grad
+                split = weight.device_mesh, weight.placements
+                weight.grad = distribute_tensor(torch.randn(weight.shape), *split)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def everything(pairs: dict) -> dict:
-    """{name: whole tensor or number}, of weights, moments and settings of the optimisers."""
-    found = {}
-
-    def walk(name: str, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}/{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            found[name] = whole.detach().clone()
-        else:
-            found[name] = value
-
-    walk("", checkpoints.train_state(pairs))
-    return found
+    """{name: whole tensor} of weights and moments."""
+    tensors = {}
+    for name, (model, optimizer) in pairs.items():
+        tensors |= {f"{name}/{key}": weight for key, weight in model.state_dict().items()}
+        for number, weight in enumerate(optimizer.param_groups[0]["params"]):
+            moments = optimizer.state[weight].items()
+            tensors |= {f"{name}/{number}/{key}": moment for key, moment in moments}
+    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    return {name: tensor.clone() for name, tensor in whole.items()}
 
 
 def same(one: dict, other: dict) -> bool:
     assert one.keys() == other.keys() and len(one) > 60
-    return all(
-        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        for name, value in one.items()
-    )
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def begin(run: Path, **options) -> checkpoints.Saver:
-    """A run directory as RunLog leaves it, and a saver for it."""
-    run.mkdir(parents=True, exist_ok=True)
-    about = {"config": asdict(Settings(str(run)))}
-    (run / "run.json").write_text(json.dumps(about))
-    return checkpoints.Saver(run, None, **options)
+def begin(run: Path, start: int = 0, settings=Settings(), **options) -> checkpoint.Saver:  # noqa: B008
+    """A run directory as a stage begins it, and a saver for it."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    RunLog(run, settings, 100, main, start)
+    return checkpoint.Saver(run, None, **options)
 
 
 def saved(run: Path, steps: int, pairs: dict | None = None, **options) -> dict:
     """A run that stopped after so many steps, with a checkpoint at each. -> its models."""
-    saver, pairs = begin(run, **options), pairs or make_pairs()
-    for step in range(steps):
-        learn(pairs, step)
-        saver.save(step + 1, pairs, pairs["policy"][0], f"step {step + 1}")
-    saver.settle(wait=True)
+    pairs = pairs or make_pairs()
+    with begin(run, **options) as saver:
+        for step in range(steps):
+            learn(pairs, step)
+            saver.save(step + 1, pairs, pairs["policy"][0], f"step {step + 1}")
     return pairs
+
+
+def read(run: Path, **options) -> tuple[int, dict]:
+    """(steps, everything) of the newest checkpoint, loaded into models of another seed."""
+    start, state = checkpoint.newest(run)
+    pairs = make_pairs(99, **options)
+    checkpoint.load_state(state, pairs)
+    return start, everything(pairs)
 
 
 def folders(run: Path) -> list[str]:
     return sorted(folder.name for folder in (run / "checkpoints").iterdir())
 
 
+def full_disk(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+@contextmanager
+def file_limit(size: int):
+    """As `ulimit -f`."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
 # ------------------------------------------------------------------ what runs in other processes
 
 
 def train(run: Path, steps: int):
-    """The order of a stage's main(). RUN/journal: where each start began, and what was safe."""
-    start, state = checkpoints.claim(run, Settings(str(run)))
+    """The order of a stage's main()."""
+    start, state = checkpoint.resume_or_start(run, Settings())
     assert not list(run.rglob("*.part"))
     pairs = make_pairs()
     if state:
-        checkpoints.load_state(state, pairs)
-    with begin(run) as saver, (run / "journal").open("a") as journal:
-        print("start", start, file=journal, flush=True)
+        checkpoint.load_state(state, pairs)
+    with begin(run, start) as saver:
         for step in range(start, steps):
             learn(pairs, step)
-            saver.settle()
+            saver.wait_for_save()
             saver.save(step + 1, pairs, pairs["policy"][0], "card")
-            print("safe", step, file=journal, flush=True)  # it waited for the one before
-    checkpoints.save_whole(pairs["policy"][0], run / "model", None, torch.float32, "card")
+    checkpoint.export(pairs["policy"][0], run / "model", None, torch.float32, "card")
+
+
+def die_at(run: Path, count: int):
+    """kill -9 of this process by itself, when it touches files of the run for the n-th time."""
+    left, fsync = [count], os.fsync
+
+    def touch(event: str, arguments: tuple):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if event == "fsync" or (changes and str(run) in str(arguments[0])):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(touch)
+    os.fsync = lambda file: (touch("fsync", ()), fsync(file))
+
+
+def fork(job, *arguments) -> int:
+    """A child that does the job and leaves; a job that hangs says where."""
+    if (child := os.fork()) == 0:
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
+        try:
+            job(*arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def status(child: int) -> int:
+    return os.waitpid(child, 0)[1]
 
 
 def killed_again_and_again(run: Path, steps: int):
-    """Forks, since torch's import is most of a start; kills the child at any moment of its life."""
-    fsync = os.fsync
-    os.fsync = lambda file: (time.sleep(0.01), fsync(file))  # a slow disk
-    rng, longest, leftovers, kills = random.Random(0), 1.2, 0, 0
-    while True:
-        if (child := os.fork()) == 0:
-            try:
-                train(run, steps)
-                os._exit(0)
-            finally:
-                faulthandler.dump_traceback()
-                os._exit(1)
-        deadline = time.monotonic() + rng.uniform(0, longest)
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if ended != (0, 0):
+    """Every child lives a bit longer."""
+
+    def live(count: int):
+        die_at(run, count)
+        train(run, steps)
+
+    kills = leftovers = safe = 0
+    for count in range(3, 10_000, 7):
+        if status(fork(live, count)) == 0:
             break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kills, longest = kills + 1, longest * 1.05  # so that it ends on the slowest machine
+        assert checkpoint.newest(run)[0] >= safe  # what was whole is not lost
+        kills, safe = kills + 1, checkpoint.newest(run)[0]
         leftovers += any(run.rglob("*.part"))
-    assert ended[1] == 0, ended
-    print(json.dumps({"kills": kills, "leftovers": leftovers}))
+    assert kills >= 8 and leftovers >= 4, (kills, leftovers)
+
+
+def several_ranks(folder: Path):
+    """Two ranks read what one process wrote; four read what the two wrote."""
+    for job, ranks in ((two_ranks, 2), (four_ranks, 4)):
+        place = f"file://{folder}/meet-{ranks}"
+
+        def live(rank: int, job=job, place=place, ranks=ranks):
+            dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks)
+            job(folder)
+            dist.barrier()
+
+        children = [fork(live, rank) for rank in range(ranks)]
+        assert not any([status(child) for child in children])
 
 
 def two_ranks(folder: Path):
-    """Reads what one process wrote, goes on, writes; then a disk fails on one rank only."""
+    """Reads, goes on, writes; then a disk fails on one rank only."""
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-    pairs = make_pairs(1, mesh=mesh)
+    pairs, errors, run = make_pairs(1, mesh=mesh), [], folder / "two"
     policy = pairs["policy"][0]
     assert isinstance(policy.model.norm.weight, DTensor)
     assert not isinstance(next(policy.visual.parameters()), DTensor)
-    checkpoints.load_state(folder / "one/checkpoints/step_000002/state", pairs)
+    checkpoint.load_state(folder / "one/checkpoints/step_000002/state", pairs)
     torch.save(everything(pairs), folder / f"two-read-{rank}.pt")
-    run = folder / "two"
     saver = begin(run)
     for step in (2, 3):
         learn(pairs, step)
         saver.save(step + 1, pairs, policy, "two ranks")
         while saver.writing is not None:  # the training's collectives run beside the writer's
             dist.all_reduce(torch.ones(1000))
-            saver.settle()
-    if rank == 0:
-        torch.save(folders(run), folder / "two-folders.pt")
+            saver.wait_for_save()
     after = everything(pairs)
     torch.save(after, folder / f"two-wrote-{rank}.pt")
-    again = make_pairs(2, mesh=mesh)
-    checkpoints.load_state(folder / "two/checkpoints/step_000004/state", again)
-    assert same(everything(again), after)
+    assert same(read(run, mesh=mesh)[1], after)
+    assert folders(run) == ["step_000003", "step_000004"]
 
-    def full(file):
-        raise OSError(28, "No space left on device")
+    def fails(action, *arguments):
+        with pytest.raises(OSError) as error:
+            action(*arguments)
+        errors.append(str(error.value))
 
-    fsync, write_model, errors = os.fsync, checkpoints.write_model, []
-    for broken in ("state", "model"):  # the last rank's slices; what rank 0 alone writes
-        if rank == 1 and broken == "state":
-            os.fsync = full
-        if rank == 0 and broken == "model":
-            checkpoints.write_model = full_disk
-        learn(pairs, 4)
+    def save():
         saver.save(5, pairs, policy, "never written")
-        try:
-            while saver.writing is not None:
-                saver.settle()
-        except OSError as error:
-            errors.append(str(error))
-        os.fsync = fsync
-    try:
-        checkpoints.save_whole(policy, run / "model", None, torch.float32, "never written")
-    except OSError as error:
-        errors.append(str(error))
-    checkpoints.write_model = write_model
+        saver.wait_for_save(block=True)
+
+    with file_limit(10_000 if rank == 1 else -1):  # the slices of rank 1
+        fails(save)
+    checkpoint.publish = full_disk  # what rank 0 alone does
+    fails(save)
+    fails(checkpoint.export, policy, run / "model", None, torch.float32, "never written")
+    file = run / "checkpoints/step_000004/state/__1_0.distcp"
+    if rank == 0:
+        file.rename(folder / "away")
+    dist.barrier()
+    fails(checkpoint.load_state, file.parent, pairs)
     torch.save(errors, folder / f"two-errors-{rank}.pt")
-    broken = run / "checkpoints/step_000004/state/__1_0.distcp"
-    if rank == 0:
-        broken.rename(folder / "away")
-    dist.barrier()
-    try:
-        checkpoints.load_state(broken.parent, pairs)
-    except OSError as error:
-        torch.save(str(error), folder / f"two-broken-{rank}.pt")
     dist.barrier()
     if rank == 0:
-        (folder / "away").rename(broken)
-
-
-def full_disk(*arguments):
-    raise OSError(28, "No space left on device")
+        (folder / "away").rename(file)
 
 
 def four_ranks(folder: Path):
-    """Two replicas of two slices each, as on two nodes: reads what two ranks wrote."""
+    """Two replicas of two slices each, as on two nodes."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     pairs = make_pairs(3, mesh=mesh)
-    checkpoints.load_state(folder / "two/checkpoints/step_000004/state", pairs)
+    checkpoint.load_state(folder / "two/checkpoints/step_000004/state", pairs)
     torch.save(everything(pairs), folder / f"four-read-{dist.get_rank()}.pt")
     learn(pairs, 4)
-    saver = begin(folder / "four")
-    saver.save(5, pairs, pairs["policy"][0], "four ranks")
-    saver.settle(wait=True)
+    with begin(folder / "four") as saver:
+        saver.save(5, pairs, pairs["policy"][0], "four ranks")
     torch.save(everything(pairs), folder / f"four-wrote-{dist.get_rank()}.pt")
 
 
-def started(*arguments, ranks: int = 0) -> str:
-    """This file as a program, under torchrun where it has ranks. -> what it prints."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks else []), __file__, *map(str, arguments)]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=os.environ | ours, capture_output=True, text=True, timeout=LIMIT + 60
-    )
+def started(job: str, *arguments):
+    """This file as a program."""
+    command = [sys.executable, __file__, job, *map(str, arguments)]
+    ours = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=ours, capture_output=True, text=True, timeout=4 * LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
 
 
 # ------------------------------------------------------------------ killed, full, broken
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
-    steps = 12
-    train(tmp_path / "whole", steps)
-    told = json.loads(started("killed", tmp_path / "cut", steps))
-    assert told["kills"] >= 4 and told["leftovers"] >= 2, told
-    one, other = make_pairs(5), make_pairs(6)
-    for run, pairs in (("whole", one), ("cut", other)):
-        checkpoints.load_state(checkpoints.newest(tmp_path / run)[1], pairs)
-        assert checkpoints.newest(tmp_path / run)[0] == steps
-    assert same(everything(one), everything(other))
-    one, other = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "cut"))
+    whole, cut, steps = tmp_path / "whole", tmp_path / "cut", 6
+    train(whole, steps)
+    started("killed", cut, steps)
+    (one, ours), (other, theirs) = read(whole), read(cut)
+    assert one == other == steps and same(ours, theirs)
+    one, other = (load_file(run / "model/model.safetensors") for run in (whole, cut))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-    safe = 0
-    for line in (tmp_path / "cut/journal").read_text().splitlines():
-        word, step = line.split()
-        assert word == "safe" or int(step) >= safe  # nothing that was safe is lost
-        safe = max(safe, int(step))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A directory with room for one checkpoint and a half."""
-    saved(tmp_path / "measured", 1)
-    size = sum(f.stat().st_size for f in (tmp_path / "measured").rglob("*") if f.is_file())
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(disk)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a disk of its own")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+@contextmanager
+def full(run: Path):
+    """Where the slices go, every write fails as on a full disk."""
+    file = run / "checkpoints/step_000002.part/state/__0_0.distcp"
+    file.parent.mkdir(parents=True)
+    file.symlink_to("/dev/full")
+    yield
 
 
-def fills_the_disk(run: Path):
-    pairs = saved(run, 1)
-    before, saver = everything(pairs), begin(run)
-    learn(pairs, 1)
-    saver.save(2, pairs, pairs["policy"][0], "card")
-    with pytest.raises(OSError, match="step_000002 failed.*goes on from step 1") as error:
-        saver.settle(wait=True)
-    assert checkpoints.newest(run)[0] == 1 and "step_000002.part" in folders(run)
-    start, state = checkpoints.claim(run, Settings(str(run)))
-    again = make_pairs(4)
-    checkpoints.load_state(state, again)
-    assert start == 1 and same(everything(again), before) and folders(run) == ["step_000001"]
-    return str(error.value)
-
-
-def test_a_full_disk_is_told_and_the_checkpoint_before_is_as_it_was(small_disk):
-    assert "No space left" in fills_the_disk(small_disk / "run")
-
-
-def test_a_disk_that_takes_the_state_but_not_the_model_is_told(tmp_path, monkeypatch):
-    """And a rank 0 that fails at the end of a run says which directory it was."""
-    pairs = saved(tmp_path, 1)
-    monkeypatch.setattr(checkpoints, "save_weights", full_disk)
-    saver = checkpoints.Saver(tmp_path, None)
-    saver.save(2, pairs, pairs["policy"][0], "card")
-    with pytest.raises(OSError, match="step_000002 failed: OSError.*No space left"):
-        saver.settle(wait=True)
-    assert checkpoints.newest(tmp_path)[0] == 1
-    with pytest.raises(OSError, match="model failed: OSError.*No space left"):
-        checkpoints.save_whole(pairs["policy"][0], tmp_path / "model", None, torch.float32, "")
-    assert not (tmp_path / "model").exists()
-
-
-def lose(file: Path):
-    file.unlink()
-
-
-def cut(file: Path):
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def overwrite(file: Path):
-    file.write_bytes(bytes(file.stat().st_size))
+@contextmanager
+def unwritable(run: Path):
+    """The checkpoint cannot be named."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "publish", full_disk)
+        yield
 
 
 @pytest.mark.parametrize(
-    "file, harm, cause",
+    "trouble, words",
     [
-        (".metadata", lose, r"ValueError: \.metadata: FileNotFoundError"),
-        (".metadata", cut, r"ValueError: \.metadata: \w+Error"),
-        ("__0_0.distcp", lose, "ValueError: __0_0.distcp is missing"),
-        ("__0_0.distcp", cut, r"ValueError: __0_0.distcp has [\d,]+ of [\d,]+ bytes"),
-        ("__0_0.distcp", overwrite, "rank 0: "),
+        (full, "OSError: \\[Errno 28\\] No space left"),
+        (lambda run: file_limit(10_000), "OSError: \\[Errno 27\\] File too large"),
+        (unwritable, "No space left"),
     ],
 )
-def test_a_broken_checkpoint_is_named_with_its_cause_and_the_one_before(
-    tmp_path, file, harm, cause
+def test_what_cannot_be_written_is_named_and_the_checkpoint_before_is_as_it_was(
+    tmp_path, trouble, words
 ):
-    saved(tmp_path, 3)
-    start, state = checkpoints.claim(tmp_path, Settings(str(tmp_path)))
-    assert start == 3  # not skipped
-    harm(state / file)
-    with pytest.raises(OSError, match=f"step_000003/state cannot be read: {cause}") as error:
-        checkpoints.load_state(state, make_pairs())
-    assert str(error.value).endswith("step_000003 the run goes on from step 2: remove it")
-    state.parent.rename(tmp_path / "removed")
-    assert checkpoints.claim(tmp_path, Settings(str(tmp_path)))[0] == 2
+    pairs = saved(tmp_path, 1)
+    before = everything(pairs)
+    learn(pairs, 1)
+    with trouble(tmp_path):
+        saver = checkpoint.Saver(tmp_path, None)
+        saver.save(2, pairs, pairs["policy"][0], "card")
+        with pytest.raises(OSError, match=f"step_000002 failed: .*{words}.*from step 1") as error:
+            saver.wait_for_save(block=True)
+        assert "unexpected pos" not in str(error.value)
+        assert folders(tmp_path) == ["step_000001", "step_000002.part"]
+        assert checkpoint.resume_or_start(tmp_path, Settings())[0] == 1
+        assert same(read(tmp_path)[1], before) and folders(tmp_path) == ["step_000001"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_a_broken_checkpoint_is_named_with_its_cause_and_the_one_before(tmp_path):
+    saved(tmp_path / "whole", 3)
+    troubles = [
+        (".metadata", Path.unlink, "FileNotFoundError"),
+        (".metadata", lambda file: os.truncate(file, 99), r"\w+Error"),
+        ("__0_0.distcp", Path.unlink, "ValueError: __0_0.distcp is missing or cut: 0 of"),
+        ("__0_0.distcp", lambda file: os.truncate(file, 99), r"ValueError: .* 99 of [\d,]+ bytes"),
+        ("__0_0.distcp", lambda file: file.write_bytes(bytes(file.stat().st_size)), "rank 0: "),
+    ]
+    for number, (name, harm, cause) in enumerate(troubles):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", run)
+        start, state = checkpoint.resume_or_start(run, Settings())
+        assert start == 3  # not skipped
+        harm(state / name)
+        with pytest.raises(OSError, match=f"step_000003/state cannot be read: {cause}") as error:
+            checkpoint.load_state(state, make_pairs())
+        assert str(error.value).endswith("step_000003, and the run goes on from step 2")
+        shutil.rmtree(state.parent)
+        assert checkpoint.resume_or_start(run, Settings())[0] == 2
+
+
+def test_a_whole_checkpoint_of_another_model_is_refused_and_need_not_be_removed(tmp_path):
     saved(tmp_path / "both", 1)
-    state = checkpoints.newest(tmp_path / "both")[1]
-    wide, alone = make_pairs(width=64), make_pairs(names=("policy",))
-    with pytest.raises(OSError, match="Size mismatch.*only one"):
-        checkpoints.load_state(state, wide)
-    with pytest.raises(OSError, match=r"entries that this run has not, such as critic\."):
-        checkpoints.load_state(state, alone)
-    saved(tmp_path / "alone", 1, alone)
-    with pytest.raises(OSError, match=r"Missing key.*critic\."):
-        checkpoints.load_state(checkpoints.newest(tmp_path / "alone")[1], make_pairs())
+    saved(tmp_path / "alone", 1, make_pairs(names=("policy",)))
+    cases = [
+        ("both", {"width": 64}, r"such as critic\..*: torch.Size\(\[.*here torch.Size\(\["),
+        ("both", {"names": ("policy",)}, r"such as critic\..*: torch.Size\(.*here missing"),
+        ("alone", {}, r"such as critic\..*: missing, here torch.Size\("),
+    ]
+    for run, options, cause in cases:
+        with pytest.raises(OSError, match=f"is of another model: .*{cause}") as error:
+            read(tmp_path / run, **options)
+        assert "another --out" in str(error.value) and "emove" not in str(error.value)
 
 
 # ------------------------------------------------------------------ beside the training
 
 
-def test_saving_changes_nothing_of_what_is_trained(tmp_path):
-    pairs = make_pairs()
-    for step in range(4):
-        learn(pairs, step)
-    assert same(everything(saved(tmp_path, 4)), everything(pairs))
-
-
 @pytest.fixture
-def held(monkeypatch):
-    """The gate that the writer waits at."""
-    gate, save = threading.Event(), dcp.save
-
-    def waits(*arguments, **options):
-        assert gate.wait(60)
-        save(*arguments, **options)
-
-    monkeypatch.setattr(dcp, "save", waits)
+def gate(monkeypatch):
+    """The writer waits at it, and it opens when the training has to wait for the writer."""
+    gate, save, futures = threading.Event(), dcp.save, checkpoint.concurrent.futures
+    wait, leave = futures.wait, checkpoint.Saver.__exit__
+    monkeypatch.setattr(dcp, "save", lambda *a, **b: (gate.wait(60), save(*a, **b)))
+    monkeypatch.setattr(futures, "wait", lambda *a: (gate.set(), wait(*a)))
+    monkeypatch.setattr(checkpoint.Saver, "__exit__", lambda *a: (gate.set(), leave(*a))[1])
     return gate
 
 
-def test_what_is_written_is_the_moment_of_the_call(tmp_path, held):
-    saver, pairs = begin(tmp_path), make_pairs()
+def test_what_is_written_is_the_moment_of_the_call_and_changes_nothing(tmp_path, gate):
+    saver, pairs = begin(tmp_path, dtype=torch.bfloat16), make_pairs()
+    alone = make_pairs()
     learn(pairs, 0)
     before = everything(pairs)
-    weights = {n: p.detach().clone() for n, p in pairs["policy"][0].named_parameters()}
-    saver.save(1, pairs, pairs["policy"][0], "the card")
+    weights = {n: p.detach().bfloat16() for n, p in pairs["policy"][0].named_parameters()}
+    saver.save(1, pairs, pairs["policy"][0], "the card, and half a character: \ud83d")
     learn(pairs, 1)  # goes on while nothing is on the disk yet
-    saver.settle()
-    assert checkpoints.newest(tmp_path) == (0, None) and saver.writing is not None
-    held.set()
-    saver.settle(wait=True)
-    again = make_pairs(7)
-    start, state = checkpoints.newest(tmp_path)
-    checkpoints.load_state(state, again)
-    assert start == 1 and same(everything(again), before)
-    stored = load_file(state.parent / "model/model.safetensors")
-    assert {n.removeprefix("model.") for n in stored} >= {"norm.weight", "embed_tokens.weight"}
-    assert torch.equal(stored["model.norm.weight"], weights["model.norm.weight"])
-    assert (state.parent / "model/README.md").read_text() == "the card"
-    about = json.loads((state.parent / "checkpoint.json").read_text())
-    assert about["step"] == 1 and about["ranks"] == 1 and about["time"]
+    saver.wait_for_save()
+    assert not gate.is_set() and saver.writing and checkpoint.newest(tmp_path) == (0, None)
+    saver.wait_for_save(block=True)
+    start, after = read(tmp_path)
+    assert start == 1 and same(after, before)
+    model = tmp_path / "checkpoints/step_000001/model"
+    stored = load_file(model / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weights[name]) for name in stored)
+    assert "bfloat16" in (model / "config.json").read_text()
+    assert (model / "README.md").read_text() == "the card, and half a character: \\ud83d"
+    for step in range(2):
+        learn(alone, step)
+    assert same(everything(pairs), everything(alone))
 
 
-def test_one_checkpoint_is_in_flight_at_most(tmp_path, held):
-    saver, pairs = begin(tmp_path), make_pairs()
-    threading.Timer(0.3, held.set).start()
-    saver.save(1, pairs, pairs["policy"][0], "")
-    assert not held.is_set()
-    for step in (2, 3):  # a second copy of the state would not fit
-        saver.save(step, pairs, pairs["policy"][0], "")
-        assert checkpoints.newest(tmp_path)[0] == step - 1
-    saver.settle(wait=True)
-    assert checkpoints.newest(tmp_path)[0] == 3
-
-
-def test_leaving_waits_for_what_is_in_flight_and_hides_no_other_error(tmp_path, held):
+def test_one_checkpoint_is_in_flight_and_leaving_waits_for_it_and_hides_no_other_error(
+    tmp_path, gate
+):
     pairs = make_pairs()
-    threading.Timer(0.3, held.set).start()
     with pytest.raises(FloatingPointError), begin(tmp_path) as saver:
         saver.save(1, pairs, pairs["policy"][0], "")
+        for step in (2, 3):  # a second copy of the state would not fit
+            assert not gate.is_set()
+            saver.save(step, pairs, pairs["policy"][0], "")
+            assert gate.is_set() and checkpoint.newest(tmp_path)[0] == step - 1
+            gate.clear()
         raise FloatingPointError
-    assert checkpoints.newest(tmp_path)[0] == 1
-    with pytest.raises(OSError, match="step_000002 failed"), begin(tmp_path) as saver:
-        (tmp_path / "checkpoints/step_000002.part").touch()  # no directory can be made there
-        saver.save(2, pairs, pairs["policy"][0], "")
+    assert checkpoint.newest(tmp_path)[0] == 3
+    with pytest.raises(OSError, match="step_000004 failed"), begin(tmp_path, 3) as saver:
+        (tmp_path / "checkpoints/step_000004.part").touch()  # no directory can be made there
+        saver.save(4, pairs, pairs["policy"][0], "")
 
 
-def test_the_export_has_the_dtype_that_was_asked_for(tmp_path):
-    saved(tmp_path, 1, dtype=torch.bfloat16)
-    stored = load_file(tmp_path / "checkpoints/step_000001/model/model.safetensors")
-    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
-    config = json.loads((tmp_path / "checkpoints/step_000001/model/config.json").read_text())
-    assert "bfloat16" in str(config)
+# ------------------------------------------------------------------ kept and resumed
 
 
-# ------------------------------------------------------------------ kept and claimed
-
-
-@pytest.mark.parametrize(
-    "keep_last, keep_every, states, models",
-    [
-        (2, 1, [5, 6], [1, 2, 3, 4, 5, 6]),
-        (1, 0, [6], [6]),
-        (2, 3, [5, 6], [3, 5, 6]),
-        (9, 0, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]),
-    ],
-)
-def test_the_newest_are_kept_and_models_at_the_steps_that_were_asked_for(
-    tmp_path, keep_last, keep_every, states, models
+@pytest.mark.parametrize("keep_every, models", [(1, [1, 2, 3, 4, 5]), (0, [4, 5]), (3, [3, 4, 5])])
+def test_two_states_are_kept_and_models_at_the_steps_that_were_asked_for(
+    tmp_path, keep_every, models
 ):
-    saved(tmp_path, 6, keep_last=keep_last, keep_every=keep_every)
-    found = (tmp_path / "checkpoints").iterdir()
-    found = {int(f.name[5:]): {inner.name for inner in f.iterdir()} for f in found}
-    assert sorted(found) == models
-    assert sorted(step for step, names in found.items() if "state" in names) == states
-    assert all("model" in names for names in found.values())
-    with pytest.raises(ValueError, match="keep_last 0"):
-        checkpoints.Saver(tmp_path, None, keep_last=0)
+    pairs = saved(tmp_path, 5, keep_every=keep_every)
+    steps = {int(f.name[5:]): {x.name for x in f.iterdir()} for f in tmp_path.glob("checkpoints/*")}
+    assert sorted(steps) == models and all("model" in names for names in steps.values())
+    assert checkpoint.complete_steps(tmp_path) == [4, 5]
+    with begin(tmp_path, 2) as saver:  # somebody went back, and the run comes by again
+        saver.save(3, pairs, pairs["policy"][0], "again")
+    if keep_every == 3:
+        assert (tmp_path / "checkpoints/step_000003/model/README.md").read_text() == "again"
+    assert checkpoint.complete_steps(tmp_path) == [4, 5]
 
 
-def test_a_model_whose_state_is_gone_is_written_again(tmp_path):
-    """Somebody removed the newest states to go back; the run comes by again."""
-    pairs = saved(tmp_path, 3, keep_last=1)
-    saver = checkpoints.Saver(tmp_path, None)
-    saver.save(2, pairs, pairs["policy"][0], "again")
-    saver.settle(wait=True)
-    assert (tmp_path / "checkpoints/step_000002/model/README.md").read_text() == "again"
-    assert checkpoints.whole_ones(tmp_path) == [2, 3]
-
-
-def test_what_a_kill_left_is_ignored_and_removed(tmp_path):
-    saved(tmp_path, 2)
-    left = ["model.part", "checkpoints/step_000003.part/state", "checkpoints/step_000001.old.part"]
-    left += ["checkpoints/step_000002/state.old.part"]
-    (tmp_path / "run.json.part").write_text("{")  # a file, and no directory
-    for name in left:
+def test_what_a_kill_left_is_ignored_and_removed(tmp_path, monkeypatch):
+    saved(tmp_path, 3)
+    left = ["model.part", "checkpoints/step_000004.part/state", "checkpoints/step_000001.old.part"]
+    for name in (*left, "checkpoints/step_000003/state.old.part"):
         (tmp_path / name).mkdir(parents=True)
-    assert checkpoints.newest(tmp_path)[0] == 2
-    assert checkpoints.claim(tmp_path, Settings(str(tmp_path)))[0] == 2
-    assert not list(tmp_path.rglob("*.part")) and folders(tmp_path) == [
-        "step_000001",
-        "step_000002",
-    ]
-    assert checkpoints.claim(tmp_path / "new", Settings("")) == (0, None)
+    (tmp_path / "run.json.part").write_text("{")  # a file, and no directory
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint.shutil, "rmtree", full_disk)
+        checkpoint.remove(tmp_path / "checkpoints/step_000002")
+    assert checkpoint.complete_steps(tmp_path) == [3]
+    assert checkpoint.resume_or_start(tmp_path, Settings())[0] == 3
+    assert not list(tmp_path.rglob("*.part"))
+    assert folders(tmp_path) == ["step_000001", "step_000003"]
+    assert checkpoint.resume_or_start(tmp_path / "new", Settings()) == (0, None)
 
 
-def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.shutil, "rmtree", full_disk)
-        with pytest.raises(OSError, match="step_000002 failed.*goes on from step 2"):
-            saved(tmp_path, 2, keep_last=1, keep_every=0)
-    assert checkpoints.whole_ones(tmp_path) == [2]
-    checkpoints.claim(tmp_path, Settings(str(tmp_path)))
-    assert folders(tmp_path) == ["step_000002"]
-
-
-def test_settings_that_move_no_number_may_change_and_others_may_not(tmp_path):
+def test_changed_settings_are_printed_recorded_and_in_effect(tmp_path, capsys):
     saved(tmp_path, 2)
-    assert checkpoints.claim(tmp_path, Settings("moved", steps=20, save_every=5))[0] == 2
-    with pytest.raises(FileExistsError, match=r"\(lr 0.1 -> 0.5\): choose another --out"):
-        checkpoints.claim(tmp_path, Settings(str(tmp_path), lr=0.5))
-    with pytest.raises(FileExistsError, match="steps 1, of which 2 are done"):
-        checkpoints.claim(tmp_path, Settings(str(tmp_path), steps=1))
-    (tmp_path / "model").mkdir()
-    with pytest.raises(FileExistsError, match="finished run"):
-        checkpoints.claim(tmp_path, Settings(str(tmp_path)))
+    newer = make_dataclass("Newer", [("gain", float, 1.0)], bases=(Settings,), frozen=True)
+    changes = [{"lr": [0.1, 0.5], "steps": [100, 20]}, {"lr": [0.5, 0.2]}]
+    for changed in changes:  # the same place by another path, and a new setting, are no change
+        settings = newer(model="a/./c/../b/", lr=changed["lr"][1], steps=20)
+        assert checkpoint.resume_or_start(tmp_path, settings)[0] == 2
+        lines = [f"  --{name} {a} -> {b}" for name, (a, b) in changed.items()]
+        expected = [f"{tmp_path} goes on from step 2", *lines]
+        assert capsys.readouterr().out.splitlines() == expected
+        RunLog(tmp_path, settings, 20, start=2)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert [resume["changed"] for resume in about["resumed"]] == changes
+    assert all({"step", "command", "commit", "time"} <= r.keys() for r in about["resumed"])
+    assert about["config"]["lr"] == 0.2 and about["resumed"][0]["step"] == 2
+    pairs = make_pairs(decay=0.3)
+    checkpoint.load_state(checkpoint.newest(tmp_path)[1], pairs)
+    assert all(o.param_groups[0]["weight_decay"] == 0.3 for _, o in pairs.values())
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "fingerprint", lambda path: Path(path).read_text())
-    saved(tmp_path, 1)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("a")
-    about = json.loads((tmp_path / "run.json").read_text()) | {"data": {str(rows): "a"}}
-    (tmp_path / "run.json").write_text(json.dumps(about))
-    assert checkpoints.claim(tmp_path, Settings(str(tmp_path)))[0] == 1
-    rows.write_text("b")
-    with pytest.raises(FileExistsError, match="rows.jsonl has changed since"):
-        checkpoints.claim(tmp_path, Settings(str(tmp_path)))
+def test_what_does_not_fit_refuses_and_says_what_to_do(tmp_path):
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("{}\n")
+    saved(run, 2, settings=Settings(data=str(rows)))
+    moved = rows.rename(tmp_path / "moved.jsonl")
+    (run / "rollouts").mkdir()
+    moment = Settings(data=str(moved))
+    for name, value in {"algorithm": "grpo", "steps": 1}.items():
+        with pytest.raises(FileExistsError, match=f"run cannot go on: --{name}.*--out"):
+            checkpoint.resume_or_start(run, replace(moment, **{name: value}))
+    assert (run / "rollouts").exists()
+    assert checkpoint.resume_or_start(run, moment)[0] == 2
+    for text in ("{}\n{}\n", ""):
+        moved.write_text(text)
+        with pytest.raises(FileExistsError, match="data has changed.*moved.jsonl.*another --out"):
+            checkpoint.resume_or_start(run, moment)
+    (run / "model").mkdir()
+    with pytest.raises(FileExistsError, match="finished run.*choose another --out"):
+        checkpoint.resume_or_start(run, moment)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_was_sampled_after_the_checkpoint_is_read_again_only_if_nothing_has_changed(
+    tmp_path, steps
+):
+    saved(tmp_path, steps)
+    sampled = tmp_path / "rollouts/step_000001.npz"
+    sampled.parent.mkdir()
+    sampled.touch()
+    assert checkpoint.resume_or_start(tmp_path, Settings())[0] == steps and sampled.exists()
+    assert checkpoint.resume_or_start(tmp_path, Settings(lr=0.5))[0] == steps
+    assert not sampled.exists()
+
+
+def test_a_stage_stops_for_a_file_and_goes_on_with_a_changed_setting(mini, tmp_path, capsys):
+    small = dict(steps=3, problems=4, samples=2, lengths=((0, 8),), prompt_tokens=64)
+    cfg = rl.Config(model=mini.model, data=mini.train, out=str(tmp_path), save_every=0, **small)
+    (tmp_path / "stop").touch()
+    rl.main(cfg)
+    assert "stopped; to resume: python" in capsys.readouterr().out
+    assert checkpoint.complete_steps(tmp_path) == [1] and not (tmp_path / "model").exists()
+    rl.main(replace(cfg, lr=2e-4))
+    assert "goes on from step 1\n  --lr 0.00015 -> 0.0002\n" in capsys.readouterr().out
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert [(r["step"], r["changed"]) for r in about["resumed"]] == [(1, {"lr": [1.5e-4, 2e-4]})]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and (tmp_path / "model").is_dir()
 
 
 # ------------------------------------------------------------------ several ranks
@@ -557,53 +546,38 @@ def ranks(tmp_path_factory):
     """Folder of: one/ by one process, two/ by two ranks from it, four/ by four from that."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(everything(saved(folder / "one", 2)), folder / "one-wrote.pt")
-    started("two", folder, ranks=2)
-    started("four", folder, ranks=4)
+    started("ranks", folder)
     return folder
 
 
 def test_a_state_moves_between_one_two_and_two_times_two_ranks(ranks):
     one, two = torch.load(ranks / "one-wrote.pt"), torch.load(ranks / "two-wrote-0.pt")
-    for rank in (0, 1):
-        assert same(torch.load(ranks / f"two-read-{rank}.pt"), one)
-    for rank in range(4):
-        assert same(torch.load(ranks / f"four-read-{rank}.pt"), two)
+    assert all(same(torch.load(ranks / f"two-read-{rank}.pt"), one) for rank in range(2))
+    assert all(same(torch.load(ranks / f"four-read-{rank}.pt"), two) for rank in range(4))
     for name, step in (("two", 4), ("four", 5)):
-        start, state = checkpoints.claim(ranks / name, Settings(str(ranks / name)))
-        pairs = make_pairs(8)
-        checkpoints.load_state(state, pairs)
-        wrote = torch.load(ranks / f"{name}-wrote-0.pt")
-        assert start == step and same(everything(pairs), wrote)
-        stored = load_file(state.parent / "model/model.safetensors")
-        for weight, tensor in pairs["policy"][0].named_parameters():
-            if weight in stored:
-                assert torch.equal(stored[weight], tensor), weight
-        about = json.loads((state.parent / "checkpoint.json").read_text())
-        assert about["ranks"] == {"two": 2, "four": 4}[name]
-    assert torch.load(ranks / "two-folders.pt") == ["step_000003", "step_000004"]
+        start, alone = read(ranks / name)
+        assert start == step and same(alone, torch.load(ranks / f"{name}-wrote-0.pt"))
+        folder = ranks / name / f"checkpoints/step_{step:06}/model"
+        stored = load_file(folder / "model.safetensors")
+        assert all(torch.equal(stored[n], alone[f"policy/{n}"]) for n in stored)
+        assert len(stored) == len(tiny().state_dict())
 
 
 def test_an_error_of_one_rank_stops_all_and_says_whose_it_was(ranks):
     for rank in (0, 1):
-        state, model, final = torch.load(ranks / f"two-errors-{rank}.pt")
-        assert "step_000005 failed: rank 1: OSError: [Errno 28]" in state
-        assert "step_000005 failed: OSError: [Errno 28]" in model
-        assert state.endswith("goes on from step 4") and model.endswith("goes on from step 4")
+        state, name, final, broken = torch.load(ranks / f"two-errors-{rank}.pt")
+        assert "step_000005 failed: rank 1: OSError: [Errno 27] File too large" in state
+        assert "step_000005 failed: OSError: [Errno 28]" in name
+        assert state.endswith("goes on from step 4") and name.endswith("goes on from step 4")
         assert "two/model failed: OSError: [Errno 28]" in final
-        broken = torch.load(ranks / f"two-broken-{rank}.pt")
-        assert "__1_0.distcp is missing" in broken and "goes on from step 3" in broken
+        assert "__1_0.distcp is missing or cut: 0 of" in broken and broken.endswith(
+            "goes on from step 3"
+        )
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
     torch.set_num_threads(1)
-    job, place = sys.argv[1], Path(sys.argv[2])
-    if job == "killed":
-        killed_again_and_again(place, int(sys.argv[3]))
+    if sys.argv[1] == "killed":
+        killed_again_and_again(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        dist.init_process_group("gloo")
-        {"two": two_ranks, "four": four_ranks}[job](place)
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # as parallel.leave: gloo's threads may abort Python's own clean-up
+        several_ranks(Path(sys.argv[2]))

@@ -1,9 +1,9 @@
 """coldstart.py: what is trained, what the loss is, and runs against themselves."""
 
 import json
-import math
+import random
 import signal
-import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 import coldstart
-from common import checkpoint as checkpoints
-from common import data
-from common import distributed as parallel
+from common import checkpoint, data
+from common.distributed import World
+from common.packs import make_pack, plan_packs
 from model import load_model
 
-ALONE = parallel.World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 4  # of 8 rows; 40 rows, 8 of them for validation
 
 
 def config(mini, out=".", **changed) -> coldstart.Config:
-    small = dict(model=mini.model, data=mini.sft, out=str(out), epochs=1, batch=8, valid=8)
-    small |= dict(pack_tokens=400, max_tokens=400, valid_every=2, threads=1)
+    small = dict(model=mini.model, data=mini.sft, out=str(out), epochs=1, batch_rows=8, valid=8)
+    small |= dict(pack_tokens=400, max_tokens=400, valid_every=2)
     return coldstart.Config(**small | changed)
 
 
@@ -38,16 +38,13 @@ def metrics_of(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows]
 
 
-def wait_for(path: Path):
-    """A checkpoint is written while the run goes on."""
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} was never written"
-        time.sleep(0.05)
-
-
 def weights_of(run: Path) -> dict:
     return load_file(run / "model/model.safetensors")
+
+
+def encoded(mini, rows) -> list[data.Document]:
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    return [data.encode_example(row, tokenizer, settings) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +54,27 @@ def whole(mini, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents(mini):
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     rows = [*data.read_examples(mini.sft)[:6], *data.read_examples(mini.replay)[:4]]
-    return [data.encode_example(row, tokenizer, settings) for row in rows]
+    return encoded(mini, rows)
+
+
+# ------------------------------------------------------------------ the loss
 
 
 def naive_loss(model, documents) -> torch.Tensor:
     """Document by document, all logits, the mean of -log p over the response tokens."""
     terms = []
     for document in documents:
-        pack = data.pack([document], len(document))[0]
-        logps = model(**pack.inputs).log_softmax(-1)
+        logps = model.logits(make_pack([document])).log_softmax(-1)
         start = len(document.prompt.ids)
         terms += [-logps[t - 1, document.ids[t]] for t in range(start, len(document))]
     return torch.stack(terms).mean()
 
 
-def shipped_loss(model, documents, budget) -> tuple[torch.Tensor, int]:
+def shipped_loss(model, documents, budget: int) -> tuple[torch.Tensor, int]:
     cfg = coldstart.Config(pack_tokens=budget, max_tokens=budget)
-    packs, tokens, left_out = coldstart.packs_of(documents, lambda d: d, cfg, ALONE, float)
-    assert left_out == 0
-    assert tokens == sum(len(d.response_ids) for d in documents)
+    packs, tokens, too_long = coldstart.share_rows(documents, lambda d: d, cfg, ALONE, float)
+    assert (tokens, too_long) == (sum(len(d.response_ids) for d in documents), 0)
     return sum(coldstart.loss_of(model, pack, tokens, "cpu") for pack in packs), len(packs)
 
 
@@ -105,17 +102,120 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(mini, documents):
 def test_the_stop_token_carries_loss_and_the_prompts_do_not(mini, documents):
     stop = data.load_tokenizer(mini.model).convert_tokens_to_ids(data.STOP)
     for document in documents:
-        pack = data.pack([document], len(document))[0]
-        assert pack.targets.tolist() == document.response_ids and document.response_ids[-1] == stop
+        targets = make_pack([document]).targets.tolist()
+        assert targets == document.response_ids and targets[-1] == stop
         assert stop in document.prompt.ids  # the end of the user's turn, which is not trained
     model = load_model(mini.model)
     cut = [replace(d, response_ids=d.response_ids[:-1]) for d in documents]
     count = sum(len(d.response_ids) for d in documents)
     of_all = shipped_loss(model, documents, 4096)[0] * count
     of_cut = shipped_loss(model, cut, 4096)[0] * (count - len(documents))
-    packs = [data.pack([d], len(d))[0] for d in documents]
-    naive = -sum(model(**p.inputs).log_softmax(-1)[-2, stop] for p in packs)
+    naive = -sum(model.logits(make_pack([d])).log_softmax(-1)[-2, stop] for d in documents)
     assert (of_all - of_cut).item() == pytest.approx(naive.item(), rel=1e-4) and naive > 0.1
+
+
+# ------------------------------------------------------------------ what a step is
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10**6])
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 1.0])
+def test_the_learning_rate_ends_exactly_where_it_should_however_short_the_run(steps, warmup):
+    assert coldstart.cosine_lr(steps - 1, steps, 2e-4, 2e-5, warmup) == 2e-5
+    start = coldstart.cosine_lr(0, steps, 2e-4, 2e-5, warmup)
+    assert start == 2e-4 or steps == 1 or warmup * steps > 1  # without warm-up the peak at once
+
+
+def test_the_learning_rate_by_hand():
+    lr = [coldstart.cosine_lr(step, 12, 1.0, 0.1, 0.2) for step in range(12)]
+    assert lr[:2] == [0.5, 1.0]  # 2 steps up, then 10 down
+    assert lr[6] == pytest.approx(0.55) and lr[2:] == sorted(lr[2:], reverse=True)
+
+
+def test_a_batch_of_packs_has_as_many_rows_as_fill_them_on_average(mini):
+    """The paper's step: 640 packs of 64k tokens, which is about 9,500 of its rows."""
+    rng = random.Random(1)
+    lengths = [min(round(rng.lognormvariate(8.1, 0.75)), 70_000) for _ in range(60_000)]
+    cfg = config(mini, batch_rows=0, batch_packs=640, pack_tokens=65536, max_tokens=65536)
+    count = coldstart.rows_a_step(cfg, lengths, range, ALONE)
+    assert count == coldstart.rows_a_step(cfg, lengths, range, ALONE)
+    mean = sum(lengths) / len(lengths)
+    assert count == pytest.approx(640 * 65536 / mean, rel=0.05) and 8_000 < count < 12_000
+    batch = data.Stream(lengths, cfg.seed).batch(3, count)
+    fitting = [length for length in batch if length <= cfg.max_tokens]
+    packs = plan_packs(fitting, range(len(fitting)), cfg.pack_tokens, ranks=8)
+    assert sum(map(len, packs)) == pytest.approx(640, rel=0.05)
+    half = coldstart.rows_a_step(cfg, [32768, 65537] * 600, range, ALONE)
+    assert half == pytest.approx(640 * 4, rel=0.1)  # rows that are too long fill no pack
+
+
+def test_rows_too_long_are_left_out_and_counted_and_a_step_of_nothing_else_is_skipped(
+    mini, tmp_path, capsys
+):
+    """--batch-rows 2 --max-tokens 90 died at the first batch whose rows were all too long."""
+    cfg = config(mini, tmp_path, batch_rows=2, max_tokens=90)
+    train, _ = coldstart.split_rows(cfg, ALONE)
+    rows, stream = metrics_of(run(cfg)), data.Stream(train, cfg.seed)
+    assert [row["step"] for row in rows] == list(range(16))
+    for row in rows:
+        batch = encoded(mini, stream.batch(row["step"], 2))
+        fitting = [len(d.response_ids) for d in batch if len(d) <= 90]  # none is cut
+        assert (row["too_long"], row["tokens"]) == (2 - len(fitting), sum(fitting))
+        assert ("loss" in row) == ("grad_norm" in row) == bool(fitting)
+    skipped = [row for row in rows if not row["tokens"]]
+    assert 0 < len(skipped) < sum(row["too_long"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("too_long      2") == len(skipped)
+
+
+def test_where_nothing_would_ever_be_trained_or_validated_the_cure_is_named(mini, tmp_path):
+    with pytest.raises(ValueError, match="all of 32 rows .* 30 tokens, the shortest 38: raise it"):
+        run(config(mini, tmp_path, max_tokens=30))
+    _, (only,) = coldstart.split_rows(config(mini, valid=1), ALONE)
+    cfg = config(mini, tmp_path, valid=1, max_tokens=len(encoded(mini, [only])[0]) - 1)
+    with pytest.raises(ValueError, match="all 1 validation rows .* raise it, or --valid"):
+        run(cfg)
+
+
+def test_validation_rows_are_never_trained_and_all_others_are(mini, tmp_path, monkeypatch):
+    names, make_pack = [], coldstart.make_pack
+
+    def noted(documents, members):
+        names.extend(document.name for document in documents)
+        return make_pack(documents, members)
+
+    monkeypatch.setattr(coldstart, "make_pack", noted)
+    cfg = config(mini, tmp_path, replay=mini.replay, batch_rows=10)
+    run(cfg)
+    sft, replay = ({r.place for r in data.read_examples(x)} for x in (mini.sft, mini.replay))
+    valid, trained = names[:8], names[8:]
+    assert len(trained) == len(set(trained)) == 40  # 32 rows and 8 replayed, one epoch
+    assert set(trained) == (sft - set(valid)) | replay and set(valid) < sft
+    rows = [r.place for r in coldstart.split_rows(cfg, ALONE)[1]]
+    assert sorted(rows) == sorted(valid)  # the same at every start
+    assert [r.place for r in coldstart.split_rows(replace(cfg, seed=1), ALONE)[1]] != rows
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (dict(max_tokens=401), "--max-tokens 401 > --pack-tokens 400"),
+        (dict(batch_packs=2), "--batch-packs 2 and --batch-rows 8: .* the other must be 0"),
+        (dict(batch_rows=0), "--batch-packs 0 and --batch-rows 0"),
+        (dict(epochs=0), "--epochs must be positive, got 0"),
+        (dict(valid=0), "--valid must be positive"),
+        (dict(valid_every=-1), "--valid-every -1"),
+    ],
+)
+def test_settings_that_contradict_are_refused_by_name(mini, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        config(mini, **wrong)
+
+
+def test_too_few_rows_to_keep_some_for_validation_are_refused(mini):
+    with pytest.raises(ValueError, match="has 40 rows, 40 are kept for validation: lower --valid"):
+        coldstart.split_rows(config(mini, valid=40), ALONE)
+
+
+# ------------------------------------------------------------------ whole runs
 
 
 def test_only_the_language_model_moves_and_the_tower_keeps_every_bit(mini, tmp_path):
@@ -127,133 +227,55 @@ def test_only_the_language_model_moves_and_the_tower_keeps_every_bit(mini, tmp_p
     assert sum(name.startswith("visual.") for name in after) > 20
 
 
-def test_a_run_learns_and_tells_what_it_did(whole):
+def test_a_run_learns_and_logs_what_it_did(whole):
     rows = metrics_of(whole)
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert [row["step"] for row in rows if "valid_loss" in row] == [0, 2, 3]
     assert rows[3]["valid_loss"] < rows[0]["valid_loss"] and rows[3]["loss"] < rows[0]["loss"]
     assert all(row["too_long"] == 0 and row["tokens"] > 200 for row in rows)
     lr = [coldstart.cosine_lr(step, STEPS, 1e-3, 1e-4, 0.03) for step in range(STEPS)]
-    assert [row["lr"] for row in rows] == lr
+    assert [row["lr"] for row in rows] == lr and lr[-1] == 1e-4
     assert not (whole / "checkpoints").exists()
     for file in ("tokenizer.json", "config.json", "preprocessor_config.json"):
         assert (whole / "model" / file).is_file(), file
+    before = (whole / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="finished run"):
+        run(coldstart.Config(**json.loads((whole / "run.json").read_text())["config"]))
+    assert (whole / "metrics.jsonl").read_text() == before
 
 
-def test_the_learning_rate_by_hand():
-    lr = [coldstart.cosine_lr(step, 12, 1.0, 0.1, 0.2) for step in range(12)]
-    assert lr[:3] == [0.5, 1.0, 1.0]  # 2 steps up; the cosine starts at the peak
-    assert lr[7] == pytest.approx(0.55)  # half-way down, step 2 + 5 of 10
-    assert lr[11] == pytest.approx(0.1 + 0.45 * (1 + math.cos(0.9 * math.pi)))
-    assert coldstart.cosine_lr(0, 1000, 2e-4, 2e-5, 0.0) == 2e-4  # no warm-up: the peak at once
-    assert coldstart.cosine_lr(10**6, 10**6, 2e-4, 2e-5, 0.03) == pytest.approx(2e-5)
+def test_valid_every_0_validates_at_the_end_only(mini, tmp_path):
+    rows = metrics_of(run(config(mini, tmp_path, valid_every=0, batch_rows=16)))
+    assert ["valid_loss" in row for row in rows] == [False, True]
 
 
-def test_long_rows_are_left_out_and_counted_and_none_is_cut(mini, tmp_path):
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
-    rows = data.read_examples(mini.sft)
-    every = {r.id: data.encode_example(r, tokenizer, settings) for r in rows}
-    lengths = sorted(map(len, every.values()))
-    limit = lengths[len(lengths) // 2]
-    cfg = config(mini, tmp_path, max_tokens=limit, pack_tokens=limit)
-    train, valid = coldstart.split_rows(cfg)
-    assert any(len(every[r.id]) > limit for r in valid)  # too long to pack
-    told = metrics_of(run(cfg))
-    stream = data.Stream(train, cfg.seed)
-    for row in told:
-        batch = [every[r.id] for r in stream.batch(row["step"], cfg.batch)]
-        assert row["too_long"] == sum(len(d) > limit for d in batch)
-        assert row["tokens"] == sum(len(d.response_ids) for d in batch if len(d) <= limit)
-    assert 0 < sum(row["too_long"] for row in told) < STEPS * cfg.batch
-
-
-def test_validation_rows_are_never_trained_and_all_others_are(mini, tmp_path, monkeypatch):
-    read, encode = [], data.encode_example
-    monkeypatch.setattr(
-        data, "encode_example", lambda row, *rest: (read.append(row.id), encode(row, *rest))[1]
-    )
-    cfg = config(mini, tmp_path, replay=mini.replay, batch=10)
-    run(cfg)
-    valid, trained = read[:8], read[8:]
-    assert len(set(valid)) == 8 and len(trained) == len(set(trained)) == 40  # 32 rows, 8 replayed
-    assert not set(valid) & set(trained)
-    assert sum(name.startswith("replay") for name in trained) == 8
-    assert [r.id for r in coldstart.split_rows(cfg)[1]] == valid  # the same at every start
-    assert [r.id for r in coldstart.split_rows(replace(cfg, seed=1))[1]] != valid
-
-
-def test_too_few_rows_or_settings_that_contradict_are_refused_by_name(mini):
-    with pytest.raises(ValueError, match="lower --valid"):
-        coldstart.split_rows(config(mini, valid=40))
-    with pytest.raises(ValueError, match="max_tokens 401 > pack_tokens 400"):
-        config(mini, max_tokens=401)
-    for name in ("epochs", "batch", "valid"):
-        with pytest.raises(ValueError, match=name):
-            config(mini, **{name: 0})
-
-
-@pytest.mark.parametrize("how, save_every", [("ctrl-c", 0), ("killed", 1)])
+@pytest.mark.parametrize(
+    "how, save_every, states", [("ctrl-c", 0, [3]), ("killed", 1, [1, 2]), ("at the end", 4, [4])]
+)
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
-    mini, whole, tmp_path, monkeypatch, how, save_every
+    mini, whole, tmp_path, monkeypatch, how, save_every, states
 ):
-    cfg, validate = config(mini, tmp_path, save_every=save_every), coldstart.validate
-    calls = []
+    cfg, validate, calls = config(mini, tmp_path, save_every=save_every), coldstart.validate, []
+
+    def killed(*arguments):
+        raise RuntimeError("killed")
 
     def cut_off(*arguments):  # in step 2, the second validation
         calls.append(None)
-        if len(calls) == 2 and how == "killed":
-            raise RuntimeError("killed")
         if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT) if how == "ctrl-c" else killed()
         return validate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(coldstart, "validate", cut_off)
-        if how == "killed":
-            with pytest.raises(RuntimeError, match="killed"):
-                coldstart.main(cfg)
+        if how == "at the end":
+            patch.setattr(checkpoint, "export", killed)
         else:
-            coldstart.main(cfg)
-    done = {"killed": "step_000002", "ctrl-c": "step_000003"}[how]
-    wait_for(tmp_path / "checkpoints" / done / "state")
-    assert not (tmp_path / "model").exists()
-    torch.manual_seed(12345)
+            patch.setattr(coldstart, "validate", cut_off)
+        with nullcontext() if how == "ctrl-c" else pytest.raises(RuntimeError, match="killed"):
+            run(cfg)
+    assert checkpoint.complete_steps(tmp_path) == states and not (tmp_path / "model").exists()
+    torch.manual_seed(12345)  # nothing may hang on the global state of a process
     run(cfg)
     assert metrics_of(tmp_path) == metrics_of(whole)
     one, other = weights_of(tmp_path), weights_of(whole)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(
-    mini, whole, tmp_path, monkeypatch
-):
-    cfg, save = config(mini, tmp_path, save_every=STEPS), checkpoints.save_whole
-
-    def dies(policy, directory, *rest):
-        if directory == tmp_path / "model":
-            (tmp_path / "model.part").mkdir()
-            raise RuntimeError("killed")
-        save(policy, directory, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_whole", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            coldstart.main(cfg)
-    run(cfg)
-    assert all(torch.equal(w, weights_of(whole)[n]) for n, w in weights_of(tmp_path).items())
-
-
-def test_a_finished_run_is_not_overwritten(mini, whole):
-    before = (whole / "metrics.jsonl").read_text()
-    with pytest.raises(FileExistsError, match="finished run"):
-        coldstart.main(config(mini, whole))
-    assert (whole / "metrics.jsonl").read_text() == before
-
-
-def test_an_unfinished_run_does_not_go_on_under_other_settings(mini, tmp_path, monkeypatch):
-    cfg = config(mini, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(coldstart, "validate", lambda *a: signal.raise_signal(signal.SIGINT) or 0.0)
-        coldstart.main(cfg)
-    with pytest.raises(FileExistsError, match="batch 8 -> 9; lr 0.001 -> 0.5"):
-        coldstart.main(replace(cfg, lr=0.5, batch=9))

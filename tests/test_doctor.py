@@ -1,7 +1,6 @@
-"""doctor.py: a sound set-up passes every check; a broken one fails in the one check that is for it,
-and its cure names the culprit.
-
-Each way to break a set-up is a function of a copy of the miniature and of pytest's monkeypatch.
+"""doctor.py: a sound set-up passes every check; of a broken one the check that is for it is the
+first to fail, and names the culprit. (test_planted.py has more: a stale sampler, attention that
+leaks, masters in bfloat16.)
 """
 
 import json
@@ -14,41 +13,52 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import finished, write_rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_vllm import HOME, ROOT, why_not
 
-import model
-from common import data
-from common import distributed as parallel
+import coldstart
+import rl
+from common import data, distributed, packs
 from rollout import TorchSampler
-from tools import doctor
+from tools import doctor, plan
 
-ALONE = parallel.World(0, 1, torch.device("cpu"))
-RL = "files rows template reward start pictures stop packing tied sampler sync gradient precision"
+ALONE = distributed.World(0, 1, torch.device("cpu"))
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+OPEN, ANSWER = "<|im_start|> {{", "<|im_start|> assistant "  # in the miniature's chat template
 
 
 @pytest.fixture
 def copy(mini, tmp_path) -> SimpleNamespace:
-    """The miniature to be broken: its model directory, and its problems beside their pictures."""
+    """The miniature, to be broken: its model directory, and its problems beside their pictures."""
     shutil.copytree(mini.model, tmp_path / "model")
     shutil.copytree(Path(mini.train).parent / "images", tmp_path / "images")
     rows = [json.loads(line) for line in Path(mini.train).read_text().splitlines()]
     return SimpleNamespace(model=tmp_path / "model", rows=rows, folder=tmp_path)
 
 
-def examined(copy, world=ALONE, **changed) -> dict:
-    path = write_rows(copy.folder / "rows.jsonl", copy.rows)
-    return doctor.examine(doctor.Config(model=str(copy.model), data=path, **changed), world)
+def examined(copy, **changed) -> dict:
+    rows = write_rows(copy.folder / "rows.jsonl", copy.rows)
+    return doctor.examine(rl.Config(model=str(copy.model), data=rows, **changed), ALONE)
 
 
-def of(results: dict, status: str) -> list[str]:
-    return [name for name, (was, *_) in results.items() if was == status]
+def names(results: dict, status: str) -> list[str]:
+    return [name for name, (was, _) in results.items() if was == status]
 
 
-def edit(file: Path, **changed):
+# ------------------------------------------------------------------ broken
+
+
+def edit(copy, name: str, **changed):
+    file = copy.model / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def edit_template(copy, old: str, new: str):
+    file = copy.model / "tokenizer_config.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
 
 
 def edit_weights(copy, change):
@@ -58,203 +68,148 @@ def edit_weights(copy, change):
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def edit_template(copy, old: str, new: str):
-    file = copy.model / "tokenizer_config.json"
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new))
+def after(patch, where, name: str, change):
+    """What where.name() returns is changed."""
+    call = getattr(where, name)
 
-
-def loaded(patch, where, name: str, change):
-    """where.name() loads a model; now it changes it, too."""
-    load = getattr(where, name)
-
-    def changed(*asked, **options):
-        policy = load(*asked, **options)
-        change(policy)
-        return policy
+    def changed(*arguments, **options):
+        change(result := call(*arguments, **options))
+        return result
 
     patch.setattr(where, name, changed)
 
 
-class Ways:
-    """To break it; what one returns are settings to run with."""
-
-    def markup_is_doubled(copy, patch):
-        edit_template(copy, "<|im_start|> {{", "<|im_start|> <|im_start|> {{")
-
-    def answer_is_not_opened(copy, patch):
-        edit_template(copy, "<|im_start|> assistant ", "")
-
-    def config_names_another_stop(copy, patch):
-        edit(copy.model / "config.json", eos_token_id=12)
-
-    def sampler_does_not_know_the_stop(copy, patch):
-        edit(copy.model / "config.json", eos_token_id=0)
-        edit(copy.model / "tokenizer_config.json", eos_token="<|endoftext|>")
-
-    def weight_is_missing(copy, patch):
-        edit_weights(copy, lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"))
-
-    def weight_has_another_shape(copy, patch):
-        edit_weights(copy, lambda w: w.update({"lm_head.weight": w["lm_head.weight"][:-1].clone()}))
-
-    def head_contradicts_that_it_is_tied(copy, patch):
-        edit(copy.model / "config.json", tie_word_embeddings=True)
-
-    def head_is_the_embedding_but_not_tied(copy, patch):
-        edit_weights(copy, lambda w: w["lm_head.weight"].copy_(w["model.embed_tokens.weight"]))
-
-    def row_lacks_its_answer(copy, patch):
-        copy.rows[2]["answer"] = ""
-
-    def picture_is_too_large(copy, patch):
-        Image.new("RGB", (280, 140)).save(copy.folder / copy.rows[4]["images"][0])  # 50 tokens
-        return {"prompt_tokens": 40}
-
-    def gold_cannot_be_graded(copy, patch):
-        copy.rows[3]["answer"] = "\\frac{1}{"
-
-    def gold_is_none_of_its_choices(copy, patch):
-        copy.rows[5] |= {"answer": "E", "choices": ["1", "2", "3", "4"]}
-
-    def sync_does_nothing(copy, patch):
-        patch.setattr(TorchSampler, "sync", lambda self, weights: [*weights] and None)
-
-    def sync_forgets_the_tower(copy, patch):
-        whole = TorchSampler.sync
-        kept = lambda weights: (w for w in weights if not w[0].startswith("visual."))  # noqa: E731
-        patch.setattr(TorchSampler, "sync", lambda self, weights: whole(self, kept(weights)))
-
-    def sampler_has_another_temperature(copy, patch):
-        sample = TorchSampler.generate
-        patch.setattr(TorchSampler, "generate", lambda *asked: sample(*asked[:4], temperature=0.7))
-
-    def sampler_has_weights_a_little_off(copy, patch):
-        loaded(patch, doctor, "load_model", lambda own: own.model.norm.weight.mul_(1.03))
-
-    def stop_token_is_left_out(copy, patch):
-        whole = data.encode_response
-        patch.setattr(data, "encode_response", lambda words, t: whole(words, t)[:-1])
-
-    def attention_leaks(copy, patch):
-        attend = model.attend
-        one = lambda q, k, v, lengths, causal: attend(q, k, v, [sum(lengths)], causal)  # noqa: E731
-        patch.setattr(model, "attend", one)
-
-    def prompts_are_shared_wrongly(copy, patch):
-        lay_out = data.lay_out
-
-        def slipped(documents, members, merge=2, shared=False):
-            pack = lay_out(documents, members, merge, shared)
-            if pack.expand is not None:
-                pack.expand = pack.expand.roll(1)
-            return pack
-
-        patch.setattr(data, "lay_out", slipped)
-
-    def layer_is_frozen(copy, patch):
-        loaded(patch, parallel, "load", lambda policy: policy.model.layers[1].requires_grad_(False))
-
-    def tower_is_not_frozen(copy, patch):
-        loaded(patch, parallel, "load", lambda policy: policy.visual.merger.requires_grad_(True))
-
-    def masters_are_bfloat16(copy, patch):
-        loaded(patch, parallel, "load", lambda policy: policy.to(torch.bfloat16))
-        return {"lr": 1e-6, "world": parallel.World(0, 1, torch.device("cpu"), torch.bfloat16)}
+def rename_pictures(copy):
+    for row in copy.rows:
+        row["decoded_image"] = row.pop("images")
 
 
-BROKEN = {  # the check that has to fail, and what its cure has to name
-    "markup_is_doubled": ("template", "train-0 has <|im_start|> twice", "chat_template"),
-    "answer_is_not_opened": ("template", "train-0 ends in ''", "chat_template"),
-    "config_names_another_stop": (
-        "files",
-        "<|im_end|> is 2, in config.json 12",
-    ),
-    "sampler_does_not_know_the_stop": ("stop", "stops {0}", "eos_token"),
-    "weight_is_missing": ("files", "missing model.layers.2.mlp.up_proj.weight"),
-    "weight_has_another_shape": ("files", "lm_head.weight is [140, 128] in the files"),
-    "head_contradicts_that_it_is_tied": ("files", "lm_head.weight differs", "config.json ties"),
-    "head_is_the_embedding_but_not_tied": ("tied", "config.json", "tie_word_embeddings is False"),
-    "row_lacks_its_answer": ("rows", "rows.jsonl, line 3: column 'answer' is empty"),
-    "picture_is_too_large": ("pictures", "train-4 has 62 tokens: raise --prompt-tokens"),
-    "gold_cannot_be_graded": ("reward", "train-3: '\\\\frac{1}{' cannot be graded", "rows.jsonl"),
-    "gold_is_none_of_its_choices": ("reward", "train-5: 'E' is not one choice", "rows.jsonl"),
-    "sync_does_nothing": ("sync", "--sampler torch: sync() leaves old weights"),
-    "sync_forgets_the_tower": ("sync", "--sampler torch: sync() leaves old weights"),
-    "sampler_has_another_temperature": ("sampler", "--sampler torch: its temperature"),
-    "sampler_has_weights_a_little_off": ("sampler", "--sampler torch: its temperature"),
-    "stop_token_is_left_out": ("stop", "train-0", "data.encode_response must add it"),
-    "attention_leaks": ("packing", "train-", "attend()"),
-    "prompts_are_shared_wrongly": ("packing", "train-", "attend()"),
-    "layer_is_frozen": ("gradient", "model.layers.1.input_layernorm.weight has none"),
-    "tower_is_not_frozen": ("gradient", "visual.merger.ln_q.weight has 0.", "requires_grad"),
-    "masters_are_bfloat16": ("precision", "bfloat16: too coarse for --lr 1e-06: keep float32"),
-}
+def cut_picture(copy):
+    file = copy.folder / copy.rows[4]["images"][0]
+    Image.effect_noise((280, 140), 50).save(file)
+    file.write_bytes(file.read_bytes()[:20000])  # its header and first lines are whole
 
 
-@pytest.mark.parametrize("way", BROKEN)
-def test_what_is_broken_fails_one_check_whose_cure_names_the_culprit(way, copy, monkeypatch):
-    results = examined(copy, **getattr(Ways, way)(copy, monkeypatch) or {})
-    check, *named = BROKEN[way]
-    assert of(results, "FAIL") == [check]
-    assert not [words for words in named if words not in results[check][2]], results[check][2]
+def leak(pack):
+    pack.lengths = [sum(pack.lengths)]
 
 
-def test_a_sound_set_up_passes_every_check_and_leaves_the_files_as_they_were(copy, mini):
-    assert of(examined(copy), "PASS") == RL.split()
+def freeze_norm(model):
+    model.model.norm.requires_grad_(False)
+
+
+def sync_without_the_tower(patch):
+    sync, seen = TorchSampler.sync, "model"
+    some = lambda weights: (pair for pair in weights if pair[0].startswith(seen))  # noqa: E731
+    patch.setattr(TorchSampler, "sync", lambda self, weights: sync(self, some(weights)))
+
+
+# fmt: off
+BROKEN = [  # what is done to the copy or by monkeypatch; what fails first, and what it says
+    (lambda c, p: edit(c, "config.json", eos_token_id=12),
+     "files", "<|im_end|> is 2, in config.json 12"),
+    (lambda c, p: edit_weights(c, lambda w: w.pop("model.norm.weight")),
+     "files", "missing model.norm.weight"),
+    (lambda c, p: c.rows[2].update(answer=""),
+     "rows", "rows.jsonl, line 3: column 'answer' is empty"),
+    (lambda c, p: rename_pictures(c),
+     "rows", "line 1: column 'decoded_image' is not read"),
+    (lambda c, p: edit_template(c, OPEN, f"<|im_start|> {OPEN}"),
+     "template", "train-0 has <|im_start|> twice in a row", "chat_template"),
+    (lambda c, p: edit_template(c, ANSWER, ""),
+     "template", "train-0 ends in ''"),
+    (lambda c, p: c.rows[3].update(answer="\\frac{1}{"),
+     "reward", "train-3: '\\\\frac{1}{' cannot be graded", "rows.jsonl"),
+    (lambda c, p: c.rows[5].update(answer="E", choices=["1", "2", "3", "4"]),
+     "reward", "train-5: 'E' is not one choice"),
+    (lambda c, p: edit(c, "config.json", tie_word_embeddings=True),
+     "start", HEAD),
+    (lambda c, p: cut_picture(c),
+     "pictures", "rows.jsonl, line 5: ", "damaged picture"),
+    (lambda c, p: {"prompt_tokens": 8},
+     "pictures", "0 of 12 prompts have at most 8 tokens"),
+    (lambda c, p: p.setattr(data, "encode_response", lambda words, tokenizer: [9]),
+     "stop", "trained {9}", "encode_response"),
+    (lambda c, p: after(p, rl, "load_sampler", lambda sampler: sampler.stops.clear()),
+     "stop", "stops set()", "eos_token"),
+    (lambda c, p: after(p, packs, "make_pack", leak),
+     "packing", "train-", "attend()"),
+    (lambda c, p: edit_weights(c, lambda w: w.update({HEAD: w[EMBEDDING].clone()})),
+     "tied", "config.json", "tie_word_embeddings is False"),
+    (lambda c, p: after(p, rl, "load_model", lambda model: model.model.norm.weight.data.mul_(1.03)),
+     "sampler", "weights, dtype or positions"),
+    (lambda c, p: sync_without_the_tower(p),
+     "sync", "sync() leaves old weights"),
+    (lambda c, p: after(p, distributed, "load", freeze_norm),
+     "gradient", "model.norm.weight has 0", "requires_grad"),
+    (lambda c, p: after(p, distributed, "load", lambda model: model.visual.requires_grad_(True)),
+     "gradient", "visual.patch_embed.proj.weight has 0.0"),
+    (lambda c, p: {"lr": 1e-12},
+     "precision", "masters move at --lr 1e-12: too coarse"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("change, check, words", [(f, name, words) for f, name, *words in BROKEN])
+def test_what_is_broken_fails_in_the_check_that_is_for_it(change, check, words, copy, monkeypatch):
+    settings = change(copy, monkeypatch)
+    results = examined(copy, **settings if isinstance(settings, dict) else {})
+    assert names(results, "FAIL")[:1] == [check], results
+    assert all(part in results[check][1] for part in words), results[check][1]
+
+
+@pytest.mark.parametrize("room, status", [(80, "PASS"), (24, "FAIL")])
+def test_the_plan_is_held_against_the_memory_of_this_gpu(mini, monkeypatch, room, status):
+    properties = SimpleNamespace(total_memory=room * 1e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(plan, "peak_gb", lambda cfg: 40.0 * (cfg.stage == "rl") * cfg.gpus)
+    monkeypatch.setattr(plan, "advice", lambda cfg: f"not on {cfg.gpus} x {cfg.gpu}")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.memory,))
+    results = doctor.examine(rl.Config(model=mini.model, data=mini.train), ALONE)
+    assert results["memory"][0] == status
+    assert f"40.0 of {room}.0 GB" in results["memory"][1]
+
+
+# ------------------------------------------------------------------ sound
+
+
+def test_a_sound_set_up_passes_every_check_and_its_files_stay_as_they_were(copy, mini, capsys):
+    results = examined(copy)
+    assert names(results, "SKIP") == ["memory"] and not names(results, "FAIL")
+    assert "12; pictures in 6 of 12" in results["rows"][1] and "grid" in capsys.readouterr().out
     for file in Path(mini.model).iterdir():
         assert (copy.model / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_tied_model_passes_and_says_that_head_and_embedding_are_one(copy):
-    edit(copy.model / "config.json", tie_word_embeddings=True)
-    edit_weights(copy, lambda weights: weights.pop("lm_head.weight"))
-    assert of(results := examined(copy), "PASS") == RL.split() and "one" in results["tied"][1]
+    edit(copy, "config.json", tie_word_embeddings=True)
+    edit_weights(copy, lambda weights: weights.pop(HEAD))
+    results = examined(copy)
+    assert not names(results, "FAIL") and "one" in results["tied"][1]
 
 
-def test_rows_with_responses_pass_the_cold_start_and_skip_what_needs_answers(mini):
-    cfg = doctor.Config(model=mini.model, data=mini.sft, stage="coldstart")
-    results = doctor.examine(cfg, ALONE)
-    assert of(results, "SKIP") == ["reward", "memory", "sampler", "sync"]
-    assert not of(results, "FAIL") and "this stage has none" in results["reward"][1]
+def test_rows_with_responses_pass_the_cold_start_which_has_no_rewards_and_no_sampler(mini):
+    results = doctor.examine(coldstart.Config(model=mini.model, data=mini.sft), ALONE)
+    assert names(results, "SKIP") == ["reward", "memory", "sampler", "sync"]
+    assert not names(results, "FAIL")
 
 
-def test_a_penalty_that_would_act_elsewhere_is_noted(copy):
-    (copy.model / "generation_config.json").write_text('{"repetition_penalty": 1.05, "top_p": 1}')
-    status, figure, _ = examined(copy)["files"]
-    assert status == "PASS" and "repetition_penalty 1.05" in figure and "top_p" not in figure
-
-
-@pytest.mark.parametrize("room, status", [(80, "PASS"), (5, "FAIL")])
-def test_the_plan_is_held_against_the_memory_of_this_gpu(mini, monkeypatch, room, status):
-    about = SimpleNamespace(total_memory=room * 1e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
-    case = doctor.Case(cfg=doctor.Config(), config=model.read_config(mini.model), rl=True)
-    case.directory, case.longest = mini.model, 512
-    figure, wrong, _ = doctor.memory(case)
-    assert f"of {room}.0 GB" in figure and bool(wrong) == (status == "FAIL")
-
-
-def command(python, copy, *settings: str) -> subprocess.CompletedProcess:
+def test_a_failed_check_makes_the_exit_status_1(copy):
+    copy.rows[3]["answer"] = "\\frac{1}{"
     rows = write_rows(copy.folder / "rows.jsonl", copy.rows)
-    line = [str(python), str(ROOT / "doctor.py"), "--model", str(copy.model), "--data", rows]
-    paths = os.pathsep.join([str(ROOT / "tests/vllm_cpu"), str(ROOT)])
-    ours = os.environ | ({"PYTHONPATH": paths} if HOME in Path(python).parents else {})
-    ours |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    return subprocess.run([*line, *settings], env=ours, capture_output=True, text=True, timeout=300)
-
-
-def test_the_exit_status_tells_in_bfloat16_too(copy):
-    sound = command(sys.executable, copy)
-    assert sound.returncode == 0 and "13 PASS, 0 FAIL, 1 SKIP" in sound.stdout, sound.stderr
-    Ways.gold_cannot_be_graded(copy, None)
-    broken = command(sys.executable, copy, "--dtype", "bfloat16")
-    assert broken.returncode == 1 and "12 PASS, 1 FAIL, 1 SKIP" in broken.stdout, broken.stderr
+    command = [sys.executable, "-m", "tools.doctor", "rl", "--model", str(copy.model)]
+    done = subprocess.run([*command, "--data", rows], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "FAIL  reward" in done.stdout, done.stderr
+    assert done.stdout.count("PASS  ") == 12
 
 
 @pytest.mark.skipif(bool(why_not()), reason=f"no vllm-cpu: {why_not()}")
-def test_a_real_engine_passes_every_check(copy):
-    settings = "--sampler vllm --kv-cache-gb 0.05 --length 64".split()
-    done = command(HOME / "bin/python", copy, *settings)
-    assert done.returncode == 0 and "13 PASS, 0 FAIL, 1 SKIP" in done.stdout, done.stdout
+def test_two_ranks_with_a_real_engine_each_pass_every_check(mini):
+    command = [str(HOME / "bin/python"), "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "tools.doctor", "rl", "--sampler=vllm"]
+    command += [f"--model={mini.model}", f"--data={mini.train}", "--kv-cache-gb=0.05"]
+    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/vllm_cpu"), str(ROOT)])}
+    ours |= {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    output = finished(command, ROOT, ours, 400)
+    assert output.count("PASS  ") == 13 and output.count("SKIP  ") == 1, output

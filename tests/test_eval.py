@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -274,11 +275,30 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name():
         eval.Config(bench="mathvizta", out="o", model="m")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bench", "mathvista"], "AI4Math/MathVista .* --place DIR$"),
+        (["--data", "gone.jsonl"], "gone.jsonl: no such file"),
+    ],
+)
+def test_a_user_s_error_is_one_line_with_its_cure_and_nothing_is_retried(
+    tmp_path, options, message
+):
+    command = [sys.executable, "eval.py", "--model", "m", "--out", str(tmp_path), *options]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr and "Retry" not in run.stderr
+    assert re.search(f"error: .*{message}", run.stderr.splitlines()[-1]), run.stderr
+
+
 def test_two_problems_under_one_id_are_refused(mini, tmp_path):
     rows = Path(mini.test).read_text().splitlines(keepends=True)
     twice = Path(mini.test).with_name("twice.jsonl")
     twice.write_text(rows[0] + rows[0])
-    with pytest.raises(ValueError, match="stand more than once"):
+    with pytest.raises(ValueError, match="line 2: the id .* is also that of"):
         eval.main(eval.Config(data=str(twice), model=mini.model, out=str(tmp_path)))
 
 

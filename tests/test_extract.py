@@ -3,13 +3,13 @@
 import json
 import random
 import re
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from work import lines_run
 
 import reward
 from evaluation import extract
@@ -320,16 +320,12 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("kind", extract.KINDS)
-def test_hostile_texts_cost_milliseconds(kind):
+def test_hostile_texts_are_little_work(kind):
     for unit in HOSTILE:
         reply = unit * (100_000 // len(unit))
         for text in (reply, reply + "\nAnswer: " + reply, "Answer: A" + reply):
-            times = []
-            for _ in range(3):  # the fastest of three: other programs run here too
-                start = time.perf_counter()
-                extract.grade("A", text, choices=CHOICES * 2, kind=kind)
-                times.append(time.perf_counter() - start)
-            assert min(times) < 0.1, f"{unit!r}: {min(times):.3f} s"
+            work = lines_run(extract.grade, "A", text, choices=CHOICES * 2, kind=kind)
+            assert work < 200_000, f"{unit!r}: {work} lines"  # the most is 60,000
 
 
 # --- agreement with others -----------------------------------------------------------------------
@@ -351,11 +347,9 @@ def official() -> list[dict]:
     if not OFFICIAL.exists():
         pytest.skip("needs the shared official outputs")
     rows = [json.loads(line) for line in OFFICIAL.read_text().splitlines()]
-    start = time.perf_counter()
     for row in rows:
         choices = row["options"] or None
         row["ours"] = extract.grade(row["answer"], row["response"], choices=choices)
-    assert (time.perf_counter() - start) / len(rows) * 3040 < 5  # seconds for all of MATH-V
     return rows
 
 

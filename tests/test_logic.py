@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import chain, combinations, permutations, product
 from math import perm
@@ -388,12 +387,9 @@ def test_another_process_with_other_hashes_makes_the_same_rows():
     assert len(printed) == 1
 
 
-def test_ten_thousand_problems_hardly_repeat_and_take_seconds():
-    start = time.process_time()
+def test_ten_thousand_problems_hardly_repeat():
     prompts = [row["prompt"] for row in logic.problems(10_000, 11)]
-    seconds = time.process_time() - start
     assert len(set(prompts)) > 0.995 * len(prompts)
-    assert seconds < 20, f"{10_000 / seconds:.0f} problems a second"  # 1,000 and more when idle
 
 
 def test_the_file_is_what_the_stages_read(tmp_path):

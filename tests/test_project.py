@@ -1,164 +1,66 @@
-"""The promises that stand outside the code: imports point one way, the README tells the truth."""
+"""The promises that stand outside the code: README and docs tell the truth, scripts start."""
 
-import ast
-import importlib
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import readme
 import tyro
 
 import coldstart
 import rl
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-FILES = {path.stem: path for path in ROOT.glob("*.py")}
-# what each file may import of the project; `toy` makes the inputs that the stages default to
-MAY_IMPORT = {
-    "model": set(),
-    "reward": set(),
-    "behaviors": set(),
-    "provenance": set(),
-    "runlog": {"provenance"},
-    "average": {"model"},
-    "packing": set(),
-    "logic": {"provenance", "runlog"},
-    "sources": {"provenance", "runlog"},
-    "alike": set(),
-    "rules": {"alike", "reward"},
-    "curate": {"alike", "rules", "provenance", "runlog"},
-    "endpoint": set(),
-    "distil": {"alike", "endpoint", "provenance", "reward", "rules", "runlog"},
-    "score": {"data", "model", "parallel", "provenance", "reward", "rollout", "runlog"},
-    "card": {"alike", "curate", "provenance", "report", "rules", "runlog"},
-    "benchmarks": {"provenance", "runlog", "sources"},
-    "extract": {"reward"},
-    "metrics": set(),
-    "plan": {"model", "parallel"},
-    "gallery": {"alike", "behaviors", "report", "runlog"},
-    "judge": {"behaviors", "endpoint", "extract", "provenance", "runlog"},
-    "data": {"model", "packing"},
-    "parallel": {"model", "data"},
-    "checkpoints": {"model", "parallel", "provenance"},
-    "rollout": {"model", "data", "runlog"},
-    "toy": {"model", "data", "runlog"},
-    "eval": {
-        "behaviors",
-        "benchmarks",
-        "data",
-        "endpoint",
-        "extract",
-        "gallery",
-        "metrics",
-        "model",
-        "parallel",
-        "provenance",
-        "reward",
-        "rollout",
-        "runlog",
-    },
-    "tokens": set(),
-    "report": {"behaviors", "metrics", "tokens", "toy"},
-    "dealing": {"checkpoints", "data", "packing", "parallel", "rollout"},
-    "telling": {"behaviors", "data", "parallel", "rollout"},
-    "ledger": set(),
-    "doctor": {"data", "model", "parallel", "plan", "reward", "rollout", "runlog"},
-    "coldstart": {
-        "checkpoints",
-        "data",
-        "model",
-        "packing",
-        "parallel",
-        "plan",
-        "provenance",
-        "runlog",
-        "toy",
-    },
-    "rl": {
-        "checkpoints",
-        "data",
-        "dealing",
-        "model",
-        "parallel",
-        "plan",
-        "provenance",
-        "reward",
-        "rollout",
-        "runlog",
-        "telling",
-        "toy",
-    },
-}
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STAGES = {"coldstart": coldstart, "rl": rl}
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+def commands(page: Path) -> list[str]:
+    """Lines of the page's shell blocks, broken ones joined, comments and variables taken off."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if not line.startswith("#")]
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_imports_point_one_way(name):
-    assert imported(FILES[name]) & set(FILES) <= MAY_IMPORT[name]
+def script_of(line: str) -> tuple[str, str]:
+    """The module that a command runs, or the shell script; and what follows it."""
+    options = r"(?: (?!-m )--?[\w-]+(?:[ =][^-\s]\S*)?)*?"  # of torchrun
+    run = rf"(?:python|torchrun){options} (?:-m ([\w.]+)|(\S+)\.py)(.*)"
+    if shell := re.search(r"bash (runs/\w+\.sh)(.*)", line):
+        return shell[1], shell[2]
+    if found := re.search(run, line):
+        return (found[1] or found[2].replace("/", ".")), found[3]
+    return "", ""
 
 
-def test_the_model_imports_torch_safetensors_and_where_it_is_installed_flash_attn():
-    assert imported(FILES["model"]) - set(sys.stdlib_module_names) <= {
-        "torch",
-        "safetensors",
-        "flash_attn",
-    }
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_runs_a_script_that_exists_with_flags_that_it_has(page):
+    for line in commands(page):
+        script, rest = script_of(line)
+        if script.endswith(".sh"):
+            assert (ROOT / script).is_file(), line
+            text = (ROOT / script).read_text()
+            assert all(
+                flag in text or "eval.py" in text for flag in re.findall(r"--[\w-]+", rest)
+            ), line
+        elif script and script not in ("pytest", "http.server"):
+            file = ROOT / f"{script.replace('.', '/')}.py"
+            assert file.is_file(), line
+            known = set(re.findall(r"^    (\w+): ", file.read_text(), flags=re.M))
+            known |= set(re.findall(r'"--([\w-]+)"', file.read_text()))
+            if script == "tools.doctor":  # takes the flags of the stage that it is asked about
+                known |= {f.name for stage in STAGES.values() for f in fields(stage.Config)}
+            for flag in re.findall(r"\s--([a-z][\w-]*)", rest.split("|")[0]):
+                assert flag.replace("-", "_") in known or flag in known, (line, flag)
 
 
-@pytest.mark.parametrize("name", ["reward", "behaviors", "curate", "distil", "card", "sources"])
-def test_what_reads_text_does_not_load_torch(name):
-    code = f"import {name}, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_every_file_opens_with_a_docstring_that_tells_its_story(name):
-    story = ast.get_docstring(ast.parse(FILES[name].read_text()))
-    assert story and 5 <= len(story.splitlines()) <= 40
-
-
-def test_the_map_in_the_readme_names_every_file_with_its_number_of_lines():
-    rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", README, flags=re.M))
-    truth = {name: str(len(path.read_text().splitlines())) for name, path in FILES.items()}
-    assert rows == truth
-
-
-def test_counts_links_to_functions_and_the_ledger_are_as_the_code_has_them():
-    assert readme.refreshed(README) == README, "python tests/readme.py"
-    for label, file, line in re.findall(r"\[`?(\w+)`?\]\(([\w/]+\.py)#L(\d+)\)", README):
-        assert label in (ROOT / file).read_text().splitlines()[int(line) - 1]
-
-
-def test_every_script_that_the_readme_runs_is_there():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
-    scripts = set(re.findall(r"(?:runs/)?\w+\.(?:py|sh)", blocks))
-    assert scripts and not [s for s in scripts if not (ROOT / s).exists()]
-
-
-def test_every_option_that_the_readme_gives_exists():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
-    for line in blocks.replace("\\\n", " ").splitlines():
-        script = re.search(r"(\w+)\.py", line)
-        for option in re.findall(r"--([a-z][\w-]*)", line.split("#")[0].split(".py")[-1]):
-            text = FILES[script[1]].read_text()
-            assert re.search(rf"^    {option.replace('-', '_')}: ", text, flags=re.M), (
-                line,
-                option,
-            )
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_project_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def settings_of(script: str, stage: str) -> list[str]:
@@ -168,37 +70,81 @@ def settings_of(script: str, stage: str) -> list[str]:
     return shlex.split(line)
 
 
+def config_of(script: str, stage: str):
+    return tyro.cli(STAGES[stage].Config, args=settings_of(script, stage))
+
+
 @pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
-@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_scripts_for_gpus_give_settings_that_exist_and_agree(script, stage):
-    module = importlib.import_module(stage)
-    tyro.cli(module.Config, args=settings_of(script, stage))  # __post_init__ checks relations
+    config_of(script, stage)  # __post_init__ checks relations
 
 
 def test_the_full_run_has_the_numbers_of_the_paper():
     """OVR, sec. 4.1; what it leaves open is not looked at."""
-    stage_1 = tyro.cli(coldstart.Config, args=settings_of("ovr_7b.sh", "coldstart"))
-    assert (stage_1.epochs, stage_1.batch, stage_1.lr) == (5, 640, 2e-4)
-    assert stage_1.pack_tokens == 64 * 1024 and not stage_1.replay
-    stage_2 = tyro.cli(rl.Config, args=settings_of("ovr_7b.sh", "rl"))
-    assert (stage_2.problems, stage_2.samples, stage_2.temperature) == (512, 16, 1)
-    assert stage_2.lengths == (24 * 1024, 32 * 1024, 48 * 1024)
-    assert stage_2.length_from == (0, 300, 700) and 900 <= stage_2.steps <= 1000
-    assert (stage_2.lr, stage_2.critic_lr, stage_2.warmup) == (1e-6, 5e-6, 50)
-    assert (stage_2.gamma, stage_2.lam, stage_2.epsilon, stage_2.critic_steps) == (1, 1, 0.2, 4)
-    assert (stage_2.beta1, stage_2.beta2, stage_2.weight_decay) == (0.9, 0.95, 0)
-    assert stage_2.algorithm == "ppo" and stage_2.sampler == "vllm"
+    one, two = config_of("ovr_7b.sh", "coldstart"), config_of("ovr_7b.sh", "rl")
+    assert (one.epochs, one.batch_packs, one.batch_rows, one.lr) == (5, 640, 0, 2e-4)
+    assert one.pack_tokens == one.max_tokens == 64 * 1024 and not one.replay
+    assert (two.problems, two.samples, two.policy_steps, two.critic_steps) == (512, 16, 1, 4)
+    assert two.lengths == ((0, 24 * 1024), (300, 32 * 1024), (700, 48 * 1024))
+    assert 900 <= two.steps <= 1000 and two.algorithm == "ppo" and two.sampler == "vllm"
+    assert (two.lr, two.critic_lr, two.warmup) == (1e-6, 5e-6, 50)
+    assert (rl.GAMMA, two.lam, two.epsilon, rl.BETAS, rl.WEIGHT_DECAY) == (
+        1,
+        1,
+        0.2,
+        (0.9, 0.95),
+        0,
+    )
 
 
-def test_every_link_inside_the_project_leads_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README)
-    assert not [link for link in links if not (ROOT / link).exists()]
+def shown(value) -> str:
+    """A setting as docs/recipe.md writes it."""
+    if isinstance(value, tuple):
+        parts = [str(x) for pair in value for x in (pair if isinstance(pair, tuple) else (pair,))]
+        return " ".join(parts) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_recipe_has_every_setting_with_the_values_of_the_laptop_and_of_the_7b_run(stage):
+    text = (ROOT / "docs/recipe.md").read_text().split(f"## {stage}.py")[1].split("\n## ")[0]
+    rows = {}
+    for line in re.findall(r"^\| `.*\|$", text, flags=re.M):
+        name, _, _, at_7b, laptop, *_ = [cell.strip().strip("`") for cell in line.split("|")[1:]]
+        rows[name] = (at_7b, laptop)
+    default, full = STAGES[stage].Config(), config_of("ovr_7b.sh", stage)
+    names = [f.name for f in fields(default)]
+    assert [*rows] == names
+    for name in names:
+        values = shown(getattr(full, name)), shown(getattr(default, name))
+        assert rows[name] == values, f"{name} is {rows[name]} in docs/recipe.md, {values} in truth"
 
 
 @pytest.mark.parametrize(
-    "name", ["toy", "coldstart", "rl", "eval", "average", "report", "distil", "score"]
+    "module",
+    "coldstart rl eval reward tools.average tools.plan tools.doctor tools.trace tools.ask "
+    "miniature.world miniature.report curation.curate evaluation.judge".split(),
 )
-def test_help_explains_the_settings(name):
-    command = [sys.executable, str(FILES[name]), "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "--out" in result.stdout or "--run" in result.stdout
+def test_help_explains_the_settings_of_every_script(module):
+    command = [sys.executable, "-m", module, "--help"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and "--" in ran.stdout, ran.stderr[-2000:]
+
+
+def test_the_matcher_and_the_lexicon_load_without_torch():
+    code = "import reward, evaluation.behaviors, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_user_error_is_one_line_that_names_the_culprit_and_the_cure(tmp_path):
+    for arguments, message in (
+        (["--problems", "2"], "--problems 2"),
+        (["--model", str(tmp_path), "--data", "nowhere.jsonl"], "config.json"),
+    ):
+        command = [sys.executable, "rl.py", "--out", str(tmp_path / "out"), *arguments]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode != 0 and "Traceback" not in ran.stderr, ran.stderr[-2000:]
+        assert message in ran.stderr.strip().splitlines()[-1]

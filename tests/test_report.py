@@ -5,8 +5,6 @@ import math
 import random
 import re
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +71,7 @@ def make_problems(directory, rng, count):
     rows = []
     for i in range(count):
         grid = {cell: rng.randint(1, 5) for cell in CELLS}
-        row = {"id": f"test-{i}", "source": f"toy/{('image', 'text')[i % 2]}", "images": []}
+        row = {"id": f"test-{i}", "source": f"miniature/{('image', 'text')[i % 2]}", "images": []}
         row |= {"prompt": "what is the sum of the grid ?", "answer": str(sum(grid.values()))}
         row["grid"] = grid
         if i % 2 == 0:
@@ -139,7 +137,9 @@ def fake_run(directory, problems=64, samples=2, steps=40, stages=tuple(STAGES)):
             out = [record(rng, row, k, stage) for row in rows for k in range(count)]
             if how == "greedy":
                 seen = [r for r in out[:40] if r["image"]]
-                out += [r | {"id": f"reading-{r['id']}", "source": "toy/reading"} for r in seen]
+                out += [
+                    r | {"id": f"reading-{r['id']}", "source": "miniature/reading"} for r in seen
+                ]
             write(directory / "eval" / stage / how / "graded.jsonl", out)
 
 
@@ -149,8 +149,7 @@ def read_accuracy(row, response):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "toy", types.SimpleNamespace(read_accuracy=read_accuracy))
+def run(tmp_path):
     return tmp_path / "laptop"
 
 
@@ -164,8 +163,8 @@ def test_the_results_are_the_shares_in_the_records(run):
     for stage, found in results["stages"].items():
         folder = run / "eval" / stage
         greedy = [json.loads(line) for line in (folder / "greedy" / "graded.jsonl").open()]
-        seeing = [r["score"] for r in greedy if r["source"] == "toy/reading"]
-        greedy = [r for r in greedy if r["source"] != "toy/reading"]
+        seeing = [r["score"] for r in greedy if r["source"] == "miniature/reading"]
+        greedy = [r for r in greedy if r["source"] != "miniature/reading"]
         sampled = [json.loads(line) for line in (folder / "sampled" / "graded.jsonl").open()]
         for kind in ("image", "text"):
             mine = [

@@ -11,7 +11,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from work import lines_run
 
 import reward
 from reward import Verdict, grade
@@ -547,12 +547,11 @@ HEAVY = [
 
 
 @pytest.mark.parametrize("box", HEAVY, ids=lambda box: box[:16])
-def test_heavy_boxes_cost_milliseconds(box):
-    score("5", "4+x")  # warm
-    start = time.perf_counter()
-    verdict = grade("5", f"\\boxed{{{box}}}")
-    assert time.perf_counter() - start < 0.1  # about 10 ms; the rest is for a busy machine
-    assert verdict.score == (box.strip() == "5")
+def test_heavy_boxes_are_little_work(box):
+    verdicts = []
+    work = lines_run(lambda: verdicts.append(grade("5", f"\\boxed{{{box}}}")))
+    assert work < 400_000  # of the heaviest a third, which is 30 ms
+    assert verdicts[0].score == (box.strip() == "5")
 
 
 @pytest.mark.parametrize(
@@ -566,10 +565,8 @@ def test_heavy_boxes_cost_milliseconds(box):
     ],
     ids=lambda response: response[:10],
 )
-def test_heavy_responses_cost_milliseconds(response):
-    start = time.perf_counter()
-    grade("7", response)
-    assert time.perf_counter() - start < 0.1
+def test_heavy_responses_are_little_work(response):
+    assert lines_run(grade, "7", response) < 60_000
 
 
 TWINS = [

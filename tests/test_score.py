@@ -29,9 +29,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from common import data
-from common import distributed as parallel
-from common.provenance import beside, fingerprint
+from common import data, distributed
+from common.log import beside, fingerprint
+from common.packs import pack_alone
 from curation import score
 from model import load_model
 from reward import grade
@@ -219,8 +219,7 @@ def test_our_own_model_packed_equals_row_by_row_with_pictures_and_the_stop_token
     for example, record in zip(data.read_examples(path), records_of(out), strict=True):
         document = data.encode_example(example, tokenizer, settings)
         lengths.append(len(document))
-        (pack,) = data.pack([document], len(document))
-        logps = model(**pack.inputs).log_softmax(-1)
+        logps = model.logits(pack_alone([document])).log_softmax(-1)
         first = len(document.prompt.ids)
         assert document.ids[-1] == tokenizer.convert_tokens_to_ids(data.STOP)
         nats = [-logps[t - 1, document.ids[t]].item() for t in range(first, min(40, len(document)))]
@@ -283,7 +282,7 @@ def test_passes_are_those_of_each_problem_sampled_alone(mini, passes):
 
 def rollout_of(problem: data.Problem, text: str, stopped: bool = True, tokens: int = 3):
     prompt = data.Prompt([1], [1], None, (), ())
-    return score.Rollout(problem, 0, prompt, [1] * tokens, stopped=stopped, text=text)
+    return score.Rollout(problem, 0, prompt, response_ids=[1] * tokens, stopped=stopped, text=text)
 
 
 def test_a_try_that_was_cut_is_wrong_and_options_reach_the_matcher():
@@ -426,8 +425,8 @@ def test_another_protocol_is_refused_by_name(request, kind, changed, monkeypatch
     ((name, value),) = changed.items()
     before = json.loads(beside(cfg.out, "protocol.json").read_text())[name]
     if name == "dtype":  # without a process group, which bfloat16 would have
-        world = parallel.World(0, 1, torch.device("cpu"), torch.bfloat16)
-        monkeypatch.setattr(parallel, "start", lambda *_: world)
+        world = distributed.World(0, 1, torch.device("cpu"), torch.bfloat16)
+        monkeypatch.setattr(distributed, "start", lambda *_: world)
     with pytest.raises(ValueError, match=f"another protocol \\({name} {before!r} -> {value!r}\\)"):
         score.main(replace(cfg, **changed))
 
@@ -466,7 +465,7 @@ def test_a_broken_row_is_named_before_a_model_is_loaded(plain, tmp_path):
 def test_ids_that_stand_twice_are_named(plain, tmp_path):
     cfg = loss_config(plain, tmp_path / "o.jsonl")
     write_rows(Path(cfg.rows), text_rows() + text_rows()[4:6])
-    with pytest.raises(ValueError, match=r"2 ids stand more than once, as \['r4', 'r5'\]"):
+    with pytest.raises(ValueError, match="line 24: the id 'r4' is also that of .* line 5"):
         score.main(cfg)
     assert not beside(cfg.out, "protocol.json").exists()
 
@@ -479,7 +478,6 @@ def test_ids_that_stand_twice_are_named(plain, tmp_path):
         (dict(tokens=9000), "tokens 9000 must be in 1 to pack_tokens 8192"),
         (dict(samples=0), "must be positive"),
         (dict(temperature=0.0), "8 greedy tries"),
-        (dict(sampler="vllm", temperature=0.5), "temperature 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(changed, message):
@@ -505,7 +503,7 @@ def killed_in_chunk(number: int):
 
 
 def every_other(world, count: int, key: str, dynamic: bool):
-    """parallel.turns of which each rank surely gets some."""
+    """distributed.my_problems of which each rank surely gets some."""
     return range(world.rank, count, world.size)
 
 
@@ -516,17 +514,17 @@ def worker(job: str, folder: Path):
     if job == "one":  # a process alone: killed in its second chunk
         score.append = killed_in_chunk(2)
         score.main(cfgs["resumed by two"])
-    world, finish = parallel.start(1), parallel.finish
-    parallel.finish = lambda world: None  # the next run uses the group again
+    world, finish = distributed.start(), distributed.finish
+    distributed.finish = lambda world: None  # the next run uses the group again
     if job == "two":
         score.main(cfgs["resumed by two"])  # by the counter, which may deal all to one
-        parallel.turns = every_other
+        distributed.my_problems = every_other
         score.main(cfgs["losses"])
         score.main(cfgs["passes"])
         world.wait()
         finish(world)
     if job == "kill":
-        parallel.turns = every_other
+        distributed.my_problems = every_other
         if world.rank == 1:
             score.append = killed_in_chunk(1)
         score.main(cfgs["resumed by one"])

@@ -135,7 +135,7 @@ def test_pictures_and_the_model_to_be_trained_become_the_problems_of_rl(mini, tm
     about = json.loads((tmp_path / "out" / "rl.report.json").read_text())
     assert about["passes"] == {"geometry3k": [list(scores.values()).count(n) for n in range(5)]}
     command = "torchrun --standalone rl.py --steps 1 --problems 4 --samples 2 --critic-steps 1"
-    command += " --lengths 12 --length-from 0 --prompt-tokens 64 --pack-tokens 256 --threads 1"
+    command += " --lengths 0 12 --prompt-tokens 64 --pack-tokens 256"
     command += f" --model {mini.model} --data {tmp_path}/out/rl.jsonl --out {tmp_path}/run"
     program = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -1,5 +1,7 @@
 """Token by token, against the rows it is made of, and in a browser where there is one."""
 
+import base64
+import io
 import json
 import random
 import re
@@ -9,27 +11,33 @@ from html import unescape
 
 import pytest
 from conftest import write_rows
+from PIL import Image
 
 from miniature import report, tokens
 
 HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", "\"'", "\n", "\x00"]
 HOSTILE += ["\u202e", "$css", " a ", "", "\ud800"]
-PICTURE = "data:image/png;base64,iVBORw0KGgo="
+LISTS = ("logps", "values", "advantages")
 
 
-def rollout(step=0, sample=0, score=0.0, **more) -> dict:
+def rollout(step=0, sample=0, reward=0.0, said=HOSTILE, **more) -> dict:
     draw = random.Random(f"{step} {sample}")
-    row = {"step": step, "id": f"train-{step}", "sample": sample, "source": "toy", "score": score}
-    row |= {"prompt": "<image> what ?", "pictures": [PICTURE], "answer": "14", "stop": True}
-    row |= {"status": "match", "length": len(HOSTILE), "tokens": HOSTILE}
-    for name in ("sampled", "logp", "entropy", "value", "advantage"):
-        row[name] = [round(draw.gauss(0, 1), 4) for _ in HOSTILE]
+    row = {"step": step, "id": f"train-{step}", "sample": sample, "source": "mini"}
+    row |= {"prompt": "<image> what ?", "images": [], "answer": "14", "reward": reward}
+    row |= {"status": "match", "stopped": True, "length": len(said), "tokens": said}
+    for name in LISTS:
+        row[name] = [round(draw.gauss(0, 1), 4) for _ in said]
     return row | more
 
 
 def kept(folder, rows):
-    write_rows(folder / "tokens.jsonl", rows)
+    write_rows(folder / "trace.jsonl", rows)
     return folder
+
+
+def picture(path, shade) -> str:
+    Image.new("RGB", (400, 200), (shade, 0, 0)).save(path)
+    return str(path)
 
 
 def data_of(section: str) -> str:
@@ -43,10 +51,30 @@ def embedded(section: str) -> dict:
 
 
 def test_what_is_embedded_is_what_was_kept_number_by_number_and_token_by_token(tmp_path):
-    rows = [rollout(step, k, skipped=[2, 9]) for step in range(3) for k in range(4)]
+    rows = [rollout(step, k, extra="not shown") for step in range(3) for k in range(4)]
     found = embedded(tokens.section(kept(tmp_path, rows)))
-    assert found["pictures"] == [PICTURE]  # once, whoever shows it
-    assert found["rows"] == [row | {"pictures": [0]} for row in rows]
+    assert found["rows"] == [{k: v for k, v in row.items() if k != "extra"} for row in rows]
+
+
+def test_pictures_are_embedded_once_and_small_and_those_that_are_gone_are_said(tmp_path, capsys):
+    files = [picture(tmp_path / f"{shade}.png", shade) for shade in (50, 200)]
+    gone = str(tmp_path / "gone.png")
+    rows = [rollout(k, 0, images=images) for k, images in enumerate([files, files[1:], [gone]])]
+    found = embedded(tokens.section(kept(tmp_path, rows)))
+    assert [row["images"] for row in found["rows"]] == [[0, 1], [1], []]
+    for uri, shade in zip(found["pictures"], (50, 200), strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+        assert image.size == (320, 160) and abs(image.getpixel((9, 9))[0] - shade) < 9
+    assert f"1 pictures are not there and not shown, as {gone}" in capsys.readouterr().out
+
+
+def test_of_a_long_response_beginning_and_end_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "END", 3)
+    long, short = rollout(said=[*"abcdefghij"], values=None), rollout(1, said=[*"abcdef"])
+    found, same = embedded(tokens.section(kept(tmp_path, [long, short])))["rows"]
+    assert found["tokens"] == [*"abchij"] and found["skipped"] == [3, 4] and found["length"] == 10
+    assert found["logps"] == long["logps"][:3] + long["logps"][7:] and found["values"] is None
+    assert same == short
 
 
 def test_hostile_tokens_are_data_alone(tmp_path):
@@ -68,7 +96,7 @@ def test_steps_are_spread_evenly_between_the_first_and_the_last(count):
         assert max(gaps, default=0) - min(gaps, default=0) <= 3  # no more than a step
 
 
-def test_the_step_asked_for_is_there_and_open_else_the_last_with_right_and_wrong_tries(tmp_path):
+def test_the_step_asked_for_is_there_and_open_else_the_last_with_right_and_wrong_samples(tmp_path):
     rows = [rollout(s, k, float(k and s in (4, 9))) for s in range(30) for k in range(2)]
     kept(tmp_path, rows)
     found = embedded(tokens.section(tmp_path, steps=30))
@@ -76,13 +104,13 @@ def test_the_step_asked_for_is_there_and_open_else_the_last_with_right_and_wrong
     for step, steps, opened in ((None, [0, 29], 29), (0, [0, 29], 0), (4, [0, 4, 29], 4)):
         found = embedded(tokens.section(tmp_path, steps=2, step=step))
         assert found["steps"] == steps and found["open"] == opened
-    with pytest.raises(ValueError, match="--step 31 is not in .*tokens.jsonl"):
+    with pytest.raises(ValueError, match="--step 31 is not in .*trace.jsonl"):
         tokens.section(tmp_path, step=31)
 
 
-def test_without_tokens_there_is_no_section(tmp_path):
+def test_without_a_trace_there_is_no_section(tmp_path):
     assert tokens.section(tmp_path) == "" == tokens.section(kept(tmp_path, []))
-    with pytest.raises(FileNotFoundError, match="no tokens.jsonl"):
+    with pytest.raises(FileNotFoundError, match="no trace.jsonl"):
         tokens.main(tokens.Config(run=tmp_path))
 
 
@@ -90,10 +118,9 @@ def test_without_tokens_there_is_no_section(tmp_path):
     ("line", "wrong"),
     [
         (json.dumps(rollout())[:-9], "delimiter|Unterminated|Expecting"),
-        (json.dumps(rollout(logp=[float("nan")] * len(HOSTILE))), "NaN"),
-        (json.dumps(rollout(entropy=[0.5])), "different lengths, .*'entropy': 1"),
-        (json.dumps(rollout(logp=3)), "has no len"),
-        (json.dumps(rollout(pictures=["http://a.b/c.png"])), "no data URI"),
+        (json.dumps(rollout(logps=[float("nan")] * len(HOSTILE))), "NaN"),
+        (json.dumps(rollout(advantages=[0.5])), "different lengths, .*'advantages': 1"),
+        (json.dumps(rollout(logps=3)), "has no len"),
         ('{"step": 3}', "without id, sample"),
         ("[1]", "without step"),
         ("\xff", "decode|Expecting"),
@@ -101,9 +128,9 @@ def test_without_tokens_there_is_no_section(tmp_path):
 )
 def test_a_broken_line_is_named_with_its_file_and_the_cure(tmp_path, line, wrong):
     kept(tmp_path, [rollout(), rollout()])
-    with (tmp_path / "tokens.jsonl").open("ab") as file:
+    with (tmp_path / "trace.jsonl").open("ab") as file:
         file.write(line.encode("latin-1") + b"\n")
-    with pytest.raises(ValueError, match=f"tokens.jsonl, line 3: .*({wrong}).*delete this line"):
+    with pytest.raises(ValueError, match=f"trace.jsonl, line 3: .*({wrong}).*delete this line"):
         tokens.section(tmp_path)
 
 
@@ -117,13 +144,14 @@ def test_the_report_has_the_section_of_its_rl_run(tmp_path):
     assert not re.search(r"https?://|<link|@import|src=\"(?!data:)", page)
 
 
-def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path):
+def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path, monkeypatch):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium on this machine")
-    said = [*HOSTILE[:-1], "é"]  # --dump-dom cannot print half of a character
-    ppo = rollout(score=1.0, tokens=said, skipped=[4, 90], length=100)
-    grpo = rollout(sample=1, tokens=said, value=None)
+    monkeypatch.setattr(tokens, "END", 5)
+    said = [*HOSTILE[:5], *"filler" * 15, *HOSTILE[5:-1]]
+    said.append("é")  # in place of half a character, which --dump-dom cannot print
+    ppo, grpo = rollout(reward=1.0, said=said), rollout(sample=1, said=said, values=None)
     tokens.main(tokens.Config(run=kept(tmp_path, [ppo, grpo])))
     acts = """HTMLElement.prototype.focus = function() {  // a window may open without the focus
       this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
@@ -139,7 +167,7 @@ def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path):
       act(tokens[3], null, "focus");
       act(tokens[3], KeyboardEvent, "keydown", {key: "ArrowRight"});
       act(svg, PointerEvent, "pointermove", {clientX: right, clientY: y + 9});
-      act(tries.lastChild, null, "click");
+      act(samples.lastChild, null, "click");
       document.title = JSON.stringify([...notes, modes.children.value.disabled]);
     })();"""
     page = tmp_path / "tokens.html"
@@ -150,12 +178,10 @@ def test_a_browser_shows_the_numbers_of_the_token_that_is_pointed_at(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     title, *notes, disabled = json.loads(unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
     assert title == "Token by token" and disabled
+    ends = (0, 3, 4, -1, 0)
     assert [note[0] for note in notes] == [said[0], "↵", "\\u0000", "é", said[0]]
-    assert [note[1].split()[0] for note in notes] == ["1", "4", "95", "100", "1"]
-    names = ("sampled", "logp", "gap", "entropy", "value", "advantage")
-    for note, row, i in zip(notes, (ppo, ppo, ppo, ppo, grpo), (0, 3, 4, -1, 0), strict=True):
-        wanted = {name: row[name] and row[name][i] for name in names if name in row}
-        wanted["gap"] = abs(wanted["sampled"] - wanted["logp"])
-        for name, text in zip(names, note[2:], strict=True):
+    assert [note[1].split()[0] for note in notes] == ["1", "4", "5", "100", "1"]
+    for note, row, i in zip(notes, (ppo, ppo, ppo, ppo, grpo), ends, strict=True):
+        for name, text in zip(LISTS, note[2:], strict=True):
             number = None if text == "no critic" else float(text.replace("−", "-"))
-            assert number == (wanted[name] and pytest.approx(wanted[name], rel=5e-3))
+            assert number == (row[name] and pytest.approx(row[name][i], rel=5e-3))

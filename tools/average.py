@@ -1,111 +1,84 @@
 """The paper's final model: the uniform average of several intermediate checkpoints of one run.
 
-    python -m tools.average --models out/a/step_000700 out/a/step_000800 --out out/mean
+    python -m tools.average --models out/a/step_000700/model out/a/step_000800/model --out out/mean
 
-Every member is a Hugging Face directory: model.safetensors, or shards with an index. One shard of
-the first member is in memory at a time, so 8 billion parameters need a few GB and no GPU. Each
-tensor is summed in fp32, divided once and cast once to the dtype of the first member: summing in
-bf16 would round after every addition, with 8 bits of mantissa. Members may be cut into different
-shards, but must hold the same tensors in the same shapes. A tied head is the embedding itself and
-is written once, under the embedding's name, also where a member stored a second copy. Config,
-tokenizer and image settings come from the first member; the model card is written anew and names
-all of them. A critic has no place here: average policies.
+Each tensor is summed in float32, divided once and rounded once to the dtype of the files: a sum in
+bfloat16, with its 8 bits of mantissa, would round after every addition. One tensor of one member is
+in memory at a time, beside the average as it will be written (7B: 17 GB); no GPU is needed. Members
+may be cut into files in any way, but must be one architecture in one dtype, all finite: what is
+not so is named, and nothing is written. A tied head is the embedding, and is stored once.
+Tokenizer, template and image settings come from the first member. A critic has no place here.
 """
 
-import json
-import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
+from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-# The average of {count} checkpoints
-
-The weights are the uniform average, summed in float32 and rounded once, of
-
-{members}
-
-The first of them gave the config, the tokenizer and the image settings. The README.md of each tells
-how it was trained. Written by average.py.
-"""
+from common.log import model_card, progress, run_main
+from model import check_weights, empty_model, read_config, save_weights
 
 
 @dataclass(frozen=True)
 class Config:
-    models: tuple[str, ...]  # checkpoint directories; paper: "several intermediate checkpoints"
-    out: str  # directory to write
+    models: tuple[str, ...]  # model directories; paper: "several intermediate checkpoints"
+    out: str  # directory to write; older weights in it are removed
 
     def __post_init__(self):
-        if not self.models:
+        places = [Path(model).resolve() for model in self.models]
+        if not places:
             raise ValueError("--models names no checkpoint")
-        if Path(self.out).resolve() in {Path(model).resolve() for model in self.models}:
+        if twice := [m for i, m in enumerate(self.models) if places[i] in places[:i]]:
+            raise ValueError(f"--models names {twice[0]} twice: it would count double")
+        if Path(self.out).resolve() in places:
             raise ValueError(f"--out {self.out} is one of the models and would be overwritten")
 
 
-def tensor_files(directory: Path) -> dict[str, str]:
-    """{tensor name: file that holds it} of one checkpoint, a tied head left out."""
-    if (directory / INDEX).exists():
-        files = json.loads((directory / INDEX).read_text())["weight_map"]
-    else:
-        with safe_open(directory / "model.safetensors", "pt") as stored:
-            files = dict.fromkeys(stored.keys(), "model.safetensors")
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    tied = config.get("tie_word_embeddings", False)
-    return {name: file for name, file in files.items() if not (tied and name == "lm_head.weight")}
+def find_tensors(member: str, first: str) -> dict[str, tuple[Path, str]]:
+    """{name: (file, name in the file)}; ValueError if `first` is of another architecture."""
+    config, other = asdict(read_config(member)), asdict(read_config(first))
+    if odd := [f"{k} {config[k]} instead of {other[k]}" for k in config if config[k] != other[k]]:
+        raise ValueError(f"{member} is another model than {first}: {', '.join(odd)}")
+    architecture = empty_model(member)
+    stored = check_weights(architecture, member)
+    if "value_head.weight" in stored:
+        raise ValueError(f"{member} is a critic, which has a value head: average policies")
+    return {name: stored[name][:2] for name, _ in architecture.named_parameters()}
 
 
-def mean_tensor(name: str, members: dict[Path, dict[str, str]]) -> torch.Tensor:
-    """sum_i theta_i / n of one tensor: summed in fp32, divided once, cast once."""
-    total = None
-    for directory, files in members.items():
-        with safe_open(directory / files[name], "pt") as stored:
-            tensor = stored.get_tensor(name)
-        if total is None:
-            total, dtype = torch.zeros(tensor.shape), tensor.dtype
-        if tensor.shape != total.shape:
-            shapes = f"{tuple(tensor.shape)}, the first member {tuple(total.shape)}"
-            raise ValueError(f"{directory}: {name} has shape {shapes}")
-        total += tensor.float()
-    return (total / len(members)).to(dtype)
+def read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(name)
 
 
-def average(models: tuple[str, ...], out: str) -> None:
-    members = {Path(model): tensor_files(Path(model)) for model in models}
-    assert len(members) == len(models), f"a model is named twice: {models}"
-    first, target = Path(models[0]), Path(out)
-    for directory, files in members.items():
-        if odd := sorted(files.keys() ^ members[first].keys()):
-            raise ValueError(f"{directory} and {first} differ in {len(odd)} tensors: {odd[:4]}")
-    target.mkdir(parents=True, exist_ok=True)
-    for path in first.iterdir():
-        weights = path.suffix == ".safetensors" or path.name == INDEX
-        if path.is_file() and not weights and path.name != "README.md":
-            shutil.copy2(path, target)
-    size = 0
-    for shard in tqdm(sorted(set(members[first].values())), desc="shards"):
-        names = [name for name, file in members[first].items() if file == shard]
-        tensors = {name: mean_tensor(name, members) for name in names}
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, target / shard, metadata={"format": "pt"})
-    if (first / INDEX).exists():
-        index = {"metadata": {"total_size": size}, "weight_map": members[first]}
-        (target / INDEX).write_text(json.dumps(index, indent=1))
-    listed = "\n".join(f"- {model}" for model in models)
-    card = CARD.format(count=len(models), members=listed)
-    (target / "README.md").write_text(card, encoding="utf-8")
-    print(f"average of {len(models)} checkpoints, {size / 1e9:.2f} GB -> {target}")
+def mean_tensor(places: list[tuple[Path, str]], dtype: torch.dtype) -> Tensor:
+    """sum_i theta_i / n of the members' tensors at `places`."""
+    total = 0.0
+    for file, name in places:
+        tensor = read(file, name)
+        if tensor.dtype != dtype:
+            raise ValueError(f"{file}: {name} is {tensor.dtype}, others are {dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {name} has NaN or infinite numbers: leave this model out")
+        total = total + tensor.float()
+    return (total / len(places)).to(dtype)
+
+
+def main(cfg: Config):
+    first, out = cfg.models[0], Path(cfg.out)
+    members = [find_tensors(member, first) for member in cfg.models]
+    dtype = read(*members[0]["model.norm.weight"]).dtype
+    names = progress(members[0], "tensors")
+    mean = {name: mean_tensor([places[name] for places in members], dtype) for name in names}
+    out.mkdir(parents=True, exist_ok=True)
+    save_weights(mean, read_config(first), out, dtype, like=first)
+    card = model_card(f"The average of {len(members)} checkpoints", cfg, out)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    size = sum(tensor.nbytes for tensor in mean.values())
+    print(f"average of {len(members)} checkpoints, {size / 1e9:.2f} GB -> {out}")
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    average(config.models, config.out)
+    run_main(main, Config)

@@ -1,499 +1,355 @@
-"""Memory and time of a run before it is started: what fits, with which settings, in how many hours.
+"""Memory and hours of a run before it is started: which phase needs what, and does it fit the GPU?
 
-    python -m tools.plan --model 7b --gpus 8 --gpu h100 --stage rl --length 49152
-    python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --length 16384
+    python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 32
+    python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --pack-tokens 16384
 
-On a GPU of the list coldstart.py and rl.py print their first two steps beside this plan.
+Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
+through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
+shapes without contents) and so are the other ranks. Every operator shows the tensors that it makes,
+and the bytes of those still alive are added up; 7B takes ten seconds on a laptop. The parts:
+  weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16
+  gradients  of the slice, float32
+  moments    AdamW's two, float32
+  kept       what forward leaves for backward: activations, and embedding and head, gathered
+  working    the most on top of that: a block computed again, logits, gathered weights
+What shares the GPU with them is arithmetic: the engine's weights in bfloat16, its cache, and a
+model that waits (without --offload). Pictures are left out: a frozen tower has run, and its memory
+is free again, before the decoder takes more. RESERVE_GB is for what no tensor of ours shows.
 
-Three kinds of numbers stand in it:
-  counted   parameters, state, bytes that backward needs, FLOPs, traffic: arithmetic on model.py and
-            parallel.py, checked against real models, tensors and operators (tests/test_plan.py)
-  facts     of the GPUs, from their data sheets: GPUS
-  assumed   what share of those is reached, and how lengths are spread: ASSUMED, but for what stands
-            under "plan" in --measured FILE (bench/gpu.py). No GPU has run this: times are derived
-
-Settings left open are all tried, and the fastest that fit are recommended. If none fit, the plan is
-refused, and changes that fit are named. GPUs beyond a node save time, not memory.
+Hours are FLOPs at an assumed share of the GPU's peak, and bytes at an assumed share of its
+bandwidth. What is assumed is printed; --mfu, --decode and --mean take what you have measured.
 """
 
-import heapq
-import json
-import math
-import random
-from collections import namedtuple
-from collections.abc import Iterator
+import atexit
+import sys
+from collections import deque, namedtuple
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from pathlib import Path
-from statistics import NormalDist, mean
+from multiprocessing import get_context
+from typing import Literal
+from weakref import WeakSet
 
-import numpy as np
 import torch
-import tyro
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from common.distributed import RECOMPUTE
-from model import HEAD_CHUNK, Qwen25VL, VisionConfig, read_config, train_flops
-from model import Config as ModelConfig
+import model as qwen
+from common import distributed
+from common.data import Document, Prompt, model_directory
+from common.log import run_main
+from common.packs import Pack, make_pack
 
-NODE = 8  # GPUs that share one copy of the weights
-BF16, FP32 = 2, 4  # bytes
-STATE, MOVED = 4 * FP32, 3 * FP32  # master, gradient, two moments; --offload drops the gradient
-MEASURED = "out/gpu.json"  # what bench/gpu.py writes
-MOST_ROWS = 512  # responses at once; with more, decoding is not bound by bandwidth alone
-TOWER = VisionConfig(32, 1280, 3420, 16, 2048, (7, 15, 23, 31))
-TOWER_7B = replace(TOWER, out_hidden_size=3584)
+NODE = 8  # GPUs that share one copy of the weights; further nodes save time, not memory
+RESERVE_GB = 6.0  # CUDA, NCCL, the engine's graphs, attention's buffers, gaps between tensors
+CANARY_TOKENS = 256  # of the prompt on which engine and policy are compared after each sync
+PROMPT = 1024  # tokens on average, assumed
+EXECUTED = {"none": 1.0, "selective": 1.2, "full": 4 / 3}  # of a model's FLOPs, by recomputation
+TOWER = qwen.VisionConfig(32, 1280, 3420, 16, 2048, (7, 15, 23, 31))
+WIDER = replace(TOWER, out_hidden_size=3584)
 MODELS = {  # the config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct
-    "3b": ModelConfig(2048, 11008, 36, 16, 2, 151936, (16, 24, 24), TOWER, True),
-    "7b": ModelConfig(3584, 18944, 28, 28, 4, 152064, (16, 24, 24), TOWER_7B),
+    "3b": qwen.Config(2048, 11008, 36, 16, 2, 151936, (16, 24, 24), TOWER, True),
+    "7b": qwen.Config(3584, 18944, 28, 28, 4, 152064, (16, 24, 24), WIDER),
 }
-GPUS = {  # NVIDIA's data sheets, SXM: GB (1e9 B), TFLOP/s in bf16 (dense), GB/s of HBM, GB/s of
-    # NVLink one way, GB/s of the network a GPU (DGX: 200 Gb/s for the A100, then 400 Gb/s)
-    "a100-80": (80, 312, 2039, 300, 25),
-    "h100": (80, 989, 3350, 450, 50),
-    "h200": (141, 989, 4800, 450, 50),
-    "b200": (180, 2250, 8000, 900, 50),
-}
-ASSUMED = {
-    # MFU by length of document: midway between torchtitan's 35 % and what we aim at
-    "mfu": {"8192": 0.45, "16384": 0.435, "32768": 0.415, "65536": 0.40},
-    "mfu_recompute": "selective",  # with which it is reached
-    "decode": 0.6,  # share of the HBM's bandwidth in decoding
-    "links": 0.7,  # share of NVLink's and the network's
-    "host_gbs": 8.0,  # GB/s a GPU to host memory that is not pinned
-    "reserve_gb": 6.0,  # CUDA, NCCL, vLLM's graphs, gaps between the allocator's blocks
-    "spread": 0.8,  # deviation of the logarithm of lengths, which are lognormal
-    "prompt": 1024,  # tokens on average (rl); for memory all of them of a picture
+GPUS = {  # NVIDIA's data sheets: GB of 1e9 bytes, bf16 TFLOP/s without sparsity, GB/s of memory
+    "rtx4090": (24, 165, 1008),
+    "l40s": (48, 362, 864),
+    "a100-80": (80, 312, 2039),
+    "h100": (80, 989, 3350),
+    "h200": (141, 989, 4800),
+    "b200": (180, 2250, 8000),
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is to be run. What is empty, 0 or None is chosen."""
+    """The settings of coldstart.py and rl.py that decide memory and time."""
 
-    model: str = "7b"  # 3b, 7b, or a directory with config.json
-    stage: str = "rl"  # coldstart, rl
+    model: str = "7b"  # 3b, 7b, a model directory or a Hub name
+    stage: Literal["coldstart", "rl"] = "rl"
+    algorithm: Literal["ppo", "grpo"] = "ppo"  # grpo has no critic
     gpus: int = 8  # in all; beyond 8 in whole nodes
-    gpu: str = "h100"  # a100-80, h100, h200, b200
-    length: int = 49152  # tokens of the longest response (rl) or sequence (coldstart)
-    mean: int = 0  # tokens on average; 0: 10,000 (rl; paper: 7.2k to 12.6k), 8,192 (coldstart)
-    prompt_tokens: int = 8192  # longest prompt (rl)
-    batch: int = 0  # responses or sequences a step; 0: the paper's 8,192 (rl), 640 (coldstart)
-    samples: int = 16  # tries a problem (rl); paper: 16
-    steps: int = 0  # of the policy; 0: the paper's 900 (rl), 5 x 2 M / 640 (coldstart)
-    recompute: str = ""  # none, selective, full
-    offload: bool | None = None  # the model that waits does so in host memory (rl)
-    pack_tokens: int = 0  # a micro-batch
-    sampler_batch: int = 0  # responses in flight a GPU (rl)
-    kv_cache_gb: float = 0.0  # a GPU (rl)
-    measured: str = ""  # JSON with constants under "plan", in place of those of ASSUMED
+    gpu: Literal["rtx4090", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"  # 24 to 180 GB
+    pack_tokens: int = 65536  # tokens a pack, which is a micro-batch
+    longest: int = 0  # tokens of the longest document, its prompt included; 0: a pack
+    recompute: Literal["none", "selective", "full"] = "full"
+    offload: bool = False  # a model that waits does so in host memory (rl)
+    kv_cache_gb: float = 16.0  # the engine's room for keys and values, a GPU (rl)
+    sampler_batch: int = 128  # responses that a GPU samples at once (rl)
+    batch: int = 0  # responses (rl) or packs (coldstart) a step; 0: the paper's 8,192 or 640
+    steps: int = 0  # of the run; 0: the paper's 900 (rl) or 1,060 (coldstart)
+    mean: int = 0  # assumed: tokens of a response or row; 0: 10,000 (paper: 7.2k to 12.6k) or less
+    mfu: float = 0.4  # assumed: FLOPs in training over the GPU's peak
+    decode: float = 0.6  # assumed: bytes read in sampling over the GPU's bandwidth
 
     def __post_init__(self):
-        if self.stage not in ("coldstart", "rl") or self.recompute not in ("", *RECOMPUTE):
-            raise ValueError(f"stage: coldstart or rl; recompute: {', '.join(RECOMPUTE)}")
-        if self.gpu not in GPUS or self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
-            raise ValueError(f"gpu: {', '.join(GPUS)}; gpus: 1 to {NODE}, or whole nodes of {NODE}")
-        if 0 < self.pack_tokens < self.longest:
-            raise ValueError(f"pack_tokens {self.pack_tokens} < longest document {self.longest}")
+        if self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
+            raise ValueError(f"--gpus {self.gpus}: 1 to {NODE}, or whole nodes of {NODE}")
+        if self.pack_tokens < self.longest:
+            text = f"--pack-tokens {self.pack_tokens} is less than --longest {self.longest}"
+            raise ValueError(f"{text}: a document is never cut")
 
     @property
     def rl(self) -> bool:
         return self.stage == "rl"
 
     @property
-    def longest(self) -> int:
-        return self.length + self.prompt_tokens * self.rl
+    def document(self) -> int:
+        return self.longest or self.pack_tokens
 
     @property
-    def typical(self) -> int:
-        return min(self.length, self.mean or (10_000 if self.rl else 8192))
+    def average(self) -> int:
+        return self.mean or min(10_000, self.document // 2)
 
     @property
-    def share(self) -> float:
-        """Documents of a step on each GPU."""
-        return (self.batch or (8192 if self.rl else 640)) / self.gpus
+    def config(self) -> qwen.Config:
+        return MODELS.get(self.model) or qwen.read_config(model_directory(self.model))
 
 
-# ------------------------------------------------------------------ memory, in bytes
+# ------------------------------------------------------------------ one model with fake tensors
+
+# GB of one GPU; sync: the most that handing over the weights takes on top of the first three
+Footprint = namedtuple("Footprint", "weights gradients moments kept working sync")
+PARTS = ("engine", "cache", "waiting", *Footprint._fields[:-1])  # of a phase
 
 
-# parameters of the frozen tower, of a layer, of all layers, of embedding, norm and head
-Sizes = namedtuple("Sizes", "tower layer layers rest")
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors alive, now and at most. Storages that nobody holds leave the set by
+    themselves; those that FSDP keeps, but has emptied, count 0.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = WeakSet(), 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        out = operator(*arguments, **(options or {}))
+        before = len(self.storages)
+        self.watch(x for x in tree_leaves(out) if isinstance(x, Tensor))
+        if len(self.storages) > before:
+            self.peak = max(self.peak, self.now())
+        return out
+
+    def watch(self, tensors):
+        for x in tensors:
+            local = x._local_tensor if isinstance(x, DTensor) else x
+            self.storages.add(local.untyped_storage())
+
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages)
+
+
+def one_document(tokens: int) -> Pack:
+    return make_pack([Document(Prompt([0], [0], None, (), ()), [0] * (tokens - 1))])
+
+
+def loss_of(model: qwen.Qwen25VL, pack: Pack) -> Tensor:
+    critic = model.value_head is not None
+    return model.values(pack).square().sum() if critic else model.logps(pack)[0].sum()
+
+
+def sharded_model(config: qwen.Config, head: str, recompute: str, world) -> qwen.Qwen25VL:
+    """Without memory, in the order of distributed.load."""
+    with torch.device("meta"):
+        model = qwen.Qwen25VL(config, head)
+    model.visual.requires_grad_(False).to(world.dtype)
+    distributed.recompute_blocks(model, recompute)
+    return distributed.shard(model, world)
+
+
+def follow(model: qwen.Qwen25VL, world, live: LiveBytes, pack: Pack, canary: Pack) -> Footprint:
+    """An optimiser step, another pack, and the weights on their way to the sampler."""
+    model.to_empty(device="cpu")
+    live.watch(model.parameters())
+    weights, trained = live.now(), [p for p in model.parameters() if p.requires_grad]
+    for weight in trained:  # of an earlier pack of the same step
+        weight.grad = torch.zeros_like(weight)
+    gradients = live.now() - weights
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer.step()  # makes the moments
+    live.peak = state = live.now()
+    loss = loss_of(model, pack)
+    kept = live.now() - state
+    distributed.backward(model, loss, world, last=True)
+    working = live.peak - kept - state
+    del loss
+    live.peak = rest = live.now()
+    with torch.no_grad():
+        deque(distributed.whole_weights(model, world.dtype), maxlen=0)
+        loss_of(model, canary)
+    sizes = weights, gradients, state - weights - gradients, kept, working, live.peak - rest
+    return Footprint(*(size / 1e9 for size in sizes))
+
+
+def measure(config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int) -> Footprint:
+    """What a model (head: "lm" or "value") takes of the first of `ranks` GPUs to train on a pack.
+
+    It founds a process group, so it wants a process of its own: see footprint.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+        world = distributed.World(0, ranks, torch.device("cpu"), torch.bfloat16, mesh)
+        model = sharded_model(config, head, recompute, world)
+        packs = one_document(tokens), one_document(CANARY_TOKENS)
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+            return follow(model, world, live, *packs)
+    finally:
+        dist.destroy_process_group()
 
 
 @cache
-def sizes(c: ModelConfig, head: str = "lm") -> Sizes:
-    """Of model.py's own modules, on the meta device; a tied head is the embedding, once."""
+def workers() -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(distributed.cores(), mp_context=get_context("spawn"))
+    atexit.register(pool.shutdown)
+    return pool
+
+
+@cache
+def footprint(*task) -> Future:
+    """What measure(*task) returns, in another process; each task is run once."""
+    return workers().submit(measure, *task)
+
+
+def footprints(cfg: Config) -> dict[str, Future]:
+    how = cfg.recompute, cfg.pack_tokens, min(cfg.gpus, NODE)
+    heads = {"critic": "value", "policy": "lm"}
+    if not cfg.rl or cfg.algorithm == "grpo":
+        heads.pop("critic")
+    return {name: footprint(cfg.config, head, *how) for name, head in heads.items()}
+
+
+# ------------------------------------------------------------------ the phases of a run
+
+
+@cache
+def engine_gb(config: qwen.Config) -> float:
     with torch.device("meta"):
-        model = Qwen25VL(c, head)
-    parts = (model.visual, model.model.layers[0], model.model.layers, model)
-    tower, layer, layers, every = (sum(p.numel() for p in part.parameters()) for part in parts)
-    return Sizes(tower, layer, layers, every - tower - layers)
+        return 2 * sum(p.numel() for p in qwen.Qwen25VL(config).parameters()) / 1e9
 
 
-def trained(s: Sizes) -> int:
-    return s.layers + s.rest
+def token_bytes(c: qwen.Config) -> int:
+    """Keys and values of a token in all layers, in bfloat16. 7B: 57,344."""
+    return 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
 
-def block_bytes(c: ModelConfig, kind: str, unit: int = BF16) -> int:
-    """What a decoder block of width C and MLP I keeps of a token; `unit` bytes a number.
-
-    full: its input, C. selective: besides, q, k, v, attention's output, and a fp32 sum a head.
-    none: of two norms the fp32 input, the normed, the weighted, and a fp32 factor; q, k, v turned;
-    attention's output, twice (torch.cat), with its sums; gate, silu, up and their product, 4 I.
-    """
-    wide, keys = c.hidden_size, c.num_key_value_heads * c.head_dim
-    attention = unit * (3 * wide + 2 * keys) + FP32 * c.num_attention_heads
-    norms = 2 * (FP32 * (wide + 1) + 2 * unit * wide)
-    whole = norms + attention + 4 * unit * c.intermediate_size
-    return {"full": unit * wide, "selective": attention, "none": whole}[kind]
-
-
-def activation_bytes(c: ModelConfig, kind: str, tokens: int, unit: int = BF16) -> dict[str, int]:
-    """{"kept": by the blocks, "tail": by what follows, "working": the most besides kept}.
-
-    tail: final norm, rows for the head, cos and sin; ids, positions, log-probs, entropies: 20 B.
-    working, the larger of two moments. Head: tail and 20 B a logit of a chunk (five of fp32). Last
-    block: what it computes again and its input, two gradients of I, one of the stream.
-    """
-    wide, kept = c.hidden_size, block_bytes(c, kind, unit)
-    tail = tokens * ((FP32 + 2 * unit) * wide + 2 * unit * c.head_dim + 20)
-    head = tail + 20 * c.vocab_size * min(tokens, HEAD_CHUNK)
-    again = block_bytes(c, "none", unit) - kept + unit * (2 * c.intermediate_size + wide)
-    again += unit * wide * (kind != "none")
-    working = max(head, again * tokens)
-    return {"kept": kept * c.num_hidden_layers * tokens, "tail": tail, "working": working}
-
-
-def forward_bytes(c: ModelConfig, tokens: int, unit: int = BF16) -> int:
-    """Most that a forward alone takes: three tensors of I, four of C, cos and sin."""
-    return unit * tokens * (3 * c.intermediate_size + 4 * c.hidden_size + 2 * c.head_dim)
-
-
-def tower_bytes(v: VisionConfig, patches: int, unit: int = BF16) -> int:
-    """The same of the frozen tower: its MLP, or turning q and k in fp32 (about 28 B x C)."""
-    wide, dim = v.hidden_size, v.hidden_size // v.num_heads
-    return patches * (max(3 * unit * (v.intermediate_size + wide), 28 * wide) + 10 * dim)
-
-
-def gathered_bytes(s: Sizes, backward: bool) -> int:
-    """Whole weights and gradients that come and go. Weights: the rest, and three layers (at work,
-    fetched ahead, in the buffer). Gradients: the rest's with a chunk's, and two layers' in bf16 and
-    in fp32 to be summed. (The rest's fp32 comes when the activations are gone.)
-    """
-    weights, gradients = s.rest + 3 * s.layer, BF16 * 1.5 * s.rest + 2 * s.layer * (BF16 + FP32)
-    return int(BF16 * weights + backward * gradients)
-
-
-def cache_bytes(c: ModelConfig) -> int:
-    """Keys and values of a token in all layers; 7B: 57,344."""
-    return 2 * BF16 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-
-
-def memory(cfg: Config, c: ModelConfig, known: dict) -> dict[str, dict[str, float]]:
-    """{phase: {part: bytes of a GPU}}; all settings must be chosen."""
-    policy, critic, tokens = sizes(c), sizes(c, "value"), cfg.pack_tokens
-    valued, prompt = replace(c, vocab_size=1), known["prompt"] * cfg.rl  # the critic's head
-    pictures = tower_bytes(c.vision, 4 * prompt * tokens // (prompt + cfg.typical))
-    always = {"reserve": 1e9 * known["reserve_gb"]}
-
-    def state(*models: Sizes) -> float:
-        shards = min(cfg.gpus, NODE)
-        return sum(STATE * trained(s) / shards + BF16 * s.tower for s in models)
-
-    def learn(s: Sizes, model: ModelConfig, idle: Sizes) -> dict[str, float]:
-        took = activation_bytes(model, cfg.recompute, tokens)
-        parts = {"state": state(s), "idle": waits * state(idle), "pictures": pictures}
-        parts |= {"gathered": gathered_bytes(s, True), "kept": took["kept"]}
-        return parts | {"working": took["working"]} | always
-
-    waits = cfg.rl and not cfg.offload  # on the GPU
+def phases(cfg: Config) -> dict[str, dict[str, float]]:
+    """{phase: {part: GB of a GPU}}. A phase takes the sum of its parts."""
+    models = {name: future.result()._asdict() for name, future in footprints(cfg).items()}
+    syncs = {name: parts.pop("sync") for name, parts in models.items()}
+    policy = models["policy"]
     if not cfg.rl:
-        return {"learn": learn(policy, c, critic)}
-    engine = {"engine": BF16 * (policy.tower + trained(policy)), "cache": 1e9 * cfg.kv_cache_gb}
-    synced = {"state": state(policy), "idle": waits * state(critic), "gathered": BF16 * policy.rest}
-    valuing = learn(critic, valued, policy)
-    judged = {"gathered": gathered_bytes(critic, False), "kept": 0}
-    judged["working"] = forward_bytes(c, tokens)
+        return {"update": policy}
+
+    def waiting(active: str = "") -> dict[str, float]:
+        """Weights, gradients and moments of the models whose turn it is not."""
+        idle = [[*parts.values()][:3] for name, parts in models.items() if name != active]
+        return {"waiting": 0.0 if cfg.offload else sum(map(sum, idle))}
+
+    engine = {"engine": engine_gb(cfg.config), "cache": cfg.kv_cache_gb}
     return {
-        "answer": {"idle": waits * state(policy, critic)} | engine | always,
-        "judge": valuing | judged,
-        "learn critic": valuing,
-        "learn policy": learn(policy, c, critic),
-        "sync": synced | engine | always,
+        "load": waiting("policy") | {name: policy[name] for name in ("weights", "moments")},
+        "sample": engine | waiting(),
+        **{name: waiting(name) | parts for name, parts in models.items()},
+        "sync": engine | waiting("policy") | policy | {"kept": 0.0, "working": syncs["policy"]},
     }
 
 
-def peaks(cfg: Config, c: ModelConfig, known: dict) -> dict[str, float]:
-    """{phase: GB of a GPU}"""
-    return {phase: sum(parts.values()) / 1e9 for phase, parts in memory(cfg, c, known).items()}
+def peak_gb(cfg: Config) -> float:
+    return RESERVE_GB + max(sum(parts.values()) for parts in phases(cfg).values())
 
 
-# ------------------------------------------------------------------ time, in seconds
+def cures(cfg: Config) -> list[dict]:
+    """Changes with which it fits: one setting, or all that save memory, or those on other GPUs."""
+    saving = {"recompute": "full", "pack_tokens": cfg.document}
+    if cfg.rl:  # the cache has to hold one longest response
+        least = cfg.document * token_bytes(cfg.config)
+        saving |= {"offload": True, "kv_cache_gb": (least // 10**8 + 1) / 10}
+    saving = {name: value for name, value in saving.items() if getattr(cfg, name) != value}
+    single = [{name: value} for name, value in saving.items()]
+    machines = [{"gpus": n} for n in (2, 4, 8) if n > cfg.gpus]
+    machines += [{"gpu": name} for name in GPUS if GPUS[name][0] > GPUS[cfg.gpu][0]]
+    for changes in single, [saving], [saving | machine for machine in machines]:
+        pairs = [(change, replace(cfg, **change)) for change in changes]
+        for _, other in pairs:
+            footprints(other)  # all begin before the first is waited for
+        if good := [change for change, other in pairs if peak_gb(other) <= GPUS[other.gpu][0]]:
+            return good
+    return []
 
 
-def executed_flops(c: ModelConfig, length: int, kind: str) -> float:
-    """train_flops of a document and what backward does again: the head; selective: o, gate and up
-    (the block's last product is read by nobody); full: all of the blocks but that product.
-    """
-    token = 2 * c.num_hidden_layers * c.hidden_size * length
-    blocks = train_flops(replace(c, vocab_size=0), length) / 3
-    selective = token * (c.hidden_size + 2 * c.intermediate_size)
-    full = blocks - token * c.intermediate_size
-    again = {"none": 0, "selective": selective, "full": full}[kind]
-    return train_flops(c, length) + 2 * c.vocab_size * c.hidden_size * length + again
+# ------------------------------------------------------------------ time
 
 
-def train_seconds(c: ModelConfig, length: int, kind: str, tflops: float, known: dict) -> float:
-    """Of a document: model FLOPs / (peak x MFU), times the FLOPs it executes over those that were
-    executed where MFU was measured.
-    """
-    points = sorted((int(at), share) for at, share in known["mfu"].items())
-    mfu = np.interp(length, *zip(*points, strict=True))
-    ran = executed_flops(c, length, known["mfu_recompute"])
-    again = executed_flops(c, length, kind) / ran
-    return train_flops(c, length) / (1e12 * tflops * mfu) * again
+def at_once(cfg: Config) -> int:
+    """Responses that a GPU samples at once: what the cache holds of average ones."""
+    room = cfg.kv_cache_gb * 1e9 // (token_bytes(cfg.config) * (PROMPT + cfg.average))
+    return max(1, min(cfg.sampler_batch, int(room)))
 
 
-def gather_seconds(s: Sizes, shards: int, nvlink: float, backward: bool = True) -> float:
-    """Of a micro-batch in a node: bf16 weights gathered, the layers' twice, fp32 gradients reduced
-    and scattered; a GPU has 1/n of them and receives the others.
-    """
-    sent = BF16 * trained(s) + backward * (BF16 * s.layers + FP32 * trained(s))
-    return sent * (shards - 1) / shards / (1e9 * nvlink)
-
-
-def reduce_seconds(s: Sizes, nodes: int, shards: int, network: float) -> float:
-    """Of an optimiser step, across nodes: a ring sends 2 (n-1)/n of a GPU's slice in fp32."""
-    return 2 * (nodes - 1) / nodes * FP32 * trained(s) / shards / (1e9 * network)
-
-
-def decode_steps(lengths: list[int], rows: int) -> int:
-    """Token steps of so many rows that take the next response whenever one ends."""
-    ends = [0] * rows
-    for length in lengths:
-        heapq.heapreplace(ends, ends[0] + length)
-    return max(ends)
-
-
-def decode_seconds(c: ModelConfig, lengths: list[int], prompt: int, rows: int, hbm: float) -> float:
-    """Bound by bandwidth: each step reads blocks and head once, each token all keys and values
-    before it, in a response of n tokens n prompt + n^2 / 2. Prompts are read in no time.
-    """
-    weights = BF16 * (sizes(c).layers + c.vocab_size * c.hidden_size)
-    before = sum(n * prompt + n * n / 2 for n in lengths)
-    return (decode_steps(lengths, rows) * weights + cache_bytes(c) * before) / (1e9 * hbm)
-
-
-def lengths_of(cfg: Config, known: dict, count: int = 256) -> list[int]:
-    """Those of a step that has been; else quantiles of a lognormal, cut at the longest, in random
-    order.
-    """
-    if "lengths" in known:
-        return known["lengths"]
-    spread, normal = known["spread"], NormalDist()
-    middle = math.log(cfg.typical) - spread**2 / 2
-    drawn = [math.exp(middle + spread * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
-    random.Random(0).shuffle(drawn)
-    return [min(cfg.length, max(1, round(n))) for n in drawn]
-
-
-def live_bytes(cfg: Config, c: ModelConfig, known: dict) -> float:
-    """Of the cache, a response at work: half of it is there on average, long ones for longer."""
-    lengths = lengths_of(cfg, known)
-    return cache_bytes(c) * (known["prompt"] + sum(n * n for n in lengths) / sum(lengths) / 2)
-
-
-def seconds(cfg: Config, c: ModelConfig, known: dict) -> dict[str, float]:
-    """{phase of a step: its seconds}. Traffic inside a node hides behind work where it can."""
-    _, tflops, hbm, nvlink, network = GPUS[cfg.gpu]
-    nvlink, network, hbm = nvlink * known["links"], network * known["links"], hbm * known["decode"]
-    nodes, shards, prompt = math.ceil(cfg.gpus / NODE), min(cfg.gpus, NODE), known["prompt"]
-    policy, critic, valued = sizes(c), sizes(c, "value"), replace(c, vocab_size=1)
-    documents = [length + prompt * cfg.rl for length in lengths_of(cfg, known)]
-    packs = math.ceil(cfg.share * mean(documents) / cfg.pack_tokens)
-
-    def work(model: ModelConfig) -> float:
-        took = (train_seconds(model, d, cfg.recompute, tflops, known) for d in documents)
-        return cfg.share * mean(took)
-
-    def gathers(s: Sizes, backward: bool = True) -> float:
-        return packs * gather_seconds(s, shards, nvlink, backward)
-
-    reduced = reduce_seconds(policy, nodes, shards, network)
-    learn = max(work(c), gathers(policy))
+def seconds(cfg: Config) -> dict[str, float]:
+    """{phase: seconds of a step}, at the assumed shares of the GPU's peak and bandwidth."""
+    c, (_, tflops, gbs) = cfg.config, GPUS[cfg.gpu]
+    speed = 1e12 * tflops * cfg.mfu * cfg.gpus / EXECUTED[cfg.recompute]
     if not cfg.rl:
-        return {"learn": learn, "all-reduce": reduced}
-    share = sum(train_flops(valued, d) / 3 for d in documents)  # of judge: forward alone
-    share /= sum(executed_flops(valued, d, cfg.recompute) for d in documents)
-    answers = lengths_of(cfg, known, math.ceil(cfg.share))
-    held = int(1e9 * cfg.kv_cache_gb / live_bytes(cfg, c, known))
-    rows = max(1, min(cfg.sampler_batch, held))
-    moved = 2 * MOVED * (trained(policy) + trained(critic)) / shards / (1e9 * known["host_gbs"])
-    return {
-        "answer": decode_seconds(c, answers, prompt, rows, hbm),
-        "judge": max(share * work(valued), gathers(critic, False)),
-        "learn critic": max(work(valued), gathers(critic)),
-        "learn policy": learn,
-        "all-reduce": reduced + 4 * reduce_seconds(critic, nodes, shards, network),
-        "offload": moved * cfg.offload,
-    }
+        rows = (cfg.batch or 640) * cfg.pack_tokens / cfg.average
+        return {"update": rows * qwen.train_flops(c, cfg.average) / speed}
+    responses = cfg.batch or 8192
+    tokens = responses / cfg.gpus * cfg.average  # that a GPU samples
+    weights = tokens / at_once(cfg) * 1e9 * engine_gb(c)  # bytes read, once for a token of each row
+    keys = tokens * (PROMPT + cfg.average / 2) * token_bytes(c)  # and values, before each token
+    update = responses * qwen.train_flops(c, PROMPT + cfg.average) / speed
+    critic = {} if cfg.algorithm == "grpo" else {"critic": update * 4 / 3}  # values, then update
+    sample = (weights + keys) / (1e9 * gbs * cfg.decode)
+    return {"sample": sample} | critic | {"policy": update}
 
 
-# ------------------------------------------------------------------ the choice
-
-
-def with_sampler(cfg: Config, c: ModelConfig, known: dict) -> Config:
-    """KV cache: what answer and sync leave, but at least one longest response and at most all of a
-    GPU's. Batch: as many as it holds.
-    """
-    live, token = live_bytes(cfg, c, known), cache_bytes(c)
-    most = min(cfg.sampler_batch or MOST_ROWS, math.ceil(cfg.share / cfg.samples) * cfg.samples)
-    empty = peaks(replace(cfg, kv_cache_gb=0.0), c, known)
-    spare = 1e9 * (GPUS[cfg.gpu][0] - max(empty["answer"], empty["sync"]))
-    room = max(cfg.longest * token + 1e8, min(spare, most * live))
-    gb = cfg.kv_cache_gb or math.floor(room / 1e8) / 10
-    rows = max(1, min(most, int(1e9 * gb / live)) // cfg.samples) * cfg.samples
-    return replace(cfg, kv_cache_gb=gb, sampler_batch=cfg.sampler_batch or rows)
-
-
-def fitting(cfg: Config, c: ModelConfig, known: dict) -> Iterator[Config]:
-    """What was left open, chosen in every way that fits the GPU in every phase."""
-    kinds = [cfg.recompute] if cfg.recompute else RECOMPUTE
-    waits = [False, True][: 1 + cfg.rl] if cfg.offload is None else [cfg.offload]
-    packs = [cfg.pack_tokens] if cfg.pack_tokens else [cfg.longest * n for n in (1, 2, 4)]
-    for kind, wait, pack in product(kinds, waits, packs):
-        tried = replace(cfg, recompute=kind, offload=wait, pack_tokens=pack)
-        tried = with_sampler(tried, c, known) if cfg.rl else tried
-        if max(peaks(tried, c, known).values()) <= GPUS[cfg.gpu][0]:
-            yield tried
-
-
-def nearest(cfg: Config, c: ModelConfig, known: dict) -> Iterator[str]:
-    """Changes that fit: settings let go, more GPUs, larger ones, the most tokens that do."""
-    free = dict(recompute="", offload=None, pack_tokens=0, sampler_batch=0, kv_cache_gb=0.0)
-    changes = [{name: value} for name, value in free.items() if getattr(cfg, name) != value]
-    changes += [free] if len(changes) > 1 else []
-    changes += [{"gpus": n} for n in (2, 4, 8) if n > cfg.gpus]
-    changes += [{"gpu": name} for name in GPUS if GPUS[name][0] > GPUS[cfg.gpu][0]]
-    for change in changes:
-        if best := next(fitting(replace(cfg, **change), c, known), None):
-            yield " ".join(f"--{k.replace('_', '-')} {getattr(best, k)}" for k in change)
-    for length in range(cfg.length // 1024 * 1024, 0, -1024):
-        if best := next(fitting(replace(cfg, length=length, pack_tokens=0), c, known), None):
-            return (yield f"--length {length} --pack-tokens {best.pack_tokens}")
-
-
-def choose(cfg: Config, c: ModelConfig, known: dict) -> Config:
-    """The fastest that fits, of equals with the smallest packs; ValueError with cures if none."""
-    if fits := [*fitting(cfg, c, known)]:
-        return min(fits, key=lambda x: (sum(seconds(x, c, known).values()), x.pack_tokens))
-    where = f"{cfg.gpus} x {cfg.gpu} of {GPUS[cfg.gpu][0]} GB"
-    what = f"{cfg.stage} of {cfg.model} at {cfg.length} tokens does not fit {where}"
-    cures = "; ".join(nearest(cfg, c, known)) or "nothing that was tried"
-    raise ValueError(f"{what}. Each of these would: {cures}")
-
-
-def constants(file: str) -> tuple[dict, set[str]]:
-    """ASSUMED with what was measured in its place, and the names of that."""
-    found = json.loads(Path(file).read_text()).get("plan", {}) if file else {}
-    if file and (not found or set(found) - set(ASSUMED)):
-        raise ValueError(f'{file}: its key "plan" must hold some of {", ".join(ASSUMED)}')
-    return ASSUMED | found, set(found)
-
-
-# ------------------------------------------------------------------ beside what was measured
-
-
-def gpu_of(name: str) -> str:
-    """Which of GPUS a driver's name is: "NVIDIA H100 80GB HBM3" is h100; empty: none of them."""
-    words = name.lower().replace("-", " ").split()
-    if {"pcie", "nvl"} & {*words}:  # slower than SXM
-        return ""
-    fits = (g for g in GPUS if all(any(w.startswith(x) for w in words) for x in g.split("-")))
-    return next(fits, "")
-
-
-def here() -> str:
-    return gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
-
-
-def known_here() -> dict:
-    """Constants that bench/gpu.py has measured on this very kind of GPU, else those assumed."""
-    file = Path(MEASURED)
-    if file.is_file() and torch.cuda.is_available():
-        if json.loads(file.read_text())["machine"]["name"] == torch.cuda.get_device_name():
-            return constants(MEASURED)[0]
-    return ASSUMED
-
-
-def config_of(stage: str, run, gpu: str, gpus: int) -> Config:
-    """The plan of a run from its own configuration (coldstart.Config, rl.Config)."""
-    what = dict(
-        stage=stage, gpu=gpu, gpus=gpus, recompute=run.recompute, pack_tokens=run.pack_tokens
-    )
-    if stage == "coldstart":
-        return Config(length=run.max_tokens, batch=run.batch, **what)
-    what |= dict(length=max(run.lengths), prompt_tokens=run.prompt_tokens, samples=run.samples)
-    what |= dict(batch=run.problems * run.samples, offload=run.offload)
-    return Config(sampler_batch=run.sampler_batch, kv_cache_gb=run.kv_cache_gb, **what)
-
-
-def show_beside(stage: str, run, c: ModelConfig, gpus: int, packs: list, took: dict):
-    """Prints a step that has been beside its plan, if this machine's GPU is one of GPUS.
-
-    run: the stage's configuration; packs: data.Pack of this GPU, with whose lengths it is planned,
-    not with those assumed; took: the step's metrics, "seconds_PHASE" and "peak_gb".
-    """
-    if not (gpu := here()):
-        return
-    try:
-        cfg = config_of(stage, run, gpu, gpus)
-    except ValueError as error:
-        return print(f"no plan: {error}")
-    whole = [length for pack in packs for length in pack.lengths]
-    trained = [length for pack in packs for length in pack.trained]
-    known = known_here() | {"lengths": trained if cfg.rl else whole}
-    known["prompt"] = (sum(whole) - sum(trained)) / len(whole)
-    planned, gb = seconds(cfg, c, known), max(peaks(cfg, c, known).values())
-    if cfg.rl:  # the critic's turn, the policy's, and what lies between
-        planned["learn"] = sum(planned[x] for x in planned if x not in ("answer", "judge"))
-    pairs = [
-        (name, took[f"seconds_{name}"], "s", planned[name])
-        for name in ("answer", "judge", "learn")
-        if f"seconds_{name}" in took and planned.get(name)
-    ]
-    pairs.append(("memory", took["peak_gb"], "GB", gb))
-    told = (f"{name} {x:.3g} {unit} for {y:.3g} ({x / y - 1:+.0%})" for name, x, unit, y in pairs)
-    print("measured for planned:", ", ".join(told))
+# ------------------------------------------------------------------ what is printed
 
 
 def main(cfg: Config):
-    c = MODELS[cfg.model] if cfg.model in MODELS else read_config(cfg.model)
-    known, measured = constants(cfg.measured)
-    best, s, (gb, *_, nvlink, _) = choose(cfg, c, known), sizes(c), GPUS[cfg.gpu]
-    print(f"{cfg}\n{trained(s) / 1e9:.3f} B trained, {s.tower / 1e9:.3f} B frozen parameters")
-    for phase, parts in memory(best, c, known).items():
-        shown = "  ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
-        print(f"{phase:12} {sum(parts.values()) / 1e9:5.1f} of {gb} GB: {shown}")
-    if best.offload:
-        waits = MOVED * (trained(s) + trained(sizes(c, "value"))) / 1e9
-        print(f"host         {waits:.0f} GB a node: masters and moments of both models")
-    took, steps = seconds(best, c, known), cfg.steps or (900 if cfg.rl else 15_625)
-    step, tokens = sum(took.values()), cfg.share * cfg.gpus * mean(lengths_of(cfg, known))
-    print("a step       " + ", ".join(f"{name} {t:.1f} s" for name, t in took.items()))
-    print(f"in all       {step / 60:.1f} min x {steps} = {step * steps / 3600:.0f} h")
-    gather = gather_seconds(s, min(cfg.gpus, NODE), nvlink * known["links"])
-    print(f"speed        {tokens / step:.0f} tokens/s; traffic inside a node {gather:.2f} s a pack")
-    chosen = ["recompute", "pack_tokens"] + ["offload", "sampler_batch", "kv_cache_gb"] * cfg.rl
-    flags = " ".join(f"--{k.replace('_', '-')} {getattr(best, k)}" for k in chosen)
-    print(
-        "recommended ", flags.replace("--offload True", "--offload").replace("--offload False ", "")
-    )
-    for name, value in known.items():
-        print(f"{'measured' if name in measured else 'assumed':12} {name} {value}")
-    print("Derived from what was measured" if measured else "All derived: nothing was measured")
+    (gb, tflops, gbs), table, peak = GPUS[cfg.gpu], phases(cfg), peak_gb(cfg)
+    print(f"{'GB of a GPU':12}" + "".join(f"{name:>10}" for name in (*PARTS, "sum")))
+    for phase, parts in table.items():
+        sizes = [parts.get(name, 0.0) for name in PARTS]
+        cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
+        print(f"{phase:12}" + "".join(cells))
+    fits = "fits" if peak <= gb else "DOES NOT FIT"
+    print(f"{peak:.1f} GB with {RESERVE_GB:g} GB in reserve: {fits} {cfg.gpu} of {gb} GB")
+    if cfg.rl and cfg.offload:
+        states = sum(x.result().weights + x.result().moments for x in footprints(cfg).values())
+        print(f"host memory: {states * min(cfg.gpus, NODE):.0f} GB a node, of models that wait")
+    times, steps = seconds(cfg), cfg.steps or (900 if cfg.rl else 1060)
+    print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
+    print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")
+    what = f"{EXECUTED[cfg.recompute]:.2f} times the model's FLOPs; rows of {cfg.average} tokens"
+    print(f"assumed: {cfg.mfu:.0%} of {tflops} TFLOP/s in training, {what}")
+    if cfg.rl:
+        how = f"prompts of {PROMPT} tokens; {at_once(cfg)} responses at once"
+        print(f"assumed: {cfg.decode:.0%} of {gbs} GB/s in sampling; {how}")
+    print("not counted: waiting for the longest response, traffic, checkpoints")
+    if peak > gb:
+        print("looking for changes with which it fits ...", flush=True)
+        sys.exit(advice(cfg))
+
+
+def advice(cfg: Config) -> str:
+    changes, text = cures(cfg), f"{cfg.gpus} x {cfg.gpu} of {GPUS[cfg.gpu][0]} GB: "
+    if not changes or {"gpus", "gpu"} & changes[0].keys():
+        text += "not without LoRA, which is not here yet. "
+    return text + ("It fits with " + ", or with ".join(map(flags, changes)) if changes else "")
+
+
+def flags(change: dict) -> str:
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in change.items())
+    return " ".join(name if value is True else f"{name} {value}" for name, value in pairs)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_main(main, Config)

@@ -1,0 +1,343 @@
+"""Documents of unequal length become packs of equal work, for one rank or many.
+
+    rollouts of each rank    ──exchange──▶ all rollouts of the batch, on every rank, in one order
+    lengths of all documents ──plan_packs──▶ which rank packs which documents
+    documents of one pack    ──make_pack──▶ Pack: what the model reads, and what is trained in it
+
+A pack is a micro-batch: whole documents back to back up to a budget of tokens, no padding, no cut.
+What is trained follows from lengths, never from token ids: a mask of `ids == pad` also masks the
+stop token. From here on a pack carries its own numbers, one for each trained token (the sampler's
+log-probs, values, advantages, returns), in one order, so that nothing is ever looked up elsewhere.
+
+Ranks run their k-th packs together and meet at every layer, where FSDP gathers its weights, so all
+wait for the costliest of them. A token costs more in a long document, whose attention grows with
+the square of its length (PaLM, arXiv 2204.02311, app. B): one document of 64k tokens takes 1.7
+times as long as eight of 8k. Hence documents are balanced by FLOPs, not by tokens. Every rank makes
+the same plan from the same lengths, so nothing has to be agreed on.
+
+The paper says "sample packing" and no more: what goes into which pack, and its order, are ours.
+Dimensions: T tokens of a pack, E of its documents (T where they share none), R trained, S patches,
+M image tokens.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.data import MERGE_SIZE, PATCH_VALUES, Document, Prompt, image_tokens
+from model import Inputs, mrope_positions
+
+PIECE = 16  # samples of a problem stay together up to 1/16 of a pack: fine enough to balance
+
+
+# ------------------------------------------------------------------ one pack
+
+
+@dataclass(kw_only=True)
+class Pack(Inputs):
+    """What the model reads, what is trained in it, and what RL knows of each trained token."""
+
+    rows: Tensor  # (R,) int64: of each trained token, the row before it, where it is predicted
+    targets: Tensor  # (R,) int64: the ids of the trained tokens
+    counts: list[int]  # trained tokens of each document; their sum is R
+    members: list[int]  # index of each document in the batch
+    names: list[str]  # of the documents, for error messages
+    logps: Tensor | None = None  # (R,) float32, by the sampler when it drew the token
+    old_logps: Tensor | None = None  # (R,) by the trainer before the first of several policy steps
+    rewards: Tensor | None = None  # (R,) zero but for a document's last token
+    values: Tensor | None = None  # (R,) the critic's, before the token
+    advantages: Tensor | None = None  # (R,)
+    returns: Tensor | None = None  # (R,) the critic's targets
+
+    def __post_init__(self):
+        tokens, patches = len(self.ids), 0 if self.patches is None else len(self.patches)
+        rows = tokens if self.expand is None else len(self.expand)
+        assert sum(self.lengths) == rows, f"lengths sum to {sum(self.lengths)}, not {rows} rows"
+        assert self.positions.shape == (3, tokens), f"{self.positions.shape} for {tokens} tokens"
+        trained = (sum(self.counts),)
+        assert self.rows.shape == self.targets.shape == trained, f"{self.rows.shape}, {trained}"
+        assert self.slots.shape == self.sources.shape, f"{self.slots.shape} {self.sources.shape}"
+        assert sum(map(math.prod, self.grids)) == patches, f"{self.grids} for {patches} patches"
+        last = max([-1, *self.sources.tolist()])
+        assert last < patches // MERGE_SIZE**2, f"an image token wants row {last}: {self.grids}"
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """Onto a GPU from pinned memory: the host goes on and does not wait for the copy."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = copy(self)  # it was checked already, and to check on the GPU is to wait for it
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.pin_memory().to(device, non_blocking=True))
+        return moved
+
+
+def make_pack(
+    documents: Sequence, members: Sequence[int] | None = None, share_prompts: bool = False
+) -> Pack:
+    """One pack of `documents` (anything with prompt, response_ids and name), in this order.
+
+    members: their indices in the batch. A picture that several documents show stands once.
+    share_prompts: so does the whole prompt. Documents with the same `prompt` object (samples of one
+    problem) then share its rows, and projections, MLPs and embedding run once for it: of 16
+    responses as long as their prompt 17 parts are left of 32. `expand` lists every document's rows
+    for attention, which is as before; so are all log-probs and gradients, to rounding.
+
+    Raises ValueError where a document has no prompt: nothing would predict its first token.
+    """
+    ids, positions, expand, rows, targets, length = [], [], [], [], [], 0
+    patches, grids, slots, sources = [], [], [], []
+    prompt_starts, picture_rows, seen = {}, {}, 0  # of prompts that stand in ids; of the tower
+    for document in documents:
+        prompt, response = document.prompt, torch.as_tensor(document.response_ids).long()
+        size = len(prompt.ids)
+        if not size:
+            raise ValueError(f"{document.name or 'a document'} has no prompt to be predicted from")
+        images = list(zip(prompt.offsets, prompt.grids, strict=True))
+        places = mrope_positions(size + len(response), images, MERGE_SIZE)
+        start = prompt_starts.get(id(prompt))
+        if is_new := start is None:
+            start, length = length, length + size
+            ids.append(torch.tensor(prompt.ids))
+            positions.append(places[:, :size])
+            if share_prompts:
+                prompt_starts[id(prompt)] = start
+        own = torch.cat([torch.arange(size) + start, torch.arange(len(response)) + length])
+        ids.append(response)
+        positions.append(places[:, size:])
+        length += len(response)
+        expand.append(own)
+        rows.append(own[size - 1 : -1] if len(response) else own[:0])
+        targets.append(response)
+        if not images or not is_new:
+            continue
+        counts = [image_tokens(grid, MERGE_SIZE) for grid in prompt.grids]
+        if id(prompt.patches) not in picture_rows:
+            picture_rows[id(prompt.patches)], seen = seen, seen + sum(counts)
+            patches.append(prompt.patches)
+            grids += prompt.grids
+        sources.append(torch.arange(sum(counts)) + picture_rows[id(prompt.patches)])
+        for offset, count in zip(prompt.offsets, counts, strict=True):
+            slots.append(torch.arange(count) + start + offset)
+    none, every = torch.zeros(0, dtype=torch.int64), torch.cat(expand)
+    return Pack(
+        ids=torch.cat(ids),
+        positions=torch.cat(positions, dim=1),
+        lengths=[len(own) for own in expand],
+        patches=torch.cat(patches) if patches else None,
+        grids=grids,
+        slots=torch.cat([none, *slots]),
+        sources=torch.cat([none, *sources]),
+        expand=every if len(every) > length else None,
+        rows=torch.cat([none, *rows]),
+        targets=torch.cat([none, *targets]),
+        counts=[len(response) for response in targets],
+        members=list(range(len(documents)) if members is None else members),
+        names=[document.name for document in documents],
+    )
+
+
+def pack_alone(documents: Sequence) -> Pack:
+    """All documents in one pack, from short to long: attention takes equal lengths as one batch."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    return make_pack([documents[i] for i in order], order)
+
+
+def filler_pack() -> Pack:
+    """Two tokens, none trained: for a rank that has run out of packs while others run theirs."""
+    return make_pack([Document(Prompt([0, 0], [0, 0], None, (), ()), [])], members=[])
+
+
+def with_blank_picture(pack: Pack) -> Pack:
+    """A pack that runs the vision tower even without a picture of its own; no token shows this one.
+
+    Where the tower is trained the ranks gather its shards together, and one that left it out would
+    keep the others waiting for ever. Its gradient is 0, as if it had been left out.
+    """
+    if pack.patches is not None:
+        return pack
+    return replace(pack, patches=torch.zeros(MERGE_SIZE**2, PATCH_VALUES), grids=[(1, 2, 2)])
+
+
+# ------------------------------------------------------------------ the rollouts of all ranks
+
+
+def exchange(rollouts: list, problems: list, world) -> tuple[list, list[int]]:
+    """Every rank's rollouts on every rank, in the order of the batch; and the tokens of each.
+
+    Ids and log-probs travel as arrays, 8 bytes a token, verdicts and rewards with them; prompts and
+    texts stay where they are. problems: of the batch, which every rank knows.
+    """
+    mine, sent = {(r.index, r.sample): r for r in rollouts}, {}
+    for key, r in mine.items():
+        ids, logps = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
+        bare = replace(r, problem=None, prompt=None, text="", response_ids=ids, logps=logps)
+        sent[key] = bare, len(r.document)
+    every, lengths = [], []
+    for key, (bare, length) in sorted(distributed.union(world, sent).items()):
+        every.append(mine.get(key) or replace(bare, problem=problems[bare.index]))
+        lengths.append(length)
+    return every, lengths
+
+
+def share_packs(
+    rollouts: list, lengths: list[int], cfg, cost: Callable, encode: Callable, world
+) -> list[list[Pack]]:
+    """This rank's packs of each part of the batch, with the sampler's log-probs and the rewards.
+
+    A part is whole problems and does not depend on the number of ranks, so that an optimiser that
+    takes a step a part takes the same steps on any. Every rollout is in exactly one pack of one
+    rank; ranks get equally many packs, and those that run at the same time cost about the same.
+
+    cfg: parts, pack_tokens, train_vision. encode: a problem's prompt, for rollouts of other ranks.
+    """
+    ends = [i for i, r in enumerate(rollouts) if i == 0 or r.index != rollouts[i - 1].index]
+    edges = [ends[len(ends) * k // cfg.parts] for k in range(cfg.parts)] + [len(rollouts)]
+    prompts, shares = {}, []
+    for first, end in zip(edges, edges[1:], strict=False):
+        groups = [r.index for r in rollouts[first:end]]
+        plan = plan_packs(lengths[first:end], groups, cfg.pack_tokens, world.size, cost)
+        shares.append([])
+        for members in plan[world.rank]:
+            members = sorted((first + i for i in members), key=lengths.__getitem__)
+            for r in (rollouts[i] for i in members):
+                r.prompt = r.prompt or prompts.get(r.index) or encode(r.problem)
+                prompts[r.index] = r.prompt  # samples share the object, and so its rows in a pack
+            pack = rollout_pack([rollouts[i] for i in members], members)
+            # ranks gather a trained tower together, and Adam wants a gradient of 0, not none
+            shares[-1].append(with_blank_picture(pack) if cfg.train_vision else pack)
+    return shares
+
+
+def rollout_pack(rollouts: list, members: list[int]) -> Pack:
+    """A pack of rollouts; a filler, if there are none."""
+    pack = make_pack(rollouts, members, share_prompts=True) if rollouts else filler_pack()
+    pack.logps = torch.cat([torch.zeros(0), *(torch.as_tensor(r.logps) for r in rollouts)])
+    pack.rewards = torch.zeros(len(pack.targets))
+    if rollouts:
+        ends = torch.tensor(pack.counts).cumsum(0) - 1
+        pack.rewards[ends] = torch.tensor([float(r.reward) for r in rollouts])
+    return pack
+
+
+# ------------------------------------------------------------------ which documents go where
+
+
+def plan_packs(
+    lengths: Sequence[int],
+    groups: Sequence[Hashable],
+    budget: int,
+    ranks: int = 1,
+    cost: Callable[[int], float] = float,
+) -> list[list[list[int]]]:
+    """For each rank its packs, for each pack the indices of its documents; an empty one: a filler.
+
+    Every rank gets equally many packs. A step lasts as long as the costliest k-th packs take,
+    summed over k. Two ways to fill them, and the better plan is taken: all packs alike, which is
+    best where there are many; or row after row, where long documents meet long ones, which is best
+    where a rank has few packs and not every pack can cost the same.
+
+    groups: the problem of each document; samples of one stay together as far as that costs no
+        waiting, since they can share their prompt.
+    cost: FLOPs of a document of so many tokens; by default its tokens.
+    Raises ValueError where a document is longer than the budget.
+    """
+    if not lengths:
+        return [[] for _ in range(ranks)]
+    if max(lengths) > budget:
+        raise ValueError(
+            f"document {lengths.index(max(lengths))} has {max(lengths)} tokens, a pack holds "
+            f"{budget}: raise --pack-tokens, or leave the document out"
+        )
+    costs = [cost(length) for length in lengths]
+    pieces = cut_groups(lengths, costs, groups, budget, ranks)
+    pieces.sort(key=lambda piece: -total(piece, costs))
+    sizes = [(total(piece, lengths), total(piece, costs)) for piece in pieces]
+    share = sum(costs) / ranks
+    plans = [deal(fill_alike(pieces, sizes, budget, ranks), costs, ranks)]
+    if duration(plans[0], costs) > 1.01 * share:
+        rows = fill_rows(pieces, sizes, budget, ranks)
+        reachable = min(total(members, costs) for members in rows[:ranks])
+        plans.append(deal(rows, costs, ranks))
+        plans.append(deal(fill_rows(pieces, sizes, budget, ranks, reachable), costs, ranks))
+    return min(plans, key=lambda plan: duration(plan, costs))
+
+
+def total(members: Sequence[int], values: Sequence[float]) -> float:
+    return sum(values[i] for i in members)
+
+
+def duration(plan: list[list[list[int]]], costs: list[float]) -> float:
+    """Of a step: packs that run together take as long as the costliest of them."""
+    return sum(max(total(members, costs) for members in row) for row in zip(*plan, strict=True))
+
+
+def cut_groups(
+    lengths: Sequence[int], costs: list[float], groups: Sequence, budget: int, ranks: int
+) -> list[list[int]]:
+    """Each group in its order, cut where a piece would be too large to balance the ranks with."""
+    packs = -(-sum(lengths) // (budget * ranks)) * ranks
+    tokens, work = (budget / PIECE, sum(costs) / packs / PIECE) if ranks > 1 else (budget, math.inf)
+    pieces, newest = [], {}
+    for i, group in enumerate(groups):
+        piece = newest.get(group, [])
+        longer = [*piece, i]
+        if piece and total(longer, lengths) <= tokens and total(longer, costs) <= work:
+            piece.append(i)
+        else:
+            newest[group] = [i]
+            pieces.append(newest[group])
+    return pieces
+
+
+def fill_alike(pieces: list[list[int]], sizes: list[tuple], budget: int, ranks: int) -> list:
+    """Costliest piece first, each into the cheapest pack that has room: all packs cost the same."""
+    count = -(-sum(tokens for tokens, _ in sizes) // (budget * ranks)) * ranks
+    while True:
+        packs, room, load = [[] for _ in range(count)], np.full(count, budget), np.zeros(count)
+        for piece, (tokens, work) in zip(pieces, sizes, strict=True):
+            best = int(np.where(room >= tokens, load, np.inf).argmin())
+            if room[best] < tokens:
+                break
+            packs[best] += piece
+            room[best] -= tokens
+            load[best] += work
+        else:
+            return packs
+        count += ranks
+
+
+def fill_rows(
+    pieces: list[list[int]], sizes: list[tuple], budget: int, ranks: int, cap: float = math.inf
+) -> list:
+    """Rows of one pack a rank, one after the other; a piece that would make its pack the costliest
+    of the row, or costlier than `cap`, waits for a later row. A pack's first piece always goes in.
+    """
+    packs, waiting = [], list(zip(pieces, sizes, strict=True))
+    while waiting:
+        row, room, load = [[] for _ in range(ranks)], np.full(ranks, budget), np.zeros(ranks)
+        rest = []
+        for piece, (tokens, work) in waiting:
+            most = max(min(cap, load.max()) - work, min(load.min(), max(cap - work, 0)))
+            fits = (room >= tokens) & (load <= most)
+            best = int(np.where(fits, load, np.inf).argmin())
+            if not fits[best]:
+                rest.append((piece, (tokens, work)))
+                continue
+            row[best] += piece
+            room[best] -= tokens
+            load[best] += work
+        packs, waiting = packs + row, rest
+    return packs
+
+
+def deal(packs: list[list[int]], costs: list[float], ranks: int) -> list[list[list[int]]]:
+    """Packs that cost about the same run together, one on each rank."""
+    falling = sorted(packs, key=lambda members: -total(members, costs))
+    return [falling[rank::ranks] for rank in range(ranks)]

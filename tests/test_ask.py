@@ -1,0 +1,108 @@
+"""ask.py: one question to a model directory, and to a server. (test_vllm_run.py asks a real one,
+as runs/serve.sh starts it.)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from test_vllm import ROOT
+
+from common import data
+from model import load_model
+from rollout import TorchSampler
+from tools import ask
+
+CHUNKS = [  # of a reply; a server like vLLM streams thoughts before the answer
+    ({"reasoning": "I count. "}, None),
+    ({"content": "There are "}, None),
+    ({"content": "three."}, "stop"),
+]
+
+
+class Server(BaseHTTPRequestHandler):
+    """OpenAI's interface: one model, one answer to all."""
+
+    questions = []
+
+    def do_GET(self):  # noqa: N802  the name is http.server's
+        self.send("application/json", json.dumps({"data": [{"id": "served"}]}))
+
+    def do_POST(self):  # noqa: N802
+        self.questions.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        lines = []
+        for delta, finish in CHUNKS:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            lines.append(f"data: {json.dumps({'choices': [choice]})}\n\n")
+        self.send("text/event-stream", "".join([*lines, "data: [DONE]\n\n"]))
+
+    def send(self, kind: str, text: str):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        """Not on the screen."""
+
+
+@pytest.fixture(scope="module")
+def problem(mini) -> data.Problem:
+    return next(p for p in data.read_problems(mini.train) if p.images)
+
+
+def test_a_model_directory_answers_a_question_about_a_picture(mini, problem, capsys):
+    ask.main(ask.Config(problem.prompt, image=problem.images, model=mini.model))
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    sampler = TorchSampler(load_model(mini.model), tokenizer, settings)
+    (rollout,) = sampler.generate([problem], 1, 40, temperature=0)
+    assert rollout.stopped and "boxed" in rollout.text
+    output = capsys.readouterr()
+    assert output.out == rollout.text + "\n" and mini.model in output.err
+
+
+def test_the_example_can_be_read_and_an_answer_that_was_cut_says_so(mini, capsys):
+    ask.main(ask.Config(ask.EXAMPLE, model=mini.model, max_tokens=2))
+    assert capsys.readouterr().out.endswith("[cut: --max-tokens]\n")
+
+
+def test_a_server_streams_thoughts_and_answer_of_the_model_it_has(problem, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    ask.main(ask.Config("How many?", image=problem.images, url=url))
+    server.shutdown()
+    assert capsys.readouterr().out == "I count. There are three.\n"
+    (body,) = Server.questions
+    picture, text = body["messages"][0]["content"]
+    assert body["model"] == "served" and body["temperature"] == 0 and "max_tokens" not in body
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "How many?"}
+
+
+@pytest.mark.parametrize(
+    "question, settings, said",
+    [
+        ("what <image> ?", {}, "1 markers <image> for 0 images"),
+        ("what ?", {"image": ("no.png",)}, "--image no.png: no such file"),
+        ("what ?", {"image": (__file__,)}, "test_ask.py: damaged picture"),
+        ("what ?", {"model": "nowhere"}, "nowhere"),
+        ("what ?", {"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1: .*; does it run"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_named(mini, question, settings, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        ask.main(ask.Config(question, **{"model": mini.model} | settings))
+
+
+def test_words_that_the_miniature_does_not_know_end_in_one_line_with_a_question_that_works(mini):
+    command = [sys.executable, "-m", "tools.ask", "--model", mini.model, "How many ?"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: the world of this model has 141 words")
+    assert "without How, many;" in line and ask.EXAMPLE in line

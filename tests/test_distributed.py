@@ -1,0 +1,590 @@
+"""distributed.py: two and four gloo processes give the numbers of one, wherever the pictures lie.
+
+    pytest tests/test_distributed.py       # starts itself under torchrun, twice
+
+Two ranks: pictures on one, text on the other, with the tower whole and sharded; first of all they
+are killed and started again. Four ranks: two groups that hold a copy of the weights each, as two
+nodes would, with recomputation and offload, and more ranks than packs.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import finished
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import coldstart
+import rl
+from common import checkpoint, data, distributed
+from common.packs import Pack, filler_pack, make_pack, with_blank_picture
+from model import Qwen25VL, load_model, read_config, save_model
+from tools import trace
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = distributed.World(0, 1, torch.device("cpu"))
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++")
+LIMIT = 120  # seconds after which a rank that hangs says where; a start takes a tenth
+
+
+def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
+    small = dict(model=mini["model"], data=mini["sft"], replay=mini["replay"], out=str(out))
+    small |= dict(epochs=0.5, batch_rows=7, valid=8, valid_every=1)
+    return coldstart.Config(**small | dict(pack_tokens=300, max_tokens=300) | changed)  # 3 steps
+
+
+def rl_config(mini: dict, out, **changed) -> rl.Config:
+    small = dict(model=mini["model"], data=mini["train"], out=str(out), steps=2, problems=6)
+    small |= dict(samples=4, lengths=((0, 12),), pack_tokens=100, prompt_tokens=64)
+    return rl.Config(**small | dict(warmup=2, save_every=100) | changed)
+
+
+RUNS = {  # of rl.py, by one process and by several
+    "rl": {},
+    "grpo": dict(algorithm="grpo", steps=1),
+    "policy_steps": dict(policy_steps=2, lr=1e-3, steps=1),
+    "vision": dict(train_vision=True),
+    # two responses for each of the critic's steps, on four ranks; a head that each rank draws whole
+    "few": dict(problems=4, samples=2, steps=1, value_init="paper"),
+}
+
+
+def in_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """In place of data.permutation: pictures and text alternate, so each rank has one kind."""
+    return np.arange(n)
+
+
+def reads_the_text(rollout) -> float:
+    """In place of rl.reward_of."""
+    return rollout.verdict.score * rollout.stopped + 0.5 * ("good" in rollout.text)
+
+
+def patch_all(setattr):
+    setattr(data, "permutation", in_order)
+    setattr(rl, "reward_of", reads_the_text)
+    setattr(rl, "LOGGED", 24)  # all rollouts of a step
+
+
+def stop_in_first_step():
+    """Ctrl-C in the first optimiser step of the process, for the last rank only.
+
+    -> the function to put in place of distributed.clip_gradients.
+    """
+    clip, calls = distributed.clip_gradients, []
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", 1)) - 1)
+
+    def clip_gradients(*arguments):
+        calls.append(None)
+        if last and len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*arguments)
+
+    return clip_gradients
+
+
+# ------------------------------------------------------------------ what runs under torchrun
+
+
+def picture_and_text(mini: dict) -> list[Pack]:
+    """One pack of a problem with a picture, one without."""
+    tokenizer = data.load_tokenizer(mini["model"])
+    settings, packs = data.load_image_settings(mini["model"]), []
+    for problem in data.read_problems(mini["train"])[:2]:
+        prompt = data.encode_prompt(problem.prompt, problem.images, tokenizer, settings)
+        packs.append(make_pack([data.Document(prompt, [20, 30, 2])]))
+    return packs
+
+
+def gradients(mini: dict, world, head: str) -> dict:
+    """Of the summed output over both packs: rank r has the r-th, one process has both. A critic
+    comes with a tower that trains, and so is sharded.
+    """
+    torch.manual_seed(0)
+    model = distributed.load(mini["model"], world, head, train_vision=head == "value")
+    packs = picture_and_text(mini)[world.rank :: world.size] or [filler_pack()]
+    packs = [with_blank_picture(pack) if head == "value" else pack for pack in packs]
+
+    def total(pack: Pack) -> torch.Tensor:
+        return (model.logps(pack)[0] if head == "lm" else model.values(pack)).sum()
+
+    with torch.no_grad():  # as the critic's values are read before it learns
+        for pack in packs:
+            total(pack)
+    for pack in packs:
+        distributed.backward(model, total(pack), world, last=True)
+    norm = distributed.clip_gradients(model, 1e9)
+    grads = {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    weights = {name: weight.clone() for name, weight in distributed.whole_weights(model)}
+    sharded = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    return {"gradients": whole, "norm": norm, "weights": weights, "sharded": sharded}
+
+
+def small_things(world) -> dict:
+    r = world.rank
+    pairs = {"a": (3.0 + r, 2), "one": (5.0 * r, r), "nobody": (0.0, 0)}
+    dynamic = [[*distributed.my_problems(world, 5, key, dynamic=True)] for key in ("a", "b")]
+    return {
+        "union": distributed.union(world, {r: "x" * r}),
+        "static": [*distributed.my_problems(world, 5, "static", dynamic=False)],
+        "dynamic": dynamic,
+        "sums": distributed.sums(world, 2**53 - 1 if r else 1, 0.5 + r, 3),
+        "largest": [distributed.largest(world, x) for x in (r, -r, 0.25 * (1 - r), bool(r))],
+        "means": distributed.means(world, pairs),
+    }
+
+
+def die_in_step(number: int, run: Path):
+    """SIGKILL before the update of this step, as soon as the checkpoint before it has its name."""
+    rows_of = trace.rows_of
+
+    def killed(step, *rest):
+        while step == number:
+            if checkpoint.complete_steps(run):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)  # the other rank may still write
+        return rows_of(step, *rest)
+
+    trace.rows_of = killed
+
+
+def two_ranks(mini: dict, folder: Path) -> dict:
+    four_steps = dict(steps=4, save_every=2)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_in_step(3, folder / "killed")
+    rl.main(rl_config(mini, folder / "killed", **four_steps))
+    rl.main(rl_config(mini, folder / "uninterrupted", **four_steps))
+    world = distributed.start()
+    results = {"small": small_things(world)}
+    results |= {head: gradients(mini, world, head) for head in ("lm", "value")}
+    coldstart.main(coldstart_config(mini, folder / "coldstart"))
+    for name in ("rl", "grpo", "policy_steps", "vision"):
+        rl.main(rl_config(mini, folder / name, **RUNS[name]))
+    distributed.clip_gradients = stop_in_first_step()
+    coldstart.main(coldstart_config(mini, folder / "moved"))  # step 1; one process did step 0
+    return results
+
+
+def four_ranks(mini: dict, folder: Path) -> dict:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two nodes of two GPUs
+    world = distributed.start()
+    groups = {name: world.mesh.get_group(name) for name in world.mesh.mesh_dim_names}
+    cpu = torch.device("cpu")
+    waits = [group._get_backend(cpu).options._timeout for group in groups.values()]
+    results = {"mesh": world.mesh.shape, "waits": waits, "lm": gradients(mini, world, "lm")}
+    coldstart.main(coldstart_config(mini, folder / "coldstart", recompute="full"))
+    rl.main(rl_config(mini, folder / "rl", recompute="selective", offload=True))
+    rl.main(rl_config(mini, folder / "few", **RUNS["few"]))
+    return results
+
+
+def worker(job: str, folder: Path):
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
+    mini = json.loads((folder / "mini.json").read_text())
+    finish = distributed.finish
+    distributed.finish = lambda world: None  # the next run uses the group again
+    patch_all(setattr)
+    results = globals()[job](mini, folder)
+    rank = int(os.environ["RANK"])
+    torch.save(results, folder / f"{rank}.pt")
+    finish(distributed.World(rank, int(os.environ["WORLD_SIZE"]), torch.device("cpu")))
+    print(f"rank {rank} left")  # into a buffer: leaving must not lose it
+
+
+# ------------------------------------------------------------------ the runs
+
+
+def torchrun(job: str, ranks: int, mini, folder: Path) -> list[dict]:
+    """-> the results of each rank; folder/output.txt is what was printed. It may start them again,
+    and they must not meet what the dead ones left in its store.
+    """
+    (folder / "mini.json").write_text(json.dumps(asdict(mini)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command += [f"--nproc-per-node={ranks}", __file__, job, str(folder)]
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    (folder / "output.txt").write_text(finished(command, folder, ours, 3 * LIMIT))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(mini, tmp_path_factory):
+    """Folder of the runs by one process, `moved` after its first step."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch_all(patch.setattr)
+        coldstart.main(coldstart_config(asdict(mini), folder / "coldstart"))
+        for name, changed in RUNS.items():
+            rl.main(rl_config(asdict(mini), folder / name, **changed))
+        patch.setattr(distributed, "clip_gradients", stop_in_first_step())
+        coldstart.main(coldstart_config(asdict(mini), folder / "moved"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(mini, alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(alone / "moved", folder / "moved")
+    return folder, torchrun("two_ranks", 2, mini, folder)
+
+
+@pytest.fixture(scope="module")
+def four(mini, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    return folder, torchrun("four_ranks", 4, mini, folder)
+
+
+def rows_of(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    rows = [json.loads(line) for line in (run / file).read_text().splitlines()]
+    machine = ("seconds", "tokens_per_second", "peak_gb")
+    return [{k: v for k, v in r.items() if not k.startswith(machine)} for r in rows]
+
+
+def assert_same_run(one: Path, other: Path, names: str, lr: float):
+    mine, theirs = rows_of(one), rows_of(other)
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys() >= {*names.split()}
+        for name in a.keys() - {"logp_diff_mean", "logp_diff_max", "sampler_kl", "ratio_max"}:
+            rel = 5e-6 if name.endswith("grad_norm") else 1e-6  # a norm sums 800,000 squares
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["step"], name)
+    assert all(row.get("logp_diff_max", 0) < 1e-5 for row in mine + theirs)
+    # Adam's steps have the size of lr whatever the gradient: where that is 0 but for rounding, so
+    # may be their sign. Hence a look at the typical difference, not the largest.
+    mine, theirs = (load_file(run / "model/model.safetensors") for run in (one, other))
+    gaps = {name: (mine[name] - theirs[name]).abs() for name in mine.keys() | theirs.keys()}
+    assert all(gap.mean() < 1e-3 * lr for gap in gaps.values())
+    assert torch.cat([gap.flatten() for gap in gaps.values()]).mean() < 1e-4 * lr
+
+
+OF_RL = "reward policy_loss grad_norm entropy tokens length"
+OF_PPO = OF_RL + " value_loss critic_grad_norm explained_variance return_mean"
+NAMES = {"coldstart": "loss grad_norm valid_loss tokens lr too_long", "grpo": OF_RL}
+
+
+@pytest.mark.parametrize("run", ["coldstart", "rl", "grpo", "policy_steps", "vision"])
+def test_two_ranks_give_the_run_of_one(two, alone, run):
+    """Also where a tower is sharded and its pictures are all on one rank: none waits for ever."""
+    lr = 1e-3 if run in ("coldstart", "policy_steps") else 1.5e-4
+    assert_same_run(two[0] / run, alone / run, NAMES.get(run, OF_PPO), lr)
+    first, plain = rows_of(alone / run)[0], rows_of(alone / "rl")[0]
+    assert run == "coldstart" or first["reward"] > 0
+    assert (first.get("ratio_max", 0) > 1e-3) == (run == "policy_steps")
+    if run == "vision":
+        assert first["grad_norm"] > plain["grad_norm"]  # the tower has its share
+
+
+@pytest.mark.parametrize("run", ["coldstart", "rl", "few"])
+def test_four_ranks_give_the_run_of_one(four, alone, run):
+    """With recomputation and offload; in `few` there are ranks that have nothing to train."""
+    lr = 1e-3 if run == "coldstart" else 1.5e-4
+    assert_same_run(four[0] / run, alone / run, NAMES.get(run, OF_PPO), lr)
+
+
+def test_a_reward_that_reads_the_text_is_trained_as_it_is_logged_on_any_number_of_ranks(two, alone):
+    """The text stays on the rank that sampled it: a reward made anew elsewhere would be lower."""
+    for run in (alone / "rl", two[0] / "rl"):
+        for row in rows_of(run):
+            rollouts = [r for r in rows_of(run, "rollouts.jsonl") if r["step"] == row["step"]]
+            rewards, lengths = np.array([(r["reward"], r["length"]) for r in rollouts]).T
+            assert len(rewards) == 24 and {0.0, 0.5} < {*rewards}
+            assert row["reward"] == pytest.approx(rewards.mean())
+            assert row["return_mean"] == pytest.approx(np.average(rewards, weights=lengths))
+
+
+def test_ranks_that_are_killed_and_started_again_end_as_if_nothing_had_been_bit_for_bit(two):
+    killed, whole = two[0] / "killed", two[0] / "uninterrupted"
+    about = json.loads((killed / "run.json").read_text())
+    assert [start["step"] for start in about["resumed"]] == [2]
+    for file in ("metrics.jsonl", "rollouts.jsonl", "trace.jsonl"):
+        assert rows_of(killed, file) == rows_of(whole, file)
+    one, other = (load_file(run / "model/model.safetensors") for run in (killed, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_run_moves_between_one_and_two_processes(mini, two, alone, monkeypatch):
+    """Step 0 by one process, step 1 by two, the rest by one: the state is read by any number. Each
+    is stopped by Ctrl-C, which reaches one of the two ranks only.
+    """
+    monkeypatch.setattr(data, "permutation", in_order)
+    run = two[0] / "moved"
+    assert checkpoint.complete_steps(run) == [1, 2] and not (run / "model").exists()
+    coldstart.main(coldstart_config(asdict(mini), run))
+    assert_same_run(run, alone / "coldstart", NAMES["coldstart"], lr=1e-3)
+
+
+def test_ranks_that_are_done_leave_with_status_0_and_one_of_them_prints(two):
+    output = (two[0] / "output.txt").read_text()  # torchrun() saw the status
+    assert "rank 0 left" in output and "rank 1 left" in output
+    assert output.count("step 1/3 ") == 2 and output.count("to resume:") == 1  # coldstart, moved
+
+
+# ------------------------------------------------------------------ gradients, sums
+
+
+@pytest.mark.parametrize("ranks, head", [("two", "lm"), ("two", "value"), ("four", "lm")])
+def test_several_ranks_give_the_gradient_of_one_with_the_picture_on_one_of_them(
+    mini, request, ranks, head
+):
+    mine, tower = gradients(asdict(mini), ALONE, head), head == "value"
+    for result in (results[head] for results in request.getfixturevalue(ranks)[1]):
+        assert result["norm"] == pytest.approx(mine["norm"], rel=1e-5)
+        for kind, atol in (("gradients", 1e-5), ("weights", 0)):
+            assert result[kind].keys() == mine[kind].keys()
+            for name, x in mine[kind].items():
+                torch.testing.assert_close(result[kind][name], x, atol=atol, rtol=10 * atol)
+        assert {n for n in mine["weights"] if tower or "visual" not in n} == result["sharded"]
+    assert any(n.startswith("visual.") for n in mine["gradients"]) == tower
+
+
+def test_two_nodes_hold_a_copy_of_the_weights_each_and_their_groups_wait_as_long(four):
+    for result in four[1]:
+        assert result["mesh"] == (2, 2) and result["waits"] == [distributed.TIMEOUT] * 2
+
+
+def test_sums_maxima_and_means_are_over_all_ranks_and_problems_are_taken_once(two):
+    one, other = (results["small"] for results in two[1])
+    for rank, result in enumerate((one, other)):
+        assert result["sums"] == (2**53, 2.0, 6.0)  # counts are exact
+        assert result["union"] == {0: "", 1: "x"}
+        assert result["static"] == [rank, rank + 2, rank + 4][: 3 - rank]
+        assert result["largest"] == [1, 0, 0.25, 1]
+        assert result["means"] == {"a": 7 / 4, "one": 5.0}
+    for mine, theirs in zip(one["dynamic"], other["dynamic"], strict=True):
+        assert sorted(mine + theirs) == [0, 1, 2, 3, 4] and mine == sorted(mine)
+
+
+def test_in_one_cpu_process_every_function_is_the_identity_and_the_norm_is_that_before_clipping(
+    mini,
+):
+    model = load_model(mini.model)
+    assert distributed.shard(model, ALONE) is model
+    assert distributed.sums(ALONE, 1, 2.5) == (1, 2.5) and distributed.largest(ALONE, 7) == 7
+    assert distributed.means(ALONE, {"a": (3, 2), "nobody": (0, 0)}) == {"a": 1.5}
+    pairs = zip(distributed.whole_weights(model), model.named_parameters(), strict=True)
+    assert all(n == m and w.data_ptr() == own.data_ptr() for (n, w), (m, own) in pairs)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    count = sum(w.numel() for w in model.parameters())
+    assert distributed.clip_gradients(model, 1.0) == pytest.approx(count**0.5, rel=1e-5)
+    assert distributed.clip_gradients(model, 1e9) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_blank_picture_changes_no_number_and_gives_the_tower_a_gradient_of_0(mini):
+    model = load_model(mini.model)
+    picture, text = picture_and_text(asdict(mini))
+    assert with_blank_picture(picture) is picture
+    for pack in (text, filler_pack()):
+        blank = with_blank_picture(pack)
+        assert blank.patches is not None and len(blank.slots) == 0
+        assert torch.equal(model.logps(pack)[0], model.logps(blank)[0])
+        model.zero_grad()
+        model.logps(blank)[0].sum().backward()
+        assert all((w.grad == 0).all() for w in model.visual.parameters())
+
+
+# ------------------------------------------------------------------ recomputed, compiled, bfloat16
+
+
+def learn(model, pack: Pack) -> torch.Tensor:
+    logps, _ = model.logps(pack)
+    logps.sum().backward()
+    return logps.detach()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run: attention, and products with and without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = str(operator).split(".")[1]
+        attention = "attention" in name and "backward" not in name
+        self.counts["attention" if attention else name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, attention, qkv", [("selective", 0, 0), ("full", 1, 3)])
+def test_recomputation_changes_no_bit_of_the_gradient_and_selective_does_not_repeat_attention(
+    mini, kind, attention, qkv
+):
+    plain, model = (distributed.load(mini.model, ALONE, recompute=k) for k in ("none", kind))
+    counts, pack = [], picture_and_text(asdict(mini))[0]
+    for one in (plain, model):
+        with Calls() as calls:
+            learn(one, pack)
+        counts.append(calls.counts)
+    layers, again = model.config.num_hidden_layers, counts[1] - counts[0]
+    assert again["attention"] == layers * attention and again["addmm"] == layers * qkv
+    assert counts[0]["attention"] >= layers and counts[0]["addmm"] >= 3 * layers
+    assert again["mm"] >= 3 * layers  # the MLPs at least are recomputed
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", distributed.RECOMPUTE)
+def test_compiled_blocks_give_the_same_numbers_from_one_graph_for_packs_of_any_length(mini, kind):
+    torch._dynamo.reset()
+    plain, model = (
+        distributed.load(mini.model, ALONE, recompute=kind, compile=c) for c in (False, True)
+    )
+    torch._dynamo.utils.counters.clear()
+    packs = [*picture_and_text(asdict(mini)), filler_pack()]
+    assert len({tuple(pack.lengths) for pack in packs}) == 3
+    for pack in packs:
+        torch.testing.assert_close(learn(plain, pack), learn(model, pack), atol=1e-4, rtol=0)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        same = a.grad is None or (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm()
+        assert same and (a.grad is None) == (b.grad is None), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # before, behind attention
+
+
+@pytest.fixture
+def half():
+    """A process group of this process alone, with bfloat16 compute."""
+    world = distributed.start("bfloat16")
+    yield world
+    torch.distributed.destroy_process_group()
+
+
+@needs_compiler
+def test_compiled_blocks_work_in_bfloat16_over_sharded_masters(mini, half):
+    pack, results = picture_and_text(asdict(mini))[0], []
+    for compiled in (False, True):
+        model = distributed.load(mini.model, half, compile=compiled)
+        logps = learn(model, pack)
+        grads = [w.grad.full_tensor() for w in model.parameters() if w.grad is not None]
+        results.append((logps, torch.cat([grad.flatten() for grad in grads])))
+    (logps, grad), (compiled_logps, compiled_grad) = results
+    assert (logps - compiled_logps).abs().mean() < 0.01  # bfloat16, rounded in other places
+    assert torch.cosine_similarity(grad, compiled_grad, dim=0) > 0.999
+
+
+def test_bfloat16_computes_over_float32_masters_that_a_small_step_moves(mini, half):
+    """A bfloat16 weight of 0.02 does not feel a step of 1e-6: it has 8 bits."""
+    model, whole = distributed.load(mini.model, half), load_model(mini.model)
+    pack = picture_and_text(asdict(mini))[0]
+    logps, wanted = learn(model, pack), learn(whole, pack)
+    assert 1e-6 < (logps - wanted).abs().max() < 0.1 and logps.dtype == torch.float32
+    with torch.no_grad():  # leaves embedding and head gathered, in bfloat16
+        model.logps(pack)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    before = {name: weight.clone() for name, weight in distributed.whole_weights(model)}
+    assert before["lm_head.weight"].dtype == torch.float32
+    theirs, trained = dict(whole.named_parameters()), []
+    for name, weight in model.named_parameters():
+        if name.startswith("visual."):
+            assert weight.dtype == torch.bfloat16 and not isinstance(weight, DTensor)
+            continue
+        assert weight.dtype == weight.grad.dtype == torch.float32, name
+        grads = weight.grad.full_tensor().flatten(), theirs[name].grad.flatten()
+        assert torch.cosine_similarity(*grads, dim=0) > 0.99, name
+        trained.append(name)
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6).step()
+    pairs = [(before[n], w) for n, w in distributed.whole_weights(model) if n in trained]
+    moved = torch.cat([(a != b).flatten() for a, b in pairs]).float().mean()
+    cast = torch.cat([(a.bfloat16() != b.bfloat16()).flatten() for a, b in pairs])
+    assert moved > 0.9 > 0.1 > cast.float().mean()
+
+
+def test_a_tied_head_is_one_weight_after_sharding_a_step_and_saving(mini, half, tmp_path):
+    torch.manual_seed(0)
+    start = Qwen25VL(replace(read_config(mini.model), tie_word_embeddings=True))
+    start.model.embed_tokens.weight.data *= 0.02  # so that every word has some probability
+    save_model(start, tmp_path / "tied", like=mini.model)
+    model = distributed.load(tmp_path / "tied", half)
+    assert model.head_weight is model.model.embed_tokens.weight
+    pack = picture_and_text(asdict(mini))[1]
+    learn(model, pack)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    checkpoint.export(model, tmp_path / "saved", tmp_path / "tied", torch.float32, "a card")
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert "lm_head.weight" not in saved
+    before = load_file(tmp_path / "tied/model.safetensors")["model.embed_tokens.weight"]
+    changed = (saved["model.embed_tokens.weight"] != before).any(dim=1)
+    assert changed.sum() > len(set(pack.ids.tolist()))  # by the head: rows that are not looked up
+    again = load_model(tmp_path / "saved")
+    assert torch.equal(again.head_weight, saved["model.embed_tokens.weight"])
+
+
+def test_a_model_that_waits_and_comes_back_goes_on_as_if_it_had_stayed(mini):
+    weights = []
+    for moves in (False, True):
+        model = distributed.load(mini.model, ALONE)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+        for pack in picture_and_text(asdict(mini)):
+            learn(model, pack)
+            optimizer.step()
+            optimizer.zero_grad()
+            if moves:
+                distributed.move(model, optimizer, "cpu")
+        weights.append([w.clone() for w in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    distributed.move(model, optimizer, "meta")  # stands for the other device
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    assert all(x.is_meta for x in [*states, *model.parameters()])  # AdamW's count of steps as well
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0"}
+UNEVEN = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@pytest.mark.parametrize(
+    "environment, dtype, cure",
+    [
+        (TWO, "auto", "WORLD_SIZE is 2, .* start with torchrun --nproc-per-node 2, or unset WORLD"),
+        (TWO | RESTARTS | {"MASTER_ADDR": "x"}, "auto", "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        (UNEVEN, "auto", "3 ranks, 2 of them on this node: each node must have as many"),
+        ({}, "fp8", "dtype must be auto, float32 or bfloat16, got fp8"),
+    ],
+)
+def test_ranks_that_would_never_meet_and_unknown_dtypes_are_refused(
+    monkeypatch, environment, dtype, cure
+):
+    """The first two waited for ever."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=cure):
+        distributed.start(dtype)
+
+
+def test_an_unknown_kind_of_recomputation_is_refused(mini):
+    with pytest.raises(ValueError, match="none, selective, full, got some"):
+        distributed.load(mini.model, ALONE, recompute="some")
+
+
+def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "start", lambda *arguments: replace(ALONE, size=9))
+    with pytest.raises(ValueError, match="problems 6 < 9 ranks"):
+        rl.main(rl_config(asdict(mini), tmp_path))
+
+
+def test_a_metric_that_is_not_finite_stops_the_run_and_is_named():
+    distributed.refuse_nan(ALONE, 3, {"loss": 0.5}, ["a#1"])
+    with pytest.raises(FloatingPointError, match="step 3.*grad_norm.*packs of a#1, b#0"):
+        distributed.refuse_nan(ALONE, 3, {"loss": 0.5, "grad_norm": math.nan}, ["b#0", "a#1"])
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], Path(sys.argv[2]))

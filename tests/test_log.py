@@ -1,0 +1,311 @@
+"""log.py: what stands in a run directory, what a resume cuts off, what Ctrl-C and errors do, and
+what a run and an exported model say of where they came from.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+
+from common import log
+from common.log import RunLog, Timer, compact, fingerprint, model_card, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    lr: float = 1e-4
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    data: str = ""
+    replay: str = ""
+
+
+@pytest.fixture
+def still(monkeypatch) -> list[float]:
+    """The clock shows what stands in this list."""
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(directory: Path, steps: int, start: int = 0, main: bool = True) -> dict:
+    """A run up to a step, which writes rows of every kind. -> its run.json, if there is one."""
+    run_log = RunLog(directory, Config(), steps=5, main=main, start=start)
+    for step in range(start, steps):
+        run_log.log(step, {"loss": 1.0 / (step + 1), "lr": 1e-4}, show=("loss",))
+        for name in ("rollouts", "trace"):
+            run_log.append(name, [{"step": step, "id": f"p{i}"} for i in range(2)])
+    run_log.close()
+    return log.read_record(directory) if main else {}
+
+
+# ------------------------------------------------------------------ the run directory
+
+
+def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, still):
+    about = run(tmp_path, 5)
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) == 5 and screen[3].startswith("step 3/5  loss   0.25  00:00 < 00:00")
+    written = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in written] == [0, 1, 2, 3, 4]
+    assert written[3] == {"step": 3, "seconds": 0.0, "loss": 0.25, "lr": 1e-4}
+    assert about["config"] == vars(Config()) and about["resumed"] == []
+    assert {"command", "commit", "started"} <= about.keys()
+    assert {"python", "torch", "transformers"} <= about["versions"].keys()
+    costs = {"seconds_sample": 1.234, "seconds_update": 1310.0, "peak_gb": 0.9}
+    RunLog(tmp_path / "costs", Config(), steps=5).log(0, {"loss": 1.0} | costs, show=("loss",))
+    line = "step 0/5  loss      1  [sample 1.23 s, update 1,310 s, 0.9 GB]  00:00 < 00:00\n"
+    assert capsys.readouterr().out == line
+    values = (0, 0.41321, 12.34, 1234.5, 3e-5, 120, float("nan"))
+    assert [compact(v) for v in values] == "0 0.413 12.3 1,234 3e-05 120 nan".split()
+
+
+def test_a_resumed_run_holds_every_step_once(tmp_path):
+    began = run(tmp_path, 4)  # killed after step 3; its last checkpoint stands after step 1
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "sec')  # cut in the middle of a line
+    about = run(tmp_path, 5, start=2)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    for name in ("rollouts", "trace"):
+        steps = [row["step"] for row in rows(tmp_path / f"{name}.jsonl")]
+        assert steps == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert about["started"] == began["started"] and about["resumed"][0]["step"] == 2
+    assert run(tmp_path, 1)["resumed"] == []  # from the beginning again
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "rank1", 5, main=False)
+    monkeypatch.setenv("RANK", "1")
+    assert list(log.progress(range(3), "count")) == [0, 1, 2]
+    assert not (tmp_path / "rank1").exists() and capsys.readouterr() == ("", "")
+
+
+def test_half_a_character_is_written_as_json_writes_it(tmp_path):
+    """json.loads makes "\\ud83d" a lone surrogate, which no encoding has bytes for."""
+    half = json.loads('"bad \\ud83d here"')
+    run_log = RunLog(tmp_path, Config(model=half), steps=1)
+    run_log.append("rollouts", [{"step": 0, "response": half, "answer": "π = 3"}])
+    assert rows(tmp_path / "rollouts.jsonl") == [{"step": 0, "response": half, "answer": "π = 3"}]
+    assert "π" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert log.read_record(tmp_path)["config"]["model"] == half
+
+
+def test_wandb_gets_the_rows_where_its_variable_is_set(tmp_path, monkeypatch):
+    sent = []
+    online = SimpleNamespace(log=lambda row, step: sent.append(row), finish=lambda: sent.append(0))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: online))
+    run(tmp_path / "unasked", 1)
+    assert not sent
+    monkeypatch.setenv("WANDB_PROJECT", "ovr")
+    run(tmp_path / "there", 2)
+    assert sent == [*rows(tmp_path / "there/metrics.jsonl"), 0]
+
+
+def test_the_seconds_of_the_phases_add_up(still):
+    now, timer = still, Timer()
+    assert timer.seconds() == {}
+    for phase, pause in [("read", 0.25), ("sample", 50.0), ("update", 2.5), ("sample", 3.0)]:
+        timer(phase)
+        now[0] += pause
+    total = {"seconds_read": 0.25, "seconds_sample": 53.0, "seconds_update": 2.5}
+    assert timer.seconds() == total
+    now[0] += 1.5  # the phase under way goes on
+    timer("log")
+    now[0] += 0.5
+    assert timer.seconds() == {"seconds_sample": 1.5, "seconds_log": 0.5}
+
+
+def test_log_needs_no_torch():
+    code = "import sys; from common import log; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ------------------------------------------------------------------ stopping, hanging, failing
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_has_its_ordinary_effect(number, tmp_path, capsys):
+    # a process started in the background (nohup, &) inherits an ignored SIGINT: set Python's own
+    before = signal.signal(number, signal.default_int_handler)
+    with log.stop_on_signal(tmp_path) as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested and "again kills" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.signal(number, before) is signal.default_int_handler
+    assert "to resume: python" in stop.advice
+
+
+def test_a_file_asks_for_the_same_and_is_gone_when_the_run_goes_on(tmp_path):
+    with log.stop_on_signal(tmp_path) as stop, log.stop_on_signal(tmp_path, main=False) as other:
+        (tmp_path / "stop").touch()
+        assert stop.requested and not other.requested  # rank 0 looks for all
+    assert not (tmp_path / "stop").exists()
+
+
+HANGS = """
+import dataclasses, sys, threading
+from common.log import run_main
+
+def collective_that_nobody_else_enters():
+    print("ready", "\\ud83d", flush=True)
+    sys.stdin.readline()
+
+def main(cfg):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    collective_that_nobody_else_enters()
+
+run_main(main, dataclasses.make_dataclass("Config", []))
+"""
+
+
+def test_a_process_that_hangs_prints_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # which has no half characters
+    command = [sys.executable, "-c", HANGS]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready \\ud83d\n"
+        process.send_signal(signal.SIGUSR1)
+        lines = [process.stderr.readline()]
+        while "in <module>" not in lines[-1]:  # the main thread is the last
+            lines.append(process.stderr.readline())
+        process.communicate("\n")
+    assert any("collective_that_nobody_else_enters" in line for line in lines)
+    assert sum("hread 0x" in line for line in lines) == 2
+    assert process.returncode == 0
+
+
+def test_an_error_in_the_projects_words_ends_as_one_line_and_others_keep_their_traceback(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def ending(action, *arguments) -> tuple[int, str]:
+        """(exit status, stderr) of a script whose main fails."""
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run_main(lambda cfg: action(), Config)
+        return stopped.value.code, capsys.readouterr().err
+
+    message = f"error: data/none.jsonl: no such file in {tmp_path}, and not a Hub name\n"
+    assert ending(lambda: fingerprint("data/none.jsonl")) == (1, message)
+    code, message = ending(lambda: Path("none.jsonl").open())
+    assert code == 1 and message.count("\n") == 1 and "'none.jsonl'" in message
+    code, message = ending(print, "--lrr", "3")
+    assert code == 2 and "Traceback" not in message and "--lrr" in message  # tyro's own
+    for mistake in (lambda: list(zip([1], [], strict=True)), lambda: json.loads("{")):
+        with pytest.raises(ValueError):
+            ending(mistake)
+    monkeypatch.setenv("OVR_TRACE", "1")
+    with pytest.raises(FileNotFoundError):
+        ending(lambda: fingerprint("data/none.jsonl"))
+
+
+# ------------------------------------------------------------------ where a result came from
+
+
+def test_the_command_is_one_that_can_be_given_again(tmp_path):
+    (tmp_path / "tools").mkdir()
+    code = "from common.log import command_line; print(command_line())"
+    (tmp_path / "tools/plan.py").write_text(code)
+
+    def says(*command, **environment):
+        ours = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.check_output([sys.executable, *command], cwd=tmp_path, env=ours).decode()
+
+    assert says("tools/plan.py", "--out", "a b") == "python tools/plan.py --out 'a b'\n"
+    assert says("-m", "tools.plan", "--lr", "1") == "python -m tools.plan --lr 1\n"
+    ranks = dict(TORCHELASTIC_RUN_ID="x", GROUP_WORLD_SIZE="2", WORLD_SIZE="16")
+    ours = "torchrun --nnodes=2 --nproc_per_node=8 -m tools.plan\n"
+    assert says("-m", "tools.plan", **ranks) == ours
+
+
+def test_a_fingerprint_is_of_names_and_bytes_and_not_of_dates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    before, folder = fingerprint(file), fingerprint(tmp_path)
+    assert before == f"sha256 {digest}, 2 lines, 18 bytes" and folder.endswith(", 1 files")
+    os.utime(file, (1, 1))
+    assert fingerprint(file) == before and fingerprint(tmp_path) == folder
+    file.write_text('{"a": 1}\n{"a": 3}\n')
+    assert fingerprint(file) != before and fingerprint(tmp_path) != folder
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    file.rename("valid.jsonl")
+    assert fingerprint("valid.jsonl") == before and fingerprint(tmp_path) != folder
+    assert fingerprint("open-thoughts/OpenThoughts-114k").startswith("open-thoughts/OpenThoughts-")
+    for missing in ("data/train.jsonl", "train", "/a/b/c"):
+        with pytest.raises(FileNotFoundError, match=missing):
+            fingerprint(missing)
+    Path("data/set").mkdir(parents=True)
+    assert "0 files" in fingerprint("data/set")  # looks like a hub id, and is a directory
+
+
+def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_does_not_know(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(log, "commit", lambda: {"hash": "c0ffee", "dirty": True})
+    file = tmp_path / "train.jsonl"
+    file.write_text("{}\n")
+    config, run = Config(data=str(file), replay="owner/replayed"), tmp_path / "run"
+    RunLog(run, config, steps=1)
+    about = log.read_record(run)
+    prints = {source: fingerprint(source) for source in (str(file), "owner/replayed")}
+    assert about["data"] == prints == log.fingerprints(config) and not log.fingerprints(Config())
+    monkeypatch.setattr(log, "fingerprint", None)  # a resume does not read the data again
+    RunLog(run, config, steps=1, start=1)
+    about = log.read_record(run)
+    monkeypatch.setattr(sys, "argv", ["another.py"])  # the card tells of the run, not of now
+    card = model_card("OVR: step 60", config, "my model", run, 4096, {"reward": 0.71})
+    read = huggingface_hub.ModelCard(card)
+    assert read.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": "Qwen/Qwen2.5-VL-7B-Instruct",
+    }
+    shown = json.loads(re.search("```json\n(.*)```", read.content, re.S)[1])
+    assert shown == {"reward": 0.71} | about and shown["commit"]["hash"] == "c0ffee"
+    assert "vllm serve 'my model' --generation-config vllm --max-model-len 4096\n" in card
+    assert "# OVR: step 60" in card and "--dtype float32" in card
+    card = model_card("OVR", Config(model=str(tmp_path)), tmp_path)
+    assert "base_model" not in card and "--max-model-len" not in card
+
+
+def test_what_changed_is_named_with_both_values():
+    changes = log.changes({"k": 1, "seed": 0}, {"k": 2, "seed": 0, "url": ""})
+    assert changes == ["k 1 -> 2", "url None -> ''"] and log.changes({"k": 1}, {"k": 1}) == []
+    before = {"model": "a/b", "data": "x.jsonl", "gone": 1, "lr": 1.0, "lengths": [[0, 8]]}
+    now = {"model": "./a/c/../b/", "data": "./x.jsonl", "new": 1, "lr": 2.0, "lengths": [[0, 9]]}
+    changed = {"lr": [1.0, 2.0], "lengths": [[[0, 8]], [[0, 9]]]}  # not another way to one place
+    assert log.changed_settings(before, now) == changed
+
+
+def test_a_step_of_stage_0_says_what_it_made_of_which_files(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text("{}\n{}\n")
+    out = tmp_path / "out.jsonl"
+    out.write_text("{}\n")
+    counts = {"rules": {"s": {"in": 2, "kept": 1, "reasons": {"leak": 1}}}}
+    log.write_report(out, Config(), [tmp_path / "raw" / "a.jsonl"], counts, cost=1.5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.report.json", "raw"]
+    report = json.loads(log.beside(out, "report.json").read_text())
+    assert report["inputs"] == {"raw/a.jsonl": fingerprint(tmp_path / "raw/a.jsonl")}
+    assert report["output"] == {"out.jsonl": fingerprint(out)}
+    assert report["steps"] == counts and report["cost"] == 1.5

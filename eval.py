@@ -41,9 +41,8 @@ from common.client import Endpoint, Failure, ask_all, user_message
 from common.log import changes, fingerprint, progress, run_main
 from evaluation import behaviors, benchmarks, extract, metrics
 from evaluation.gallery import page
-from model import load_model
 from reward import grade
-from rollout import Rollout, TorchSampler, VllmSampler, address
+from rollout import Rollout, address, open_sampler
 
 CHUNK = 64  # items that a rank samples between two writes
 
@@ -262,7 +261,8 @@ def sample(cfg: Config, items: list[dict], world) -> None:
     if cfg.url:
         replies = ask_endpoint(cfg, todo, problems, done)
     else:
-        sampler = open_sampler(cfg, world)
+        room = cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb
+        sampler = open_sampler(cfg.sampler, data.model_directory(cfg.model), world, room)
         drawn = (cfg.samples, cfg.max_tokens, cfg.heat, (cfg.seed,))
         turns = distributed.my_problems(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
         asked = lru_cache(None)(lambda i: hashes(todo[i], out))
@@ -276,16 +276,6 @@ def sample(cfg: Config, items: list[dict], world) -> None:
         for record in replies:
             file.write(json.dumps(record) + "\n")
             file.flush()  # a kill loses no reply that came
-
-
-def open_sampler(cfg: Config, world):
-    directory = data.model_directory(cfg.model)
-    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    if cfg.sampler == "torch":
-        model = load_model(directory, world.dtype, world.device)
-        return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
-    memory = (cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb)
-    return VllmSampler(directory, tokenizer, settings, *memory, world.dtype)
 
 
 def ask_endpoint(

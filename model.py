@@ -276,9 +276,7 @@ def ends_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of N rows that grow by one token a step. Rows have lengths of their own:
-    nothing is padded, the room behind a row's end is masked.
-    """
+    """Keys and values of N rows that grow by a token a step; the room behind a row is masked."""
 
     def __init__(self, c: Config, rows: int, room: int, dtype: torch.dtype, device: torch.device):
         shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, room, c.head_dim)
@@ -452,8 +450,6 @@ class VisionTower(nn.Module):
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
         """patches (S, 1176) of B images -> (S/4, width of the decoder): a row an image token."""
         c, device, merge = self.config, patches.device, self.config.spatial_merge_size
-        if (expected := sum(t * h * w for t, h, w in grids)) != len(patches):
-            raise ValueError(f"grids {grids} have {expected} patches, got {len(patches)}")
         order, windows, frames = window_order(grids, merge, c.window_size // c.patch_size // merge)
         order, places = order.to(device), patch_positions(grids, merge).to(device)
         turns = frequencies(c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device)
@@ -679,7 +675,7 @@ def empty_model(directory: Folder, head: str = "lm") -> Qwen25VL:
 
 
 def load_model(directory: Folder, dtype=torch.float32, device="cpu", head="lm") -> Qwen25VL:
-    """A model directory, whole, as policy (head="lm") or critic (head="value")."""
+    """A whole model directory, as policy or critic."""
     model = empty_model(directory, head).to(dtype).to_empty(device=device)
     load_weights(model, directory)
     return model
@@ -765,9 +761,8 @@ def hub_name(name: str) -> str:
 
 
 def save_model(model: Qwen25VL, directory: Folder, like: Folder | None = None, dtype=None):
-    """As a directory that transformers and vLLM open; a tied head is stored once.
-
-    dtype: of the files, the decoder's own if None. For the rest see save_weights.
+    """As a directory that transformers and vLLM open; a tied head is stored once. dtype: of the
+    files, the decoder's own if None. For the rest see save_weights.
     """
     weights = model.state_dict()  # of a sharded model: float32 slices, not what a forward gathered
     dtype = dtype or weights["model.norm.weight"].dtype

@@ -45,17 +45,9 @@ from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, exchange, share_packs
 from evaluation import behaviors
 from miniature.world import ensure
-from model import load_model, train_flops
+from model import train_flops
 from reward import grade
-from rollout import (
-    Rollout,
-    TorchSampler,
-    VllmSampler,
-    canary,
-    canary_gap,
-    load_rollouts,
-    save_rollouts,
-)
+from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts
 from tools import trace
 
 GAMMA = 1.0  # discount a token; paper, sec. 4.1
@@ -107,12 +99,10 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "problems", "samples", "policy_steps", "critic_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("tis", "save_every", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        least = dict.fromkeys("steps problems samples policy_steps critic_steps".split(), 1)
+        for name, bound in (least | {"tis": 0, "save_every": 0, "keep_every": 0}).items():
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is less than {bound}")
         starts = [first for first, _ in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0]:
             raise ValueError(f"--lengths are pairs of step and tokens, rising from 0: {starts}")
@@ -428,15 +418,6 @@ def load_problems(cfg: Config, world, tokenizer, settings):
     return data.filter_long(problems, cfg.prompt_tokens, distributed.union(world, lengths))
 
 
-def load_sampler(cfg: Config, directory: str, world, tokenizer, settings):
-    """Before the trained models: vLLM measures the memory that is free when it starts."""
-    if cfg.sampler == "torch":
-        model = load_model(directory, world.dtype, world.device)
-        return TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
-    room = (cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb)
-    return VllmSampler(directory, tokenizer, settings, *room, world.dtype)
-
-
 def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
     """{"policy": (model, optimizer), "critic": ...}, from one model; grpo has no critic."""
     models = {}
@@ -478,7 +459,9 @@ def main(cfg: Config):
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     problems, too_long = load_problems(cfg, world, tokenizer, settings)
     stream = data.Stream(problems, cfg.seed)
-    sampler = load_sampler(cfg, directory, world, tokenizer, settings)
+    room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
+    # before the trained models: vLLM measures the memory that is free when it starts
+    sampler = open_sampler(cfg.sampler, directory, world, room)
     sampler.rest()
     models = load_models(cfg, directory, world)
     if state:
@@ -495,6 +478,7 @@ def main(cfg: Config):
         """This rank's rollouts; those of a step that was cut off are read, not sampled again."""
         if record_of(run, step).exists():
             every = load_rollouts(record_of(run, step), problems, tokenizer, settings)
+            assert len(every) == len(problems) * cfg.samples, f"{len(every)} rollouts recorded"
             return [r for r in every if r.index % world.size == world.rank]
         dynamic = cfg.sampler == "vllm"
         mine = distributed.my_problems(world, len(problems), f"{step}", dynamic)

@@ -225,10 +225,8 @@ class TorchSampler(Sampler):
             rollout.response_ids = own[:length].tolist()
             rollout.logps = its_logps[:length].tolist()
 
-    def _prefill(
-        self, prompts: list[Prompt], samples: int, max_tokens: int
-    ) -> tuple[KVCache, Tensor, Tensor]:
-        """-> cache of N rows, logits (N, V) of the first response token, its position (N,)."""
+    def _prefill(self, prompts: list[Prompt], samples: int, max_tokens: int) -> tuple:
+        """-> KVCache of N rows, logits (N, V) of the first response token, its position (N,)."""
         pack = pack_alone([Document(prompt, []) for prompt in prompts]).to(self.device)
         room, dtype = max(pack.lengths) + max_tokens, next(self.model.parameters()).dtype
         cache = KVCache(self.model.config, len(prompts), room, dtype, self.device)
@@ -407,15 +405,15 @@ def clear_positions(worker):
         rope.positions.zero_()
 
 
-def open_sampler(
-    kind: str, directory: str, world, tokenizer, settings, batch: int, context: int, kv_cache_gb
-) -> Sampler:
-    """The sampler that --sampler names; context: most tokens of a prompt and its response."""
+def open_sampler(kind: str, directory: str, world, room: tuple[int, int, float]) -> Sampler:
+    """The sampler that --sampler names. room: responses at once, most tokens of a prompt and its
+    response, GB for vLLM's keys and values.
+    """
+    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     if kind == "torch":
         model = load_model(directory, world.dtype, world.device)
-        return TorchSampler(model, tokenizer, settings, batch)
-    room = batch, context, kv_cache_gb, world.dtype
-    return VllmSampler(directory, tokenizer, settings, *room)
+        return TorchSampler(model, tokenizer, settings, room[0])
+    return VllmSampler(directory, tokenizer, settings, *room, world.dtype)
 
 
 # ------------------------------------------------------------------ is it still the policy?

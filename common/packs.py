@@ -6,24 +6,22 @@
 
 A pack is a micro-batch: whole documents back to back up to a budget of tokens, no padding, no cut.
 What is trained follows from lengths, never from token ids: a mask of `ids == pad` also masks the
-stop token. From here on a pack carries its own numbers, one for each trained token (the sampler's
-log-probs, values, advantages, returns), in one order, so that nothing is ever looked up elsewhere.
+stop token. From here on a pack carries its own numbers, one for each trained token.
 
 Ranks run their k-th packs together and meet at every layer, where FSDP gathers its weights, so all
 wait for the costliest of them. A token costs more in a long document, whose attention grows with
 the square of its length (PaLM, arXiv 2204.02311, app. B): one document of 64k tokens takes 1.7
 times as long as eight of 8k. Hence documents are balanced by FLOPs, not by tokens. Every rank makes
-the same plan from the same lengths, so nothing has to be agreed on.
+the same plan from the same lengths. The paper says "sample packing" and no more: the rest is ours.
 
-The paper says "sample packing" and no more: what goes into which pack, and its order, are ours.
-Dimensions: T tokens of a pack, E of its documents (T where they share none), R trained, S patches,
-M image tokens.
+Dimensions: T tokens of a pack, R trained, S patches, M image tokens.
 """
 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +62,6 @@ class Pack(Inputs):
         assert self.rows.shape == self.targets.shape == trained, f"{self.rows.shape}, {trained}"
         assert self.slots.shape == self.sources.shape, f"{self.slots.shape} {self.sources.shape}"
         assert sum(map(math.prod, self.grids)) == patches, f"{self.grids} for {patches} patches"
-        last = max([-1, *self.sources.tolist()])
-        assert last < patches // MERGE_SIZE**2, f"an image token wants row {last}: {self.grids}"
 
     def to(self, device: torch.device | str) -> "Pack":
         """Onto a GPU from pinned memory: the host goes on and does not wait for the copy."""
@@ -85,11 +81,9 @@ def make_pack(
 
     members: their indices in the batch. A picture that several documents show stands once.
     share_prompts: so does the whole prompt. Documents with the same `prompt` object (samples of one
-    problem) then share its rows, and projections, MLPs and embedding run once for it: of 16
-    responses as long as their prompt 17 parts are left of 32. `expand` lists every document's rows
-    for attention, which is as before; so are all log-probs and gradients, to rounding.
-
-    Raises ValueError where a document has no prompt: nothing would predict its first token.
+    problem) share its rows, and projections, MLPs and embedding run once for it: of 16 responses as
+    long as their prompt 17 parts are left of 32. `expand` lists every document's rows for
+    attention, which is as before; so are all log-probs and gradients, to rounding.
     """
     ids, positions, expand, rows, targets, length = [], [], [], [], [], 0
     patches, grids, slots, sources = [], [], [], []
@@ -115,16 +109,16 @@ def make_pack(
         expand.append(own)
         rows.append(own[size - 1 : -1] if len(response) else own[:0])
         targets.append(response)
-        if not images or not is_new:
-            continue
-        counts = [image_tokens(grid, MERGE_SIZE) for grid in prompt.grids]
-        if id(prompt.patches) not in picture_rows:
-            picture_rows[id(prompt.patches)], seen = seen, seen + sum(counts)
-            patches.append(prompt.patches)
-            grids += prompt.grids
-        sources.append(torch.arange(sum(counts)) + picture_rows[id(prompt.patches)])
-        for offset, count in zip(prompt.offsets, counts, strict=True):
-            slots.append(torch.arange(count) + start + offset)
+        if images and is_new:
+            counts = [image_tokens(grid, MERGE_SIZE) for grid in prompt.grids]
+            if id(prompt.patches) not in picture_rows:
+                picture_rows[id(prompt.patches)], seen = seen, seen + sum(counts)
+                patches.append(prompt.patches)
+                grids += prompt.grids
+            sources.append(torch.arange(sum(counts)) + picture_rows[id(prompt.patches)])
+            slots += [
+                torch.arange(n) + start + o for o, n in zip(prompt.offsets, counts, strict=True)
+            ]
     none, every = torch.zeros(0, dtype=torch.int64), torch.cat(expand)
     return Pack(
         ids=torch.cat(ids),
@@ -155,10 +149,8 @@ def filler_pack() -> Pack:
 
 
 def with_blank_picture(pack: Pack) -> Pack:
-    """A pack that runs the vision tower even without a picture of its own; no token shows this one.
-
-    Where the tower is trained the ranks gather its shards together, and one that left it out would
-    keep the others waiting for ever. Its gradient is 0, as if it had been left out.
+    """A pack that runs the vision tower even without a picture of its own: where it is trained, the
+    ranks gather its shards together and would wait for ever. No token shows this one: gradient 0.
     """
     if pack.patches is not None:
         return pack
@@ -172,7 +164,7 @@ def exchange(rollouts: list, problems: list, world) -> tuple[list, list[int]]:
     """Every rank's rollouts on every rank, in the order of the batch; and the tokens of each.
 
     Ids and log-probs travel as arrays, 8 bytes a token, verdicts and rewards with them; prompts and
-    texts stay where they are. problems: of the batch, which every rank knows.
+    texts stay where they are.
     """
     mine, sent = {(r.index, r.sample): r for r in rollouts}, {}
     for key, r in mine.items():
@@ -192,10 +184,8 @@ def share_packs(
     """This rank's packs of each part of the batch, with the sampler's log-probs and the rewards.
 
     A part is whole problems and does not depend on the number of ranks, so that an optimiser that
-    takes a step a part takes the same steps on any. Every rollout is in exactly one pack of one
-    rank; ranks get equally many packs, and those that run at the same time cost about the same.
-
-    cfg: parts, pack_tokens, train_vision. encode: a problem's prompt, for rollouts of other ranks.
+    takes a step a part takes the same steps on any. cfg: parts, pack_tokens, train_vision. encode:
+    a problem's prompt, for rollouts of other ranks.
     """
     ends = [i for i, r in enumerate(rollouts) if i == 0 or r.index != rollouts[i - 1].index]
     edges = [ends[len(ends) * k // cfg.parts] for k in range(cfg.parts)] + [len(rollouts)]
@@ -239,105 +229,90 @@ def plan_packs(
     """For each rank its packs, for each pack the indices of its documents; an empty one: a filler.
 
     Every rank gets equally many packs. A step lasts as long as the costliest k-th packs take,
-    summed over k. Two ways to fill them, and the better plan is taken: all packs alike, which is
-    best where there are many; or row after row, where long documents meet long ones, which is best
-    where a rank has few packs and not every pack can cost the same.
+    summed over k. All packs alike is best where there are many. Where a rank has few and they
+    cannot all cost the same, row after row is tried as well: long documents meet long ones.
 
-    groups: the problem of each document; samples of one stay together as far as that costs no
-        waiting, since they can share their prompt.
-    cost: FLOPs of a document of so many tokens; by default its tokens.
-    Raises ValueError where a document is longer than the budget.
+    groups: the problem of each document, whose samples stay together as far as that costs no
+    waiting, since they can share their prompt. cost: FLOPs of a document of so many tokens.
     """
     if not lengths:
         return [[] for _ in range(ranks)]
     if max(lengths) > budget:
-        raise ValueError(
-            f"document {lengths.index(max(lengths))} has {max(lengths)} tokens, a pack holds "
-            f"{budget}: raise --pack-tokens, or leave the document out"
-        )
+        longest = f"document {lengths.index(max(lengths))} has {max(lengths)} tokens"
+        raise ValueError(f"{longest}, a pack holds {budget}: raise --pack-tokens, or leave it out")
     costs = [cost(length) for length in lengths]
     pieces = cut_groups(lengths, costs, groups, budget, ranks)
-    pieces.sort(key=lambda piece: -total(piece, costs))
-    sizes = [(total(piece, lengths), total(piece, costs)) for piece in pieces]
+    rows, packs, rest = -(-sum(lengths) // (budget * ranks)) - 1, [], pieces
+    while rest:  # until as few packs as hold all of it
+        rows += 1
+        packs, rest = fill(pieces, rows * ranks, budget, math.inf)
+    plan = deal(packs, costs, ranks)
     share = sum(costs) / ranks
-    plans = [deal(fill_alike(pieces, sizes, budget, ranks), costs, ranks)]
-    if duration(plans[0], costs) > 1.01 * share:
-        rows = fill_rows(pieces, sizes, budget, ranks)
-        reachable = min(total(members, costs) for members in rows[:ranks])
-        plans.append(deal(rows, costs, ranks))
-        plans.append(deal(fill_rows(pieces, sizes, budget, ranks, reachable), costs, ranks))
-    return min(plans, key=lambda plan: duration(plan, costs))
+    if duration(plan, costs) < 1.01 * share:
+        return plan
+    packs, rest = [], pieces
+    while rest:  # a row that begins with a costly document may be as costly as that one
+        row, rest = fill(rest, ranks, budget, max(share / rows, rest[0].cost))
+        packs += row
+    return min(plan, deal(packs, costs, ranks), key=lambda plan: duration(plan, costs))
 
 
-def total(members: Sequence[int], values: Sequence[float]) -> float:
-    return sum(values[i] for i in members)
+class Piece(NamedTuple):
+    """Documents of one group that go into one pack."""
 
-
-def duration(plan: list[list[list[int]]], costs: list[float]) -> float:
-    """Of a step: packs that run together take as long as the costliest of them."""
-    return sum(max(total(members, costs) for members in row) for row in zip(*plan, strict=True))
+    members: list[int]
+    tokens: int
+    cost: float
 
 
 def cut_groups(
     lengths: Sequence[int], costs: list[float], groups: Sequence, budget: int, ranks: int
-) -> list[list[int]]:
-    """Each group in its order, cut where a piece would be too large to balance the ranks with."""
+) -> list[Piece]:
+    """Each group in its order, cut where a piece would be too large to balance the ranks with; the
+    costliest piece first.
+    """
     packs = -(-sum(lengths) // (budget * ranks)) * ranks
     tokens, work = (budget / PIECE, sum(costs) / packs / PIECE) if ranks > 1 else (budget, math.inf)
     pieces, newest = [], {}
     for i, group in enumerate(groups):
-        piece = newest.get(group, [])
-        longer = [*piece, i]
-        if piece and total(longer, lengths) <= tokens and total(longer, costs) <= work:
-            piece.append(i)
-        else:
-            newest[group] = [i]
-            pieces.append(newest[group])
-    return pieces
+        piece = newest.get(group, Piece([], 0, 0.0))
+        longer = Piece([*piece.members, i], piece.tokens + lengths[i], piece.cost + costs[i])
+        if piece.members and (longer.tokens > tokens or longer.cost > work):
+            pieces.append(piece)
+            longer = Piece([i], lengths[i], costs[i])
+        newest[group] = longer
+    return sorted([*pieces, *newest.values()], key=lambda piece: -piece.cost)
 
 
-def fill_alike(pieces: list[list[int]], sizes: list[tuple], budget: int, ranks: int) -> list:
-    """Costliest piece first, each into the cheapest pack that has room: all packs cost the same."""
-    count = -(-sum(tokens for tokens, _ in sizes) // (budget * ranks)) * ranks
-    while True:
-        packs, room, load = [[] for _ in range(count)], np.full(count, budget), np.zeros(count)
-        for piece, (tokens, work) in zip(pieces, sizes, strict=True):
-            best = int(np.where(room >= tokens, load, np.inf).argmin())
-            if room[best] < tokens:
-                break
-            packs[best] += piece
-            room[best] -= tokens
-            load[best] += work
-        else:
-            return packs
-        count += ranks
-
-
-def fill_rows(
-    pieces: list[list[int]], sizes: list[tuple], budget: int, ranks: int, cap: float = math.inf
-) -> list:
-    """Rows of one pack a rank, one after the other; a piece that would make its pack the costliest
-    of the row, or costlier than `cap`, waits for a later row. A pack's first piece always goes in.
+def fill(pieces: list[Piece], count: int, budget: int, limit: float) -> tuple[list, list[Piece]]:
+    """-> `count` packs, and the pieces that are left over. Each piece goes into the cheapest pack
+    that has room for its tokens, and for its cost up to the limit.
     """
-    packs, waiting = [], list(zip(pieces, sizes, strict=True))
-    while waiting:
-        row, room, load = [[] for _ in range(ranks)], np.full(ranks, budget), np.zeros(ranks)
-        rest = []
-        for piece, (tokens, work) in waiting:
-            most = max(min(cap, load.max()) - work, min(load.min(), max(cap - work, 0)))
-            fits = (room >= tokens) & (load <= most)
-            best = int(np.where(fits, load, np.inf).argmin())
-            if not fits[best]:
-                rest.append((piece, (tokens, work)))
-                continue
-            row[best] += piece
-            room[best] -= tokens
-            load[best] += work
-        packs, waiting = packs + row, rest
-    return packs
+    packs, rest, room, load = (
+        [[] for _ in range(count)],
+        [],
+        np.full(count, budget),
+        np.zeros(count),
+    )
+    for piece in pieces:
+        fits = (room >= piece.tokens) & (load + piece.cost <= limit)
+        best = int(np.where(fits, load, np.inf).argmin())
+        if not fits[best]:
+            rest.append(piece)
+            continue
+        packs[best] += piece.members
+        room[best] -= piece.tokens
+        load[best] += piece.cost
+    return packs, rest
 
 
 def deal(packs: list[list[int]], costs: list[float], ranks: int) -> list[list[list[int]]]:
     """Packs that cost about the same run together, one on each rank."""
-    falling = sorted(packs, key=lambda members: -total(members, costs))
+    falling = sorted(packs, key=lambda members: -sum(costs[i] for i in members))
     return [falling[rank::ranks] for rank in range(ranks)]
+
+
+def duration(plan: list[list[list[int]]], costs: list[float]) -> float:
+    """Of a step: packs that run together take as long as the costliest of them."""
+    rows = zip(*plan, strict=True)
+    return sum(max(sum(costs[i] for i in members) for members in row) for row in rows)

@@ -46,7 +46,7 @@ from common.log import beside, changes, fingerprint, progress, run_main, write_r
 from common.packs import make_pack, plan_packs
 from model import HEAD_CHUNK, Qwen25VL, load_model
 from reward import grade
-from rollout import Rollout, TorchSampler, VllmSampler
+from rollout import Rollout, open_sampler
 
 GAP = "\n\n"  # between prompt and response, for a model that knows no chat
 
@@ -229,14 +229,10 @@ def pass_record(problem: data.Problem, tries: list[Rollout]) -> dict:
 
 def pass_scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
     """-> problems to records, with the sampler started; all ranks start theirs together."""
-    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    if cfg.sampler == "torch":
-        model = load_model(directory, world.dtype, world.device)
-        sampler = TorchSampler(model, tokenizer, settings, cfg.sampler_batch)
-    else:
-        room = (cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb)
-        sampler = VllmSampler(directory, tokenizer, settings, *room, world.dtype)
-    return partial(passes, sampler=sampler, tokenizer=tokenizer, settings=settings, cfg=cfg)
+    room = cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb
+    sampler = open_sampler(cfg.sampler, directory, world, room)
+    tools = {"tokenizer": sampler.tokenizer, "settings": sampler.settings}
+    return partial(passes, sampler=sampler, cfg=cfg, **tools)
 
 
 # ------------------------------------------------------------------ what is kept on the way

@@ -26,6 +26,7 @@ stage() { # name, script and arguments: runs unless the stage has its model
   [ -e "$out/$name/model" ] && return
   echo "== $name"
   OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" "$@" --out "$out/$name" --seed "$seed"
+  [ -e "$out/$name/model" ] || exit  # stopped by hand: the same command goes on
 }
 measure() { # name: greedy and sampled answers to held-out problems, and plain reading
   local model="$out/$1/model" eval="$out/eval/$1"

@@ -16,17 +16,24 @@ source "$(dirname "$0")/setup.sh"
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
 where=(--standalone --max-restarts 3 --shutdown-timeout "$PATIENCE")
+
+ended() { # stage: else it was asked to stop, and the next one has nothing to start from
+  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
+}
 
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 2 --batch-rows 64 --pack-tokens 16384 --max-tokens 16384 \
   --lr 5e-5 --lr-end 5e-6 --recompute selective --save-every 200 --keep-every 1000
+ended coldstart
 
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
   --out "$OUT/rl" --steps 200 --problems 64 --samples 8 --lengths 0 4096 100 8192 \
   --prompt-tokens 4096 --pack-tokens 16384 --lr 1e-6 --critic-lr 5e-6 --warmup 20 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 7 --offload --recompute selective \
   --save-every 20 --keep-every 20
+ended rl
 
 [ -e "$OUT/average/model" ] || python -m tools.average \
   --models "$OUT"/rl/checkpoints/step_000{160,180,200}/model --out "$OUT/average/model"

@@ -30,6 +30,7 @@ source "$(dirname "$0")/setup.sh"
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
 where=(--nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout "$PATIENCE")
 if [ "$NODES" = 1 ]; then
   where+=(--standalone)
@@ -37,11 +38,16 @@ else # every node runs this line; the first to reach HEAD leads
   where+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id ovr --rdzv-endpoint "${HEAD:?the name of the first node}:29500")
 fi
 
+ended() { # stage: else it was asked to stop, and the next one has nothing to start from
+  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
+}
+
 # Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 packs of 64k tokens a step, 2e-4
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 5 --batch-packs 640 --batch-rows 0 --pack-tokens 65536 --max-tokens 65536 \
   --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute full \
   --valid 1024 --valid-every 20 --save-every 10 --keep-every 200
+ended coldstart
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
@@ -50,10 +56,11 @@ fi
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --lam 1 --epsilon 0.2 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute full \
   --save-every 5 --keep-every 100
+ended rl
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.
 # The first node makes it: the one that HEAD names, or whose address HEAD is.
 first=${HEAD:-$(hostname)}
-if [ ! -e "$OUT/average/model" ] && [[ " $(hostname) $(hostname -s) $(hostname -I 2>/dev/null) " == *" $first "* ]]; then
+if [ ! -e "$OUT/average/model" ] && [[ " $(hostname) $(hostname -s) $(hostname -f 2>/dev/null) $(hostname -I 2>/dev/null) " == *" $first "* ]]; then
   python -m tools.average --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"
 fi

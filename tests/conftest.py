@@ -1,6 +1,6 @@
 """A miniature to test the stages on: a small model that answers in a box, a few rows of each kind.
 
-The model is toy.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`:
+The model is world.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`:
 after that its samples differ in length, most stop, and some are right, so that rewards, advantages
 and gradients are not 0.
 """
@@ -72,7 +72,7 @@ def one_thread():
 def mini(tmp_path_factory) -> Mini:
     from common import data
     from common.packs import pack_alone
-    from miniature import world as toy
+    from miniature import world
     from model import Qwen25VL, save_model
 
     root = tmp_path_factory.mktemp("mini")
@@ -83,7 +83,7 @@ def mini(tmp_path_factory) -> Mini:
         rows = []
         for i in range(count):  # the digit of one cell: a guess is right one time in five
             mode = modes[i % len(modes)]
-            row = toy.problem_row(rng, f"{name}-{i}", "image", False, root)
+            row = world.problem_row(rng, f"{name}-{i}", "image", False, root)
             cell = rng.choice(sorted(row["grid"]))
             looks = "<image>"
             if mode == "text":
@@ -96,15 +96,15 @@ def mini(tmp_path_factory) -> Mini:
     train = problems("train", PROBLEMS, ("image", "text"))
     text = problems("text", 4, ("text",))
     test = problems("test", TEST, ("image", "text"))
-    sft = write_rows(root / "sft.jsonl", [toy.sft_row(rng, i) for i in range(SFT)])
-    replay = [toy.replay_row(rng, i, root) for i in range(8)]
+    sft = write_rows(root / "sft.jsonl", [world.sft_row(rng, i) for i in range(SFT)])
+    replay = [world.replay_row(rng, i, root) for i in range(8)]
 
     directory = root / "model"
-    toy.save_tokenizer(directory)
+    world.save_tokenizer(directory)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = Qwen25VL(toy.model_config(len(tokenizer)))
+    model = Qwen25VL(world.model_config(len(tokenizer)))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     seen = [p for source in (train, text) for p in data.read_problems(source)]

@@ -1,4 +1,4 @@
-"""distil.py and endpoint.py: against a server with all bad manners, and against a real vLLM."""
+"""distil.py and client.py: against a server with all bad manners, and against a real vLLM."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from PIL import Image
 
 import reward
 import rollout
-from common import client as endpoint
+from common import client
 from common.client import Endpoint, Failure, Reply, Unusable, ask_all, each, user_message
 from curation import distil
 
@@ -27,7 +27,7 @@ DRAWN = ["right", "wrong right", "draw", "draw", "nobox right", "wrong", "long r
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

@@ -20,6 +20,7 @@ from test_vllm import HOME, ROOT, why_not
 
 import coldstart
 import rl
+import rollout
 from common import data, distributed, packs
 from rollout import TorchSampler
 from tools import doctor, plan
@@ -130,13 +131,13 @@ BROKEN = [  # what is done to the copy or by monkeypatch; what fails first, and 
      "pictures", "0 of 12 prompts have at most 8 tokens"),
     (lambda c, p: p.setattr(data, "encode_response", lambda words, tokenizer: [9]),
      "stop", "trained {9}", "encode_response"),
-    (lambda c, p: after(p, rl, "load_sampler", lambda sampler: sampler.stops.clear()),
+    (lambda c, p: after(p, doctor, "open_sampler", lambda sampler: sampler.stops.clear()),
      "stop", "stops set()", "eos_token"),
     (lambda c, p: after(p, packs, "make_pack", leak),
      "packing", "train-", "attend()"),
     (lambda c, p: edit_weights(c, lambda w: w.update({HEAD: w[EMBEDDING].clone()})),
      "tied", "config.json", "tie_word_embeddings is False"),
-    (lambda c, p: after(p, rl, "load_model", lambda model: model.model.norm.weight.data.mul_(1.03)),
+    (lambda c, p: after(p, rollout, "load_model", lambda m: m.model.norm.weight.data.mul_(1.03)),
      "sampler", "weights, dtype or positions"),
     (lambda c, p: sync_without_the_tower(p),
      "sync", "sync() leaves old weights"),

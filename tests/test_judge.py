@@ -17,7 +17,7 @@ import pytest
 from bad_server import HEAD, event, send, serving
 from conftest import finished, write_rows
 
-from common import client as endpoint
+from common import client
 from evaluation import behaviors, judge
 from evaluation.behaviors import NAMES
 
@@ -50,7 +50,7 @@ class Scripted(bad_server.Server):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(bad_server, "Server", Scripted)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
         yield server

@@ -13,7 +13,6 @@ import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from common.data import Document, Prompt
 from common.packs import make_pack
 from model import Config, Inputs, KVCache, Qwen25VL, VisionConfig, load_model, save_model
 
-REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "qwen2_5_vl"
 START, END, IMAGE = 3, 4, 6  # of the small model's 96 tokens; 10 and above are words
 IDS = dict(bos_token_id=1, eos_token_id=2, vision_start_token_id=START, vision_end_token_id=END)
 IDS |= dict(vision_token_id=5, image_token_id=IMAGE, video_token_id=7)
@@ -308,10 +306,8 @@ def test_responses_that_share_their_prompt_and_pictures_give_what_they_give_apar
     assert not {name for name in backward.names if "index_put" in name}
 
 
-def test_inputs_that_do_not_add_up_are_an_error(ours):
+def test_lengths_that_do_not_add_up_are_an_error(ours):
     pack = make_pack([document(*ONE)])
-    with pytest.raises(ValueError, match="have 400 patches, got 360"):
-        ours.visual(pack.patches, [(1, 20, 20)])
     with pytest.raises(AssertionError, match="lengths sum to 100, the pack has 104 tokens"):
         ours.logits(Inputs(pack.ids, pack.positions, [50, 50]))
 
@@ -639,20 +635,6 @@ def test_a_directory_without_a_model_says_what_is_missing(tmp_path, ours):
 
 
 # ---- config.json
-
-
-@pytest.mark.parametrize("name", ["config.json", "config-7b.json", "config-3b.json"])
-def test_the_real_configuration_is_the_one_the_paper_gives(tmp_path, name):
-    if not (REAL / name).is_file():
-        pytest.skip(f"no {name} in {REAL}")
-    shutil.copy(REAL / name, tmp_path / "config.json")
-    config = model.read_config(tmp_path)
-    assert config == (REAL_3B if "3b" in name else REAL_7B)
-    raw = json.loads((REAL / name).read_text())
-    written = json.loads(json.dumps(model.config_json(config, torch.bfloat16)))
-    assert raw.pop("vision_config").items() >= written.pop("vision_config").items()
-    shared = raw.keys() & written.keys()
-    assert {key: raw[key] for key in shared} == {key: written[key] for key in shared}
 
 
 @pytest.mark.parametrize("config", [SMALL, TIED, REAL_7B, REAL_3B])

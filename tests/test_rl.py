@@ -22,7 +22,7 @@ from common import data, packs
 from common.distributed import World
 from model import load_model
 from reward import Verdict
-from rollout import Rollout
+from rollout import Rollout, TorchSampler
 from tools import trace
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -237,7 +237,7 @@ def test_critic_metrics_of_a_perfect_a_constant_and_an_offset_critic():
         (dict(problems=3), "critic-steps 4.*--problems 3"),
         (dict(policy_steps=3), "policy-steps 3, --critic-steps 4"),
         (dict(steps=0), "steps"),
-        (dict(save_every=-1), "save_every must not be negative, got -1"),
+        (dict(save_every=-1), "save-every -1 is less than 0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(wrong, named):
@@ -707,7 +707,7 @@ def test_a_sampler_whose_weights_were_not_copied_stops_the_run_in_its_first_step
     mini, tmp_path, monkeypatch
 ):
     cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), lr=1e-2, warmup=1)
-    monkeypatch.setattr(rl.TorchSampler, "sync", lambda self, weights: [None for _ in weights])
+    monkeypatch.setattr(TorchSampler, "sync", lambda self, weights: [None for _ in weights])
     with pytest.raises(RuntimeError, match="after the update of step 0.*stale cache"):
         rl.main(cfg)
     assert not (tmp_path / "checkpoints").exists()
@@ -739,7 +739,9 @@ def test_a_loss_that_is_not_finite_names_its_rollouts_and_changes_no_weight(mini
 
 def test_a_run_that_diverges_says_which_token_and_what_to_do(mini, tmp_path):
     cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), lr=1e20, warmup=1)
-    with pytest.raises(FloatingPointError, match="logits of response token .* are not finite.*lower --lr"):
+    with pytest.raises(
+        FloatingPointError, match="logits of response token .* are not finite.*lower --lr"
+    ):
         rl.main(cfg)
 
 
@@ -767,6 +769,7 @@ def test_a_run_logs_what_it_did_and_the_sampler_agrees_with_the_trainer(mini, un
         assert row["ratio_max"] == 0 and row["clip_fraction"] == 0
         assert abs(row["policy_loss"]) < 1e-6  # minus the mean of normalised advantages
         assert row["return_mean"] <= 1 and row["grad_norm"] > 0 and row["entropy"] > 0
+    assert rows[-1]["value_mean"] - rows[0]["value_mean"] > 0.1  # the critic learns
     assert len({row["reward"] for row in rows}) > 1 and max(row["truncated"] for row in rows) > 0
     assert [row["lr"] for row in rows] == [5e-4, 1e-3, 1e-3, 1e-3]
     before, after = load_file(Path(mini.model) / "model.safetensors"), weights_of(uninterrupted)
@@ -835,13 +838,13 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_and_samples_nothing_twice(
     assert [f.name for f in (tmp_path / "cut/checkpoints").iterdir()] == ["step_000002"]
     assert not (tmp_path / "cut/model").exists()
     torch.manual_seed(12345)  # nothing may hang on the global state of a process
-    sampled, generate = [], rl.TorchSampler.generate
+    sampled, generate = [], TorchSampler.generate
 
     def noted(self, problems, *rest, seed=(0,), **more):
         sampled.append(seed)
         return generate(self, problems, *rest, seed=seed, **more)
 
-    monkeypatch.setattr(rl.TorchSampler, "generate", noted)
+    monkeypatch.setattr(TorchSampler, "generate", noted)
     resumed = run(cfg)
     steps = [seed[1] for seed in sampled if len(seed) == 2]  # the canary has no step
     assert steps == ([2, 3] if how == "ctrl-c" else [])  # both were sampled before the kill

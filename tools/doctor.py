@@ -27,7 +27,7 @@ from common import data, distributed, packs
 from common.log import run_main
 from model import check_weights, empty_model, read_config
 from reward import grade
-from rollout import canary, canary_gap
+from rollout import canary, canary_gap, open_sampler
 from tools import plan
 
 # nats a token by which log-probs in a pack may differ from those alone; rounding is a tenth of it
@@ -147,11 +147,12 @@ def memory(case: Case) -> str:
 
 def start(case: Case) -> str:
     """The engine, then the trainer, as rl.py does: vLLM wants the memory free."""
-    from rl import GAP_LIMITS, load_sampler  # here, because the stages import tools
+    from rl import GAP_LIMITS  # here, because the stages import tools
 
     cfg, where, world = case.cfg, case.directory, case.world
     if case.rl:
-        case.sampler = load_sampler(cfg, where, world, case.tokenizer, case.settings)
+        room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
+        case.sampler = open_sampler(cfg.sampler, where, world, room)
         case.gap_limit = GAP_LIMITS[world.dtype]
     how = (case.train_vision, cfg.recompute, cfg.compile)
     case.policy = distributed.load(where, world, "lm", *how)

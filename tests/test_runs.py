@@ -1,0 +1,65 @@
+"""The scripts for GPUs, with the programs that they start replaced by ones that note how."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTE = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$NOTES"
+while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
+case $out in *coldstart|*rl) [ "$out" = "${STOPS:-}" ] || mkdir -p "$out/model" ;; esac
+"""
+
+
+def run(tmp_path: Path, script: str, **ours) -> tuple[str, list[str]]:
+    """-> what it prints, and the programs that it has started."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
+    (tmp_path / "runs" / script).write_text((ROOT / "runs" / script).read_text())
+    for name in ("torchrun", "python"):
+        (tmp_path / name).write_text(NOTE)
+        (tmp_path / name).chmod(0o755)
+    notes = {"NOTES": str(tmp_path / "notes"), "OUT": str(tmp_path / "out")}
+    environment = os.environ | notes | {"SFT": "sft.jsonl", "RL": "rl.jsonl"} | ours
+    command = ["bash", str(tmp_path / "runs" / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, (tmp_path / "notes").read_text().splitlines()
+
+
+def addresses() -> list[str]:
+    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    return own[:1] + [socket.gethostname()]
+
+
+@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+def test_torchrun_waits_for_a_checkpoint_and_starts_again_by_itself(tmp_path, script):
+    printed, (stage_1, stage_2, average) = run(tmp_path, script)
+    for line, stage in (stage_1, "coldstart.py"), (stage_2, "rl.py"):
+        assert line.startswith("torchrun") and f" {stage} " in line
+        assert "--max-restarts 3" in line and "--shutdown-timeout" in line
+    assert average.startswith("python -m tools.average --models")
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in printed
+
+
+@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+def test_a_stage_that_was_stopped_is_not_followed_by_the_next(tmp_path, script, stage):
+    printed, started = run(tmp_path, script, STOPS=str(tmp_path / "out" / stage))
+    assert len(started) == 1 + (stage == "rl") and f"{stage} has stopped" in printed
+
+
+@pytest.mark.parametrize("head", addresses())
+def test_of_several_nodes_the_first_makes_the_average_by_name_or_address(tmp_path, head):
+    _, started = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD=head)
+    assert started[-1].startswith("python -m tools.average")
+    assert f"--rdzv-endpoint {head}:29500" in started[0]
+
+
+def test_no_other_node_makes_it(tmp_path):
+    _, started = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD="10.1.2.3")
+    assert len(started) == 2

@@ -197,8 +197,7 @@ def read_run(directory: Path) -> Run:
         if name in trained:
             about[name] = json.loads((directory / name / "run.json").read_text(encoding="utf-8"))
             logged[name] = read_rows(directory / name / "metrics.jsonl")
-            steps = sum(row["seconds"] for row in logged[name])
-            seconds[name] = steps
+            seconds[name] = sum(row["seconds"] for row in logged[name])
         files = [directory / "eval" / name / how / "graded.jsonl" for how in MODES]
         greedy, sampled, reading = map(read_records, files)
         if greedy or sampled:

@@ -28,7 +28,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -56,11 +55,12 @@ class RunLog:
         write_json(self.directory / "run.json", about)
         for name in STEP_FILES:
             truncate(self.directory / f"{name}.jsonl", start)
-        if os.environ.get("WANDB_PROJECT") and not find_spec("wandb"):
-            print("WANDB_PROJECT is set, but wandb is not installed: pip install wandb", flush=True)
-        elif os.environ.get("WANDB_PROJECT"):
-            import wandb
-
+        if os.environ.get("WANDB_PROJECT"):
+            try:
+                import wandb
+            except ImportError as error:
+                advice = "pip install wandb, or unset WANDB_PROJECT"
+                raise ValueError(f"WANDB_PROJECT is set, but not wandb: {advice}") from error
             place = {"name": self.directory.name, "dir": str(self.directory)}
             self.wandb = wandb.init(**place, config=about["config"])
 

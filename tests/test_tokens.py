@@ -136,7 +136,7 @@ def test_a_broken_line_is_named_with_its_file_and_the_cure(tmp_path, line, wrong
 
 def test_the_report_has_the_section_of_its_rl_run(tmp_path):
     (tmp_path / "rl").mkdir()
-    write_rows(tmp_path / "rl" / "run.json", [{"config": {}, "seconds_total": 1.0}])
+    write_rows(tmp_path / "rl" / "run.json", [{"config": {}}])
     kept(tmp_path / "rl", [rollout()])
     report.main(report.Config(tmp_path))
     page = (tmp_path / "report.html").read_text()

@@ -62,7 +62,6 @@ def rows_of(step: int, rollouts: list, packs: list, samples: int, tokenizer, wor
         r, (advantages, *values) = rollouts[i], numbers[i]
         row = row_of(step, r, tokenizer)
         row |= {"images": [image for image in r.problem.images if isinstance(image, str)]}
-        row |= {"prompt_tokens": len(r.prompt.ids)} if r.prompt else {}
         row |= {"tokens": [tokenizer.decode([int(token)]) for token in r.response_ids]}
         row |= {"logps": short(r.logps), "values": values[0] if values else None}
         rows.append(row | {"advantages": advantages})

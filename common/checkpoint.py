@@ -17,7 +17,6 @@ written, and three times on the disk; a model is 17 GB in bfloat16. Old states a
 import concurrent.futures
 import os
 import shutil
-import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -33,12 +32,12 @@ from common import log
 from common.distributed import everyone, is_main, release
 from model import Config, Qwen25VL, save_model, save_weights
 
+# Settings that say how a run is executed, and not what it learns: rollouts stay good under others.
+EXECUTION = {"out", "steps", "save_every", "keep_every", "recompute", "compile", "offload"}
+EXECUTION |= {"sampler_batch", "kv_cache_gb", "pack_tokens"}
 KEEP_STATES = 2  # the newest checkpoints, from which a run can go on
-PATIENCE = timedelta(hours=2)  # a rank that has written its part waits for the slowest disk
+SAVE_TIMEOUT = timedelta(hours=2)  # a rank that has written its part waits for the slowest disk
 Pairs = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # {"policy": (model, optimizer), ...}
-
-# One process saves and loads alone here, and means to.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 # ------------------------------------------------------------------ going on
 
@@ -49,7 +48,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     FileExistsError where compare_settings finds that it may not go on: nothing is overwritten.
     """
     run = Path(run)
-    start, state = newest(run)
+    start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reasons := everyone(is_main() and compare_settings(run, config, start))[0]:
         why = "; ".join(reasons)
@@ -64,7 +63,8 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
 def compare_settings(run: Path, config, start: int) -> list[str]:
     """Prints what has changed since run.json (RunLog records it); returns what forbids going on."""
     if (run / "model").is_dir():
-        return [f"it is a finished run: remove {run}/model to go on from its newest state"]
+        again = f"go on from step {start}" if start else "begin again: it has no checkpoint"
+        return [f"it is a finished run: remove {run}/model to {again}"]
     if not (run / "run.json").exists():
         return []
     before, now = log.read_record(run), log.provenance(config)["config"]
@@ -79,7 +79,7 @@ def compare_settings(run: Path, config, start: int) -> list[str]:
         reasons.append(f"the data has changed, {old} -> {new}")
     if start and reasons:
         return reasons
-    if changed or reasons:  # what was sampled behind the checkpoint came from the run as it was
+    if {*changed} - EXECUTION or reasons:  # what was sampled came from the run as it was
         shutil.rmtree(run / "rollouts", ignore_errors=True)
     return []
 
@@ -168,7 +168,7 @@ class Saver:
         self.run, self.like, self.dtype, self.keep_every = Path(run), like, dtype, keep_every
         self.group = None  # its collectives run beside the training's: in one they would meet
         if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.step, self.writing = 0, None  # what is in flight: its step and its future
 

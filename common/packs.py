@@ -187,8 +187,8 @@ def share_packs(
     takes a step a part takes the same steps on any. cfg: parts, pack_tokens, train_vision. encode:
     a problem's prompt, for rollouts of other ranks.
     """
-    ends = [i for i, r in enumerate(rollouts) if i == 0 or r.index != rollouts[i - 1].index]
-    edges = [ends[len(ends) * k // cfg.parts] for k in range(cfg.parts)] + [len(rollouts)]
+    starts = [i for i, r in enumerate(rollouts) if i == 0 or r.index != rollouts[i - 1].index]
+    edges = [starts[len(starts) * k // cfg.parts] for k in range(cfg.parts)] + [len(rollouts)]
     prompts, shares = {}, []
     for first, end in zip(edges, edges[1:], strict=False):
         groups = [r.index for r in rollouts[first:end]]

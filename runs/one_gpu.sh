@@ -6,7 +6,7 @@
 #
 # Expected, by tools/plan.py and not measured on a GPU (3.1 B trained parameters):
 #   memory    of 80 GB, 6 of them reserve: cold start 71 at 16k tokens; PPO 73; the model that waits does so in 77 GB of host
-#             memory. On 141 GB: --kv-cache-gb 60 --sampler-batch 256
+#             memory, and a checkpoint takes as many while it is written. On 141 GB: --kv-cache-gb 60 --sampler-batch 256
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 # --compile is not measured yet, and off. Stop it: touch $OUT/rl/stop. Hangs: kill -USR1 PID prints every thread's stack.
 set -euo pipefail

@@ -15,7 +15,7 @@
 #
 # Expected, by tools/plan.py and not measured on GPUs (7.6 B parameters trained, 24k to 48k tokens a response):
 #   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 57 while it trains, 76 while weights go over to the
-#             engine; 198 GB of host memory a node
+#             engine; 198 GB of host memory a node for the models that wait, as many while a checkpoint is written
 #   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10 days;
 #             a PPO step of 8,192 responses 130 min, 57 of them sampling, 900 steps 81 days; an eighth of all that on 64
 #   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -853,6 +854,28 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_and_samples_nothing_twice(
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     for name in ("rollouts.jsonl", "trace.jsonl"):
         assert (resumed / name).read_text() == (uninterrupted / name).read_text()
+
+
+def test_the_sampler_rests_before_the_update_also_where_rollouts_were_read(
+    mini, tmp_path, monkeypatch
+):
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path / "run"), steps=1)
+    calls = []
+    for where, name in ((TorchSampler, "rest"), (TorchSampler, "sync"), (rl, "critic_values")):
+        call = getattr(where, name)
+
+        def noted(*rest, name=name, call=call):
+            calls.append(name)
+            return call(*rest)
+
+        monkeypatch.setattr(where, name, noted)
+    run(cfg)
+    first, calls[:] = [*calls], []
+    shutil.rmtree(tmp_path / "run/model")  # it has no checkpoint: its one step is done again
+    monkeypatch.setattr(TorchSampler, "_run", None)  # only the canary samples
+    monkeypatch.setattr(rl, "canary_gap", lambda *rest: 0.0)
+    run(cfg)
+    assert calls == first == ["rest", "sync", "rest", "critic_values", "sync"]
 
 
 def test_a_run_that_died_after_its_last_checkpoint_still_writes_its_model(

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from common.checkpoint import publish
 from common.log import model_card, progress, run_main
 from model import check_weights, empty_model, read_config, save_weights
 
@@ -72,10 +73,12 @@ def main(cfg: Config):
     dtype = read(*members[0]["model.norm.weight"]).dtype
     names = progress(members[0], "tensors")
     mean = {name: mean_tensor([places[name] for places in members], dtype) for name in names}
-    out.mkdir(parents=True, exist_ok=True)
-    save_weights(mean, read_config(first), out, dtype, like=first)
+    part = out.with_name(f"{out.name}.part")  # so that what is called `out` is whole
+    part.mkdir(parents=True, exist_ok=True)
+    save_weights(mean, read_config(first), part, dtype, like=first)
     card = model_card(f"The average of {len(members)} checkpoints", cfg, out)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (part / "README.md").write_text(card, encoding="utf-8")
+    publish(part, out)
     size = sum(tensor.nbytes for tensor in mean.values())
     print(f"average of {len(members)} checkpoints, {size / 1e9:.2f} GB -> {out}")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common import data, distributed, packs
 from common.log import run_main
-from model import check_weights, empty_model, read_config
+from model import check_weights, empty_model, put, read_config
 from reward import grade
 from rollout import canary, canary_gap, open_sampler
 from tools import plan
@@ -260,7 +260,7 @@ def precision(case: Case) -> str:
     for weight, old in zip(weights, before, strict=True):
         clear = whole(weight.grad).abs() > 1e-7  # AdamW's eps is 1e-8: these move by all of lr
         moved.append((whole(weight) != old)[clear].float())
-        distributed.put(weight, old)
+        put(weight, old)
     share = torch.cat(moved).mean().item()
     figure = f"{share:.1%} of {weights[0].dtype} masters move at --lr {lr:g}"
     return verdict(figure, share > 0.5, "too coarse: keep them in float32")

@@ -322,9 +322,10 @@ def main(cfg: Config):
         print(f"{phase:12}" + "".join(cells))
     fits = "fits" if peak <= gb else "DOES NOT FIT"
     print(f"{peak:.1f} GB with {RESERVE_GB:g} GB in reserve: {fits} {cfg.gpu} of {gb} GB")
-    if cfg.rl and cfg.offload:
-        states = sum(x.result().weights + x.result().moments for x in footprints(cfg).values())
-        print(f"host memory: {states * min(cfg.gpus, NODE):.0f} GB a node, of models that wait")
+    states = sum(x.result().weights + x.result().moments for x in footprints(cfg).values())
+    states, waiting = states * min(cfg.gpus, NODE), "of models that wait, and as many "
+    why = f"{waiting * (cfg.rl and cfg.offload)}while a checkpoint is written"
+    print(f"host memory: {states:.0f} GB a node {why}")
     times, steps = seconds(cfg), cfg.steps or (900 if cfg.rl else 1060)
     print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
     print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")

@@ -84,8 +84,8 @@ class Config:
                 value = getattr(self, name)
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
         for name in ("valid_every", "save_every", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is less than 0")
 
 
 def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> float:

@@ -137,6 +137,7 @@ class Rows(Sequence):
 
     def __init__(self, fetch: Callable[[int], Any], indices: Sequence[int]):
         self.fetch, self.indices = fetch, indices
+        self.pictured: dict[Share, list[int]] = {}  # of a share that was checked: rows with any
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -190,16 +191,19 @@ def read_rows(
         row["id"] = f"row-{i}" if row.get("id") is None else row["id"]
         return place, row, folder
 
-    build, unread = problem_of if kind is Problem else example_of, set()
+    build, unread, pictured = problem_of if kind is Problem else example_of, set(), []
     for i in progress(range(share[0], len(ids), share[1]), f"checking {source}"):
         place, row, folder = renamed(i)
         unread |= unread_columns(place, row, COLUMNS[kind], folder)
-        build(place, row, folder)
+        if build(place, row, folder).images:
+            pictured.append(i)
     unread -= {*names, *COLUMNS[Problem], *COLUMNS[Example]}
     if unread and share[0] == 0:
         to = "only kept in problem.extra" if kind is Problem else "not read"
         print(f"{source}: columns {to}: {', '.join(sorted(unread))}", flush=True)
-    return Rows(lambda i: build(*renamed(i)), range(len(ids)))
+    rows = Rows(lambda i: build(*renamed(i)), range(len(ids)))
+    rows.pictured[share] = pictured
+    return rows
 
 
 read_problems, read_examples = partial(read_rows, Problem), partial(read_rows, Example)
@@ -482,6 +486,8 @@ def check_images(rows: Sequence, share: Share = (0, 1)) -> int:
     a file is found only when it is decoded.
     """
     mine = range(share[0], len(rows), share[1])
+    if isinstance(rows, Rows):  # rows without pictures are not built again, where that is known
+        mine = rows.pictured.get(share, mine)
     with ThreadPool(THREADS) as pool:
         results = pool.imap(lambda i: check_pictures(rows[i]), mine, chunksize=64)
         results = [*progress(results, "checking pictures", len(mine))]

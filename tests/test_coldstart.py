@@ -175,6 +175,16 @@ def test_where_nothing_would_ever_be_trained_or_validated_the_cure_is_named(mini
         run(cfg)
 
 
+def test_a_cut_picture_among_replayed_rows_is_refused_before_the_run(mini, tmp_path):
+    content = next(Path(mini.replay).parent.glob("images/*.png")).read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:-40])
+    row = {"id": "r", "prompt": "<image> ?", "response": "x", "images": ["cut.png"]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: .*cut.png: damaged picture"):
+        coldstart.split_rows(config(mini, tmp_path, replay=str(rows)), ALONE)
+
+
 def test_validation_rows_are_never_trained_and_all_others_are(mini, tmp_path, monkeypatch):
     names, make_pack = [], coldstart.make_pack
 

@@ -458,6 +458,19 @@ def test_cut_pictures_are_found_when_a_run_starts(tmp_path, tokenizer):
     assert data.check_images([Problem("made", "x", "1", (picture(30, 30),))]) == 1
 
 
+def test_rows_without_pictures_are_not_read_again_to_check_pictures(tmp_path, monkeypatch):
+    picture(30, 30).save(tmp_path / "p.png")
+    lines = [row(id=str(i), images=["p.png"] if i in (2, 5) else []) for i in range(6)]
+    path, parsed, parse = write_jsonl(tmp_path, *lines), [], data.parse_json
+    for share, places in (((0, 1), [3, 6]), ((0, 2), [3])):
+        problems = data.read_problems(path, share=share)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "parse_json", lambda *a: parsed.append(a[0]) or parse(*a))
+            assert data.check_images(problems, share) == len(places)
+        assert sorted(parsed) == [f"{path}, line {i}" for i in places]
+        parsed.clear()
+
+
 def test_both_spellings_of_the_image_settings_are_read(tmp_path):
     common = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
     common |= dict(image_mean=CLIP_MEAN, image_std=CLIP_STD)

@@ -2,19 +2,17 @@
 
     rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
 
-Only the LLM trains; vision tower and merger keep every bit (OVR, sec. 3.1). The aggressive pair of
-large batch and large learning rate is the paper's: it is meant to break the instruct model's
-habits. What is learnt here on text is measured on pictures afterwards (eval.py): that transfer is
-the paper's claim.
+Only the LLM trains; vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large
+learning rate are the paper's: meant to break the instruct model's habits. That what is learnt here
+on text also helps with pictures is its claim, which eval.py measures.
 
 How it departs from a textbook SFT script:
   1  No padding: documents lie back to back in packs of a token budget, attention stays inside each.
-  2  One denominator: the number of trained tokens of the whole step, over all packs and all ranks,
-     known before backward. The gradient is the same however the batch is cut.
+  2  One denominator: the trained tokens of the whole step, over all packs and ranks, known before
+     backward. The gradient is the same however the batch is cut.
   3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
-  4  The batch can be counted in packs. The paper's "batch 640" at 64k tokens with sample packing is
-     read as 640 packs, 42 M tokens: its Figure 3 shows epochs of 212 steps, which fits about 9,500
-     rows a step and not 640. A step then takes as many rows as fill so many packs on average.
+  4  The batch can be counted in packs: the paper's "batch 640" must be packs of 64k tokens, since
+     its Figure 3 shows epochs of 212 steps, which fits about 9,500 rows a step.
 
     torchrun coldstart.py                          # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 coldstart.py       # the same numbers from two processes
@@ -42,6 +40,7 @@ from model import read_config, train_flops
 BETAS = (0.9, 0.95)  # AdamW; paper: "Qwen2.5's default"; ours: the numbers, as in stage 2
 CLIP_NORM = 1.0  # of the gradient; ours: as in stage 2
 MEASURED_ROWS = 1024  # rows whose mean length says how many rows fill a pack
+TITLE = "Open Vision Reasoner, stage 1: linguistic cold start"
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second")  # on the step line
 
 
@@ -55,10 +54,10 @@ class Config:
     replay: str = ""  # more rows, by our columns; paper: none; laptop: text alone costs its sight
     out: str = "out/laptop/coldstart"  # run directory
     epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
-    batch_packs: int = 0  # packs a step, over all ranks; paper: 640; laptop: see batch_rows
-    batch_rows: int = 64  # rows a step, in place of batch_packs; paper: about 9,500
+    batch_packs: int = 0  # packs a step, over all ranks; paper: 640; 0: see batch_rows
+    batch_rows: int = 64  # rows a step, where batch_packs is 0; paper: about 9,500
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; paper: 64k; laptop: short rows
-    max_tokens: int = 4096  # longer rows are left out, with a count; paper: 64k; laptop: short rows
+    max_tokens: int = 4096  # longer rows are left out, with a count; <= pack_tokens; paper: 64k
     lr: float = 1e-3  # peak; paper: 2e-4; laptop: small models want larger steps
     lr_end: float = 1e-4  # cosine ends here; ours: a tenth of the peak
     warmup: float = 0.03  # share of the steps, linear; ours: the paper names none
@@ -74,18 +73,8 @@ class Config:
     def __post_init__(self):
         if self.max_tokens > self.pack_tokens:
             raise ValueError(f"--max-tokens {self.max_tokens} > --pack-tokens {self.pack_tokens}")
-        if (self.batch_packs > 0) == (self.batch_rows > 0):
-            raise ValueError(
-                f"--batch-packs {self.batch_packs} and --batch-rows {self.batch_rows}: a step is "
-                "counted in one of them, the other must be 0"
-            )
-        for name in ("epochs", "valid"):
-            if getattr(self, name) <= 0:
-                value = getattr(self, name)
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        for name in ("valid_every", "save_every", "keep_every"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is less than 0")
+        if min(self.epochs, self.valid, max(self.batch_packs, self.batch_rows)) <= 0:
+            raise ValueError("--epochs, --valid and --batch-packs or --batch-rows must be positive")
 
 
 def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
@@ -104,39 +93,29 @@ def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
     share = (world.rank, world.size)
     rows = data.read_examples(cfg.data, columns=cfg.columns, share=share)
-    data.check_images(rows, share)
+    replay = data.read_examples(cfg.replay, share=share) if cfg.replay else []
+    for part in (rows, replay):
+        data.check_images(part, share)
     if len(rows) <= cfg.valid:
-        raise ValueError(
-            f"{cfg.data} has {len(rows)} rows, {cfg.valid} are kept for validation: lower --valid"
-        )
+        raise ValueError(f"{cfg.data} has {len(rows)} rows, --valid keeps {cfg.valid}: lower it")
     valid = sorted(random.Random(cfg.seed).sample(range(len(rows)), cfg.valid))
     train = Subset(rows, sorted(set(range(len(rows))) - set(valid)))
-    if cfg.replay:
-        replay = data.read_examples(cfg.replay, share=share)
-        data.check_images(replay, share)
-        train = ConcatDataset([train, replay])
-    return train, Subset(rows, valid)
+    return ConcatDataset([train, replay]) if cfg.replay else train, Subset(rows, valid)
 
 
 def rows_a_step(cfg: Config, train: Sequence, encode: Callable, world) -> int:
-    """How many rows fill --batch-packs packs on average: a constant, so that a step stays a
-    function of (seed, step). Measured on some rows, drawn by the seed; too long ones do not count.
+    """How many rows fill --batch-packs packs on average, those that are too long filling none.
 
-    Raises ValueError where all of them are too long: nothing would ever be trained.
+    Measured once, on rows drawn by the seed, so that a step stays a function of (seed, step).
     """
-    chosen = random.Random(cfg.seed).sample(range(len(train)), min(MEASURED_ROWS, len(train)))
-    mine = {i: len(encode(train[i])) for i in chosen[world.rank :: world.size]}
-    lengths = distributed.union(world, mine)
-    fitting = [length for length in lengths.values() if length <= cfg.max_tokens]
-    if not fitting:
-        raise ValueError(
-            f"{cfg.data}: all of {len(lengths)} rows have more than --max-tokens {cfg.max_tokens} "
-            f"tokens, the shortest {min(lengths.values())}: raise it and --pack-tokens"
-        )
-    if cfg.batch_rows:
+    if not cfg.batch_packs:
         return cfg.batch_rows
-    mean = sum(fitting) / len(lengths)  # of all rows drawn: what is left out fills no pack
-    return max(1, round(cfg.batch_packs * cfg.pack_tokens / mean))
+    chosen = random.Random(cfg.seed).sample(range(len(train)), min(MEASURED_ROWS, len(train)))
+    lengths = [len(encode(train[i])) for i in chosen[world.rank :: world.size]]
+    (tokens,) = distributed.sums(world, sum(x for x in lengths if x <= cfg.max_tokens))
+    if not tokens:
+        raise ValueError(f"{cfg.data}: all rows are longer than --max-tokens {cfg.max_tokens}")
+    return max(1, round(cfg.batch_packs * cfg.pack_tokens * len(chosen) / tokens))
 
 
 def share_rows(
@@ -144,12 +123,11 @@ def share_rows(
 ) -> tuple[list[Pack], float, int]:
     """-> this rank's packs, the trained tokens of all ranks, how many rows were too long.
 
-    Each rank encodes a share of the rows to learn their lengths, then those that it will train. All
-    ranks have as many packs, and those that run at the same time cost about the same.
+    Each rank encodes a share of the rows to learn their lengths, then those that it will train.
     """
     documents = {i: encode(rows[i]) for i in range(world.rank, len(rows), world.size)}
     lengths = distributed.union(world, {i: len(document) for i, document in documents.items()})
-    fitting = [i for i in range(len(rows)) if lengths[i] <= cfg.max_tokens]
+    fitting = sorted(i for i in lengths if lengths[i] <= cfg.max_tokens)
     sizes, packs = [lengths[i] for i in fitting], []
     for places in plan_packs(sizes, fitting, cfg.pack_tokens, world.size, cost)[world.rank]:
         members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
@@ -174,8 +152,8 @@ def validate(model, packs: list[Pack], tokens: float, world) -> float:
 
 
 def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world) -> dict:
-    """One optimiser step. FloatingPointError, on all ranks and before it, where the loss or its
-    gradient is not finite; it names the rows of the packs concerned.
+    """One optimiser step. Before it, FloatingPointError on all ranks where loss or gradient is not
+    finite; it names the rows of the packs concerned.
     """
     optimizer.zero_grad()
     losses = []  # read after the loop, in which nothing waits for the GPU
@@ -184,29 +162,11 @@ def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world)
         distributed.backward(model, loss, world, last=pack is packs[-1])
         losses.append(loss.detach())
     norm, losses = distributed.clip_gradients(model, CLIP_NORM), torch.stack(losses).tolist()
-    broken = [p for p, x in zip(packs, losses, strict=True) if not math.isfinite(x)]
     metrics = {"loss": distributed.sums(world, sum(losses))[0], "grad_norm": norm}
-    distributed.refuse_nan(world, step, metrics, [name for p in broken for name in p.names])
+    broken = [pack for pack, x in zip(packs, losses, strict=True) if not math.isfinite(x)]
+    distributed.refuse_nan(world, step, metrics, [name for pack in broken for name in pack.names])
     optimizer.step()
     return metrics
-
-
-def load_training(cfg: Config, directory: str, world):
-    """The model in slices and its optimiser; vectors (norms, biases) are not decayed."""
-    model = distributed.load(directory, world, recompute=cfg.recompute, compile=cfg.compile)
-    trained = [p for p in model.parameters() if p.requires_grad]  # all but the tower
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return model, torch.optim.AdamW(groups, cfg.lr, BETAS, fused=True)
-
-
-def card_of(cfg: Config, step: int, metrics: dict) -> str:
-    """README.md of an exported model."""
-    losses = {name: x for name, x in metrics.items() if name in ("loss", "valid_loss")}
-    title, run = "Open Vision Reasoner, stage 1: linguistic cold start", Path(cfg.out)
-    return model_card(title, cfg, run / "model", run, cfg.max_tokens, {"step": step} | losses)
 
 
 def main(cfg: Config):
@@ -219,22 +179,24 @@ def main(cfg: Config):
     cost = partial(train_flops, read_config(directory))
     share = partial(share_rows, encode=encode, cfg=cfg, world=world, cost=cost)
     train, valid = split_rows(cfg, world)
+    valid_packs, valid_tokens, too_long = share(valid)
+    if not valid_tokens:
+        limit = f"--max-tokens {cfg.max_tokens}"
+        raise ValueError(f"{cfg.data}: all validation rows are longer than {limit}: raise it")
     stream, count = data.Stream(train, cfg.seed), rows_a_step(cfg, train, encode, world)
     steps = math.ceil(cfg.epochs * len(train) / count)
-    valid_packs, valid_tokens, valid_too_long = share(valid)
-    if not valid_tokens:
-        raise ValueError(
-            f"{cfg.data}: all {len(valid)} validation rows have more than --max-tokens "
-            f"{cfg.max_tokens} tokens: raise it, or --valid"
-        )
-    model, optimizer = load_training(cfg, directory, world)
+    model = distributed.load(directory, world, recompute=cfg.recompute, compile=cfg.compile)
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but the tower
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay}
+    vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}  # norms, biases
+    optimizer = torch.optim.AdamW([matrices, vectors], cfg.lr, BETAS, fused=True)
     models = {"model": (model, optimizer)}
     if state:
         checkpoint.load_state(state, models)
-    log, timer, stopped, metrics = RunLog(run, cfg, steps, world.main, start), Timer(), False, {}
+    log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     if world.main:
-        out = f"{valid_too_long} of {len(valid)} validation rows are too long"
-        print(f"{steps} steps of {count} rows; {out}", flush=True)
+        print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
+    card = partial(model_card, TITLE, cfg, run / "model", run, cfg.max_tokens)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:
         for step in range(start, steps):
@@ -259,13 +221,12 @@ def main(cfg: Config):
             stopped = distributed.largest(world, stop.requested)
             if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
-                saver.save(step + 1, models, model, card_of(cfg, step + 1, metrics))
+                saver.save(step + 1, models, model, card({"step": step + 1}))
             saver.wait_for_save()
             if stopped:
                 break
     if not stopped:
-        card = card_of(cfg, steps, metrics)
-        checkpoint.export(model, run / "model", directory, world.dtype, card)
+        checkpoint.export(model, run / "model", directory, world.dtype, card({"step": steps}))
     elif world.main:
         print(stop.advice)
     log.close()

@@ -1,22 +1,15 @@
 """Qwen2.5-VL from torch up: vision tower, M-RoPE, decoder over packs, KV cache, value head.
 
-A pack is one row of T tokens that holds several documents back to back. There is no padding and no
-mask: attention runs document by document, everything else token by token. Images enter as patches,
-leave the tower as one row per 2x2 patches, and are written over the embeddings of their
-<|image_pad|> tokens.
+A pack is one row of T tokens that holds several documents back to back, without padding or mask:
+attention runs document by document, everything else token by token. Images enter as patches, leave
+the tower as one row per 2x2 patches, and are written over the embeddings of their image tokens.
 
     ids (T,) ──embed──▶ x (T, C) ◀──slots── visual(patches (S, 1176)) (S/4, C)
     x ──28 blocks, attention within each document──▶ hidden (T, C)
     hidden ──rows (R,)──▶ logps (R,), entropies (R,)  |  values (R,)  |  logits (R, V)
 
-Parameters have the names of the hub's files (`visual.*`, `model.layers.*`, `lm_head.weight`), so
-loading and saving is a copy. The file knows nothing of optimisers or RL; FSDP, dtype and
-recomputation are applied from outside. Equal to transformers' Qwen2_5_VLForConditionalGeneration to
-float rounding, logits and gradients (tests/test_model.py). To try it:
-
-    policy, ids = load_model("out/laptop/coldstart/model"), torch.tensor([5, 6, 7])
-    inputs = Inputs(ids, positions=mrope_positions(len(ids), []), lengths=[len(ids)])
-    policy.logits(inputs)[-1].argmax()  # the token that comes next
+Parameters are named as in the hub's files; logits and gradients equal those of transformers to
+float rounding (tests/test_model.py). FSDP, dtype and recomputation are applied from outside.
 
 Sources: Qwen2.5-VL (arXiv 2502.13923, sec. 2.1), M-RoPE: Qwen2-VL (arXiv 2409.12191, sec. 2.1).
 Dimensions: T tokens of a pack, E of its documents (T, unless they share a prompt), N rows of a KV
@@ -48,17 +41,15 @@ except ImportError:  # torch's own attention does the same
 
 VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
 HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
-SHARD_BYTES = 4 << 30  # of a saved model: after so much a new file begins
-INDEX = "model.safetensors.index.json"  # which of several files holds which weight
 COMPANIONS = (  # a model directory's tokenizer, chat template, image and sampling settings
     "*token*.json vocab.json merges* chat_template* *processor_config.json generation_config.json"
 )
 
 Folder = str | Path
-Grid = tuple[int, int, int]  # time, height, width of an image, in patches
+Rope = tuple[Tensor, Tensor]  # cos and sin of the rotary angles
+Grid = tuple[int, int, int]  # 1 (there are no films), height and width of an image, in patches
 
-# Every rank reads its own part of a model without asking the others, and means to.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads alone
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -78,7 +69,6 @@ class VisionConfig:
     spatial_merge_size: int = 2
     window_size: int = 112  # pixels
     in_chans: int = 3
-    hidden_act: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -97,8 +87,6 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     max_position_embeddings: int = 128_000
-    hidden_act: str = "silu"
-    use_sliding_window: bool = False
     bos_token_id: int = 151643
     eos_token_id: int | tuple[int, ...] = 151645  # some files list several
     vision_start_token_id: int = 151652
@@ -107,24 +95,12 @@ class Config:
     image_token_id: int = 151655
     video_token_id: int = 151656
 
-    def __post_init__(self):
-        dim, sections, tower = self.head_dim, self.mrope_section, self.vision.out_hidden_size
-        wrong = {
-            f"mrope_section {sections} with head_dim {dim}": 2 * sum(sections) != dim,
-            "use_sliding_window: attention covers the whole document": self.use_sliding_window,
-            f"hidden_act {self.hidden_act}, not silu": self.hidden_act != "silu",
-            f"out_hidden_size {tower}, not {self.hidden_size}": tower != self.hidden_size,
-        }
-        if problems := [problem for problem, is_so in wrong.items() if is_so]:
-            raise ValueError(f"not supported: {'; '.join(problems)}")
-
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Each of them ends a response."""
         ids = self.eos_token_id
         return ids if isinstance(ids, tuple) else (ids,)
 
@@ -135,36 +111,26 @@ class Config:
         return (*ends, self.vision_token_id, self.image_token_id, self.video_token_id)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Fetch it again") from error
-
-
 def read_config(directory: Folder) -> Config:
     """`config.json`, in the hub's flat layout or in transformers' nested one (`text_config`)."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a model directory has config.json, *.safetensors, tokenizer.json"
-        )
-    raw = read_json(path)
     try:
-        if (kind := raw.get("model_type")) != "qwen2_5_vl":
-            raise ValueError(f"model_type is {kind!r}; this code runs qwen2_5_vl only")
-        # The top level says whether the head is tied: text_config may repeat a default instead.
+        raw = json.loads(path.read_text(encoding="utf-8"))
         flat = raw | (raw.get("text_config") or {})
-        tied = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
-        rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
-        if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
-            raise ValueError(f"rope {rope} is not supported; Qwen2.5-VL's type is mrope")
-        vision = VisionConfig(**known_fields(VisionConfig, flat["vision_config"]))
         # rope holds mrope_section, in newer files rope_theta too
+        rope = flat.get("rope_scaling") or flat["rope_parameters"]
+        kinds = raw["model_type"], rope.get("rope_type", rope.get("type", "mrope"))
+        if kinds not in (("qwen2_5_vl", "mrope"), ("qwen2_5_vl", "default")):
+            raise ValueError(f"model and rope are of type {kinds}, not qwen2_5_vl and mrope")
+        if flat.get("use_sliding_window") or flat.get("hidden_act", "silu") != "silu":
+            raise ValueError("it has use_sliding_window, or a hidden_act other than silu")
+        # the top level says whether the head is tied: text_config may repeat a default instead
+        tied = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
+        vision = VisionConfig(**known_fields(VisionConfig, raw["vision_config"]))
         flat |= rope | {"vision": vision, "tie_word_embeddings": tied}
         return Config(**known_fields(Config, flat))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} describes no Qwen2.5-VL: {error!r}") from error
 
 
 def known_fields(cls: type, raw: dict) -> dict:
@@ -183,8 +149,7 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "rope_scaling": {"type": "mrope", "mrope_section": sections},
         "vision_config": vision | {"tokens_per_second": 2},
-        # the hub's; without one, transformers warns that the tokenizer is broken, as Mistral's was
-        "transformers_version": "4.49.0",
+        "transformers_version": "4.49.0",  # without one, it warns that the tokenizer is broken
     }
 
 
@@ -202,41 +167,37 @@ class Inputs:
     grids: list[Grid] = ()  # of the pictures, in patches
     slots: Tensor | None = None  # (M,) int64: the tokens that show pictures ...
     sources: Tensor | None = None  # (M,) int64: ... and which row of the tower each one shows
-    # (E,) int64, where several documents share a prompt that stands once in ids: the rows of all
-    # documents one after the other; lengths then sum to E. None: nothing is shared, E = T
+    # (E,) int64: all documents' rows of ids, where some share a prompt that stands there once
     expand: Tensor | None = None
 
 
 def mrope_positions(length: int, images: list[tuple[int, Grid]], merge: int = 2) -> Tensor:
     """M-RoPE (arXiv 2409.12191, sec. 2.1): (time, row, column) of a document's tokens, (3, length).
 
-    images: (index of the first image token, grid), in order. Text counts 0, 1, 2 on all three axes.
-    An image's tokens share the time of its start and count rows and columns from there; the text
-    after it goes on from the largest of them plus one. So a picture of 20 x 30 merged patches takes
-    600 tokens and 30 positions.
+    images: (index of the first image token, grid), in order. Text counts 0, 1, 2 on all three axes;
+    an image's tokens count rows and columns from where it starts; the text goes on from the largest
+    plus one. 20 x 30 merged patches take 600 tokens and 30 positions.
     """
     pieces, done, start = [], 0, 0  # done: tokens placed; start: next free position
-    for offset, (t, h, w) in images:
+    for offset, (_, h, w) in images:
         text = torch.arange(offset - done) + start
         start += offset - done
-        time = torch.zeros(t, dtype=torch.int64)  # one picture is one moment
-        grid = torch.cartesian_prod(time, torch.arange(h // merge), torch.arange(w // merge)).T
+        grid = torch.cartesian_prod(*map(torch.arange, (1, h // merge, w // merge))).T
         pieces += [text.expand(3, -1), grid + start]
         done, start = offset + grid.shape[1], start + int(grid.max()) + 1
-    assert done <= length, f"images end at token {done} of a document of {length}"
     pieces.append((torch.arange(length - done) + start).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
 
-def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(angles: Tensor) -> Rope:
     """(T, D/2) -> cos, sin (T, 1, D). In float32: bf16 cannot tell positions above 256 apart."""
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of (T, H, D): feature i turns together with feature i + D/2."""
-    first, second = x.chunk(2, dim=-1)
+    (cos, sin), (first, second) = rope, x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
@@ -252,13 +213,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) ->
 
     One call for each run of documents of equal length, with the kernel's own causal mask: windows
     of a picture go together, two long documents one by one. A (T, T) mask never exists. flash-attn,
-    where it is installed, does all documents in one call.
+    where it is installed, does all documents in one call (not yet run on a GPU).
     """
-    assert sum(lengths) == len(q), f"lengths sum to {sum(lengths)}, the pack has {len(q)} tokens"
     if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
-        ends = ends_of(tuple(lengths), q.device)
-        spans = (ends, ends, max(lengths), max(lengths))
-        return flash_attn_varlen_func(q, k, v, *spans, causal=causal)  # not yet run on a GPU
+        ends, longest = ends_of(tuple(lengths), q.device), max(lengths)
+        return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=causal)
     grouped, outputs = q.shape[1] != k.shape[1], []
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]  # documents, tokens each
     # split, not slices: a slice's backward writes a gradient of the whole pack, for each document
@@ -315,10 +274,8 @@ class KVCache:
         self.layers, self.lengths = self.layers[:, :, rows], self.lengths[rows]
 
     def keep(self, live: Tensor) -> Tensor:
-        """Drops the rows that have ended: live (N,) bool -> rows (n,), as if by take(rows).
-
-        In place: the last live rows move into the gaps, the others stay. take() would copy the
-        whole cache whenever a row ends.
+        """Drops the rows that have ended: live (N,) bool -> rows (n,), as if by take(rows), which
+        would copy the whole cache. Here the last live rows move into the gaps.
         """
         count = int(live.sum())
         rows = torch.arange(count, device=live.device)
@@ -363,9 +320,9 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)  # (S, H, D) each
-        q, k = (rotate(y.float(), cos, sin).to(v.dtype) for y in (q, k))
+        q, k = (rotate(y.float(), rope).to(v.dtype) for y in (q, k))
         return self.proj(attend(q, k, v, lengths, causal=False).flatten(1))
 
 
@@ -376,24 +333,9 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(c)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, lengths)
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """The hub's Conv3d: its stride is its kernel, so it is one product with flattened patches."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.proj = nn.Module()
-        shape = (c.in_chans, c.temporal_patch_size, c.patch_size, c.patch_size)
-        start = torch.randn(c.hidden_size, *shape) / math.prod(shape) ** 0.5
-        self.proj.weight = nn.Parameter(start)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        weight = self.proj.weight.flatten(1)
-        return patches.to(weight.dtype) @ weight.T  # (S, 1176) -> (S, C)
 
 
 class Merger(nn.Module):
@@ -402,66 +344,62 @@ class Merger(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         wide = c.hidden_size * c.spatial_merge_size**2
-        self.ln_q = RMSNorm(c.hidden_size, 1e-6)
-        out = nn.Linear(wide, c.out_hidden_size)
+        self.ln_q, out = RMSNorm(c.hidden_size, 1e-6), nn.Linear(wide, c.out_hidden_size)
         self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
 
 
-def window_order(grids: list[Grid], merge: int, side: int) -> tuple[Tensor, list[int], list[int]]:
+def window_order(grids: list[Grid], merge: int, side: int) -> tuple[Tensor, Tensor, list[int]]:
     """Windows without masks (arXiv 2502.13923, sec. 2.1.1): the patches of one become neighbours.
 
-    side: of a window in merged patches. -> order (S/4,) of the merged patches, lengths in patches
-    of the windows (smaller at the right and lower edge, never padded) and of the frames.
+    Patches come in 2x2 blocks, row by row inside a block. side: of a window in blocks. -> the new
+    order (S/4,) of the blocks, row and column (S, 2) of the patches in that order, the patches of
+    each window: fewer at the right and lower edge, never padded.
     """
-    order, windows, frames, start = [], [], [], 0
-    for t, h, w in grids:
-        sides = (t, h // merge, w // merge)
-        frame, row, column = torch.cartesian_prod(*map(torch.arange, sides)).T
-        down, across = (math.ceil(n / side) for n in sides[1:])  # windows
-        window = (frame * down + row // side) * across + column // side
-        order.append(window.argsort(stable=True) + start)
-        windows += (window.bincount() * merge**2).tolist()
-        frames += [h * w] * t
-        start += len(window)
-    return torch.cat(order), windows, frames
-
-
-def patch_positions(grids: list[Grid], merge: int) -> Tensor:
-    """(S, 2): row and column of every patch. Their order: 2x2 blocks, row by row inside a block."""
-    places = []
-    for t, h, w in grids:
+    order, places, lengths, start = [], [], [], 0
+    for _, h, w in grids:
         place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
         place = place.view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
-        places.append(place.reshape(h * w, 2).repeat(t, 1))
-    return torch.cat(places)
+        places.append(place.reshape(-1, merge**2, 2))  # (blocks, patches of a block, 2)
+        row, column = (places[-1][:, 0] // merge // side).T  # of the window
+        window = row * math.ceil(w / merge / side) + column
+        order.append(window.argsort(stable=True) + start)
+        lengths += (window.bincount() * merge**2).tolist()
+        start += len(window)
+    order = torch.cat(order)
+    return order, torch.cat(places)[order].flatten(0, 1), lengths
 
 
 class VisionTower(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.config = c
-        self.patch_embed = PatchEmbed(c)
+        # The hub has a Conv3d here. Its stride is its kernel: one product with flattened patches.
+        shape = (c.hidden_size, c.in_chans, c.temporal_patch_size, c.patch_size, c.patch_size)
+        start = torch.randn(shape) / math.prod(shape[1:]) ** 0.5
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Module()
+        self.patch_embed.proj.weight = nn.Parameter(start)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c)
 
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
         """patches (S, 1176) of B images -> (S/4, width of the decoder): a row an image token."""
         c, device, merge = self.config, patches.device, self.config.spatial_merge_size
-        order, windows, frames = window_order(grids, merge, c.window_size // c.patch_size // merge)
-        order, places = order.to(device), patch_positions(grids, merge).to(device)
+        side = c.window_size // c.patch_size // merge
+        order, places, windows = window_order(grids, merge, side)
+        pictures = [math.prod(grid) for grid in grids]
         turns = frequencies(c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device)
-        angles = (places[..., None] * turns).flatten(1)  # (S, D/2): half by row, half by column
-
-        def by_window(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-
-        cos, sin = rotary(by_window(angles))
-        x = by_window(self.patch_embed(patches))
+        # (S, D/2): half of the frequencies turn with the row, half with the column
+        rope = rotary((places.to(device)[..., None] * turns).flatten(1))
+        order = order.to(device)
+        weight = self.patch_embed.proj.weight.flatten(1)
+        x = patches.to(weight.dtype) @ weight.T  # (S, 1176) -> (S, C)
+        x = x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, frames if index in c.fullatt_block_indexes else windows)
+            x = block(x, rope, pictures if index in c.fullatt_block_indexes else windows)
         return self.merger(x)[order.argsort()]
 
 
@@ -474,22 +412,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, C) -> q (T, H, D), k and v (T, K, D)."""
-        split = (-1, self.dim)
-        q, k, v = (p(x).unflatten(1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, cache: KVCache | None
     ) -> Tensor:
         """-> (T, H D), each token having seen its document up to itself.
 
-        Responses to one prompt may share it (inputs.expand): it stands once among the T tokens, and
-        embedding, projections and MLPs run once for it. Only here does each document need a prompt
-        of its own in front of it, so the E rows of all documents are laid out for attention. The
-        copies of a prompt come out equal, and the first one goes on; what their keys and values
-        pass back to the prompt is added up by the backward of index_select.
+        Where responses share a prompt (inputs.expand), everything else runs once for it. Only here
+        does each need one of its own in front of it. The copies come out equal, and the first goes
+        on; the backward of index_select adds up what their keys and values pass back.
         """
         if inputs.lengths is None:  # one token a row, everything before it is in the cache
             return cache.step(self.layer, q, k, v).flatten(1)
@@ -514,18 +444,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+    def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, C) -> q (T, H, D), k and v (T, K, D)."""
+        x, attn = self.input_layernorm(x), self.self_attn
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (project(x).unflatten(1, (-1, attn.dim)) for project in projections)
+        return rotate(q, rope), rotate(k, rope), v
 
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, cache: KVCache | None
-    ) -> Tensor:
-        """x (T, C), cos and sin (T, 1, D)."""
-        return self.behind(x, self.self_attn(*self.before(x, cos, sin), inputs, cache))
+    def forward(self, x: Tensor, rope: Rope, inputs: Inputs, cache: KVCache | None) -> Tensor:
+        return self.behind(x, self.self_attn(*self.before(x, rope), inputs, cache))
 
 
 class Decoder(nn.Module):
@@ -537,15 +468,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
-        """x (T, C) -> hidden (T, C)."""
         c = self.config
         # Each frequency turns with one axis: the first 16 with time, 24 with row, 24 with column.
         turns = frequencies(c.head_dim, c.rope_theta, x.device).split(c.mrope_section)
         axes = zip(inputs.positions, turns, strict=True)
         angles = torch.cat([axis[:, None] * turn for axis, turn in axes], dim=1)  # (T, D/2)
-        cos, sin = (y.to(x.dtype) for y in rotary(angles))
+        rope = tuple(part.to(x.dtype) for part in rotary(angles))
         for layer in self.layers:
-            x = layer(x, cos, sin, inputs, cache)
+            x = layer(x, rope, inputs, cache)
         return self.norm(x)
 
 
@@ -553,10 +483,7 @@ class Decoder(nn.Module):
 
 
 class Qwen25VL(nn.Module):
-    """Policy (head="lm") or critic (head="value": 1 wide instead of the vocabulary).
-
-    It is entered by logps(), values() or logits(); there is no forward().
-    """
+    """Policy (head="lm") or critic ("value", 1 wide), entered by logps(), values() or logits()."""
 
     def __init__(self, config: Config, head: str = "lm"):
         super().__init__()
@@ -588,16 +515,11 @@ class Qwen25VL(nn.Module):
         return x if rows is None else x.index_select(0, rows)
 
     def logps(self, pack: Inputs) -> tuple[Tensor, Tensor]:
-        """Log-probs of a pack's trained tokens, `pack.targets` (R,), each predicted from its row in
-        `pack.rows` (R,); and the entropies of their distributions: (R,) float32 both.
-        """
+        """Log-probs of a pack's trained tokens, and entropies of their distributions: (R,) each."""
         return chunked_logps(self.hidden(pack, pack.rows), self.head_weight, pack.targets)
 
     def values(self, pack: Inputs) -> Tensor:
-        """The critic's V before each trained token, read where the token is predicted: (R,).
-
-        In float32: returns differ by less than bf16 resolves once values are near 1.
-        """
+        """The critic's V (R,) before each trained token; near 1, bf16 would have steps of 0.008."""
         return F.linear(self.hidden(pack, pack.rows).float(), self.value_head.weight[0].float())
 
     def logits(
@@ -614,9 +536,8 @@ def chunked_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution; a long row's logits never exist.
 
-    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,) float32. Softmax is in
-    float32: in bf16 the log-probs are off by 0.02 on average. Entropies carry no gradient (the
-    paper has no entropy bonus, sec. 4.1).
+    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,), which carry no
+    gradient. Softmax is in float32: in bf16 the log-probs are off by 0.02 on average.
     """
     return ChunkedLogps.apply(hidden, weight, targets, chunk)
 
@@ -656,8 +577,8 @@ class ChunkedLogps(torch.autograd.Function):
 def train_flops(c: Config, length: int) -> float:
     """FLOPs of forward and backward through the decoder for one document of `length` tokens.
 
-    6 a weight of a matrix product and token, and causal attention: half of 12 H D L^2 a layer. The
-    embedding is a lookup. 7B: 42.4 GFLOP a token and 0.60 MFLOP x length.
+    6 a weight of a matrix product and token, and causal attention: half of 12 H D L^2 a layer.
+    7B: 42.4 GFLOP a token and 0.60 MFLOP x length.
     """
     wide, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
     layer = 2 * wide * (wide + kv) + 3 * wide * c.intermediate_size
@@ -706,57 +627,39 @@ def load_weights(model: Qwen25VL, directory: Folder):
 def put(weight: Tensor, whole: Tensor):
     """weight[...] = whole, of which a sharded weight takes its own rows; nothing is sent."""
     if isinstance(weight, DTensor):
-        where = weight.device_mesh, weight.placements
-        whole = distribute_tensor(whole, *where, src_data_rank=None)
+        whole = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
     weight.copy_(whole)
 
 
 def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str, list[int]]]:
     """{hub name: (file, name in the file, shape)} of all weights, from the headers of the files.
 
-    Every weight of the model must be in the files, once, and every weight of the files must be used
-    (a policy does without a critic's head); ValueError names what is not so.
+    Every weight of the model must be there, once and in its shape, and no other: of old and new
+    files side by side nobody can tell which are meant. A head that the model lacks (tied, or of the
+    other kind) may be there, and a value head may not.
     """
-    shapes = {name: [*weight.shape] for name, weight in model.named_parameters()}
-    optional = {"lm_head.weight": [*model.head_weight.shape], "value_head.weight": None}  # tied
+    wanted = {name: [*weight.shape] for name, weight in model.named_parameters()}
     stored, wrong = {}, []
-    for file in weight_files(Path(directory)):
+    for file in sorted(Path(directory).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
-                found = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+                shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is cut, or a Git-LFS pointer ({error}): fetch it") from error
-        for own_name, shape in found.items():
+        for own_name, shape in shapes.items():
             name = hub_name(own_name)
-            wanted = shapes.get(name) or optional.get(name)
             if name in stored:
                 wrong.append(f"{name} stands twice, in {stored[name][0].name} and {file.name}")
-            elif name not in shapes and name not in optional:
-                wrong.append(f"unexpected {name} in {file.name}")
-            elif wanted and wanted != shape:
-                wrong.append(f"{name} is {shape} in {file.name}, {wanted} by config.json")
             stored[name] = file, own_name, shape
-    wrong += [f"missing {name}" for name in shapes if name not in {*stored, "value_head.weight"}]
+    unused = {"lm_head.weight", "value_head.weight"} - wanted.keys()
+    for name in sorted(stored.keys() - unused):
+        file, _, shape = stored[name]
+        if shape != wanted.get(name):
+            wrong.append(f"{name} in {file.name} is {shape}, by config.json {wanted.get(name)}")
+    wrong += [f"missing {name}" for name in wanted if name not in {*stored, "value_head.weight"}]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{directory} does not fit config.json: {'; '.join(wrong[:8])}{more}")
+        raise ValueError(f"{len(wrong)} weights of {directory} are wrong: {'; '.join(wrong[:8])}")
     return stored
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """All *.safetensors. Where there is an index it must name them all: of old and new weights side
-    by side nobody can tell which are meant.
-    """
-    files, index = sorted(directory.glob("*.safetensors")), directory / INDEX
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {directory}: download the weights there")
-    if index.is_file():
-        listed = {*(read_json(index).get("weight_map") or {}).values()}
-        if odd := sorted(listed ^ {file.name for file in files}):
-            raise ValueError(
-                f"{index} lists other files than are there, {odd}: fetch the model anew"
-            )
-    return files
 
 
 def hub_name(name: str) -> str:
@@ -766,9 +669,7 @@ def hub_name(name: str) -> str:
 
 
 def save_model(model: Qwen25VL, directory: Folder, like: Folder | None = None, dtype=None):
-    """As a directory that transformers and vLLM open; a tied head is stored once. dtype: of the
-    files, the decoder's own if None. For the rest see save_weights.
-    """
+    """Like save_weights. dtype: of the files, the decoder's own if None."""
     weights = model.state_dict()  # of a sharded model: float32 slices, not what a forward gathered
     dtype = dtype or weights["model.norm.weight"].dtype
     save_weights(weights, model.config, directory, dtype, like)
@@ -782,37 +683,28 @@ def save_weights(
     like: Folder | None = None,
     group: dist.ProcessGroup | None = None,
 ):
-    """A model directory in the hub's layout, cleared of older weights first.
+    """A directory that transformers and vLLM open, the weights in one file; older ones go first.
 
     like: a model directory whose tokenizer, template and image settings are copied along. All ranks
     of `group` (None: all) call this. Each writes its own rows of sharded weights, the first joins
     their files and returns last. No weight is sent, so a thread with a group of its own may write
-    copies while the training goes on. Raises OSError on all ranks if one of them cannot write.
+    copies while the training goes on.
     """
-    directory, parts = Path(directory), Path(directory) / "sharded"
+    directory = Path(directory)
     several = dist.is_initialized() and dist.get_world_size(group) > 1
     first = not several or dist.get_rank(group) == 0
-    files, size = {}, 0
-    for name, weight in weights.items():
-        files[name] = 1 + size // SHARD_BYTES
-        size += weight.numel() * dtype.itemsize
     if first:  # the others do not write before they have met it in dcp.save
-        shutil.rmtree(parts, ignore_errors=True)
-        for old in (*directory.glob("*.safetensors"), *directory.glob(INDEX)):
+        shutil.rmtree(directory / "sharded", ignore_errors=True)
+        for old in directory.glob("*.safetensors*"):
             old.unlink()
     weights = {name: weight.detach().to(dtype) for name, weight in weights.items()}
-    writer = hf_storage.HuggingFaceStorageWriter(str(directory), files, 1, several, several)
-    try:
-        dcp.save(weights, storage_writer=writer, process_group=group, no_dist=not several)
-    except dcp.CheckpointException as error:  # no Exception to Python; it holds those of all ranks
-        cause, _ = next(iter(error.failures.values()))
-        raise OSError(f"writing {directory} failed: {cause}") from error
+    writer = hf_storage.HuggingFaceStorageWriter(str(directory), None, 1, several, several)
+    dcp.save(weights, storage_writer=writer, process_group=group, no_dist=not several)
     if not first:
         return
-    shutil.rmtree(parts, ignore_errors=True)
-    if max(files.values()) == 1:
-        (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
-        (directory / INDEX).unlink()
+    shutil.rmtree(directory / "sharded", ignore_errors=True)  # the parts of all ranks
+    (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
+    (directory / "model.safetensors.index.json").unlink()
     text = json.dumps(config_json(config, dtype), indent=1)
     (directory / "config.json").write_text(text, encoding="utf-8")
     if like and Path(like).resolve() != directory.resolve():

@@ -1,20 +1,12 @@
 """Stage 2, multimodal reinforcement learning: PPO on text and pictures, with a reward that only
 asks whether the boxed answer is right (OVR, sec. 3.2 and 4.1; the recipe is Open-Reasoner-Zero's).
 
-Six steps, again and again:
-  1 sample      P problems, text and pictures mixed; G responses each, by the policy as it is now
-  2 reward      1 if the last \\boxed{} matches the reference, else 0; a response that was cut is 0
-  3 pack        ranks exchange rollouts, and each takes an equal share of the work as packs
-  4 advantages  of every token: the return minus what the critic expected there
-  5 update      the critic in 4 optimiser steps, the policy in 1
-  6 sync, log, save
-
-How it departs from textbook PPO, all by the paper:
+Again and again: 1 sample, 2 reward, 3 pack, 4 advantages, 5 update, 6 sync, log, save. The loop of
+main() is numbered so. How it departs from textbook PPO, all by the paper:
   1  No KL term and no reference model; no entropy bonus.
   2  GAE with gamma = lambda = 1: A_t = R - V(s_t), and the critic's target is R at every token.
   3  Strictly on-policy: one policy step for each batch, so that the ratio is exactly 1 and the clip
-     never acts. With --policy-steps 4 it does: the log-probs of before the first step are the old
-     ones, and epsilon matters.
+     never acts. With --policy-steps 4 it does.
   4  Policy and critic are two networks, both from the cold-start model.
   5  Advantages are normalised over all tokens of the batch.
   6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped. The
@@ -45,7 +37,7 @@ from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, exchange, share_packs
 from evaluation import behaviors
 from miniature.world import ensure
-from model import put, train_flops
+from model import train_flops
 from reward import grade
 from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts
 from tools import trace
@@ -57,7 +49,7 @@ CLIP_NORM = 1.0  # of the gradient; Open-Reasoner-Zero's code
 # gives 1e-6 to 1e-4 in float32 and about 0.01 in bfloat16, stale weights 0.3 and more.
 GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
-SHOWN = ("reward", "length", "entropy", "grad_norm", "logp_diff_max")  # on the step line
+SHOWN = ("reward", "length", "entropy", "grad_norm", "logp_diff")  # on the step line
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,6 @@ class Config:
     lam: float = 1.0  # GAE's lambda; paper: 1
     epsilon: float = 0.2  # PPO's clip; paper: 0.2; acts with more than one policy step alone
     tis: float = 0.0  # cap of the weight trainer / sampler, 2 is usual; ours: 0, not weighted
-    value_init: Literal["orz", "paper"] = "orz"  # N(0, 1/(d+1)); paper: U(-sqrt 5, sqrt 5), 77 off
     train_vision: bool = False  # trains tower and merger; ours: frozen, as in stage 1
     sampler: Literal["torch", "vllm"] = "torch"  # vllm: faster from tens of M parameters on
     sampler_batch: int = 256  # responses that a rank samples at once
@@ -97,22 +88,15 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        least = dict.fromkeys("steps problems samples policy_steps critic_steps".split(), 1)
-        for name, bound in (least | {"tis": 0, "save_every": 0, "keep_every": 0}).items():
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is less than {bound}")
+        if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1 or self.tis < 0:
+            raise ValueError("steps, samples, policy and critic steps count from 1, tis from 0")
         starts = [first for first, _ in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0]:
             raise ValueError(f"--lengths are pairs of step and tokens, rising from 0: {starts}")
         if (longest := self.prompt_tokens + self.longest) > self.pack_tokens:
-            raise ValueError(
-                f"--pack-tokens {self.pack_tokens} < prompt_tokens + longest response: {longest}"
-            )
-        if not 0 < self.parts <= self.problems:
-            raise ValueError(
-                f"--policy-steps {self.policy_steps}, --critic-steps {self.critic_steps}: one has"
-                f" to divide the other, and a step needs a problem (--problems {self.problems})"
-            )
+            raise ValueError(f"--pack-tokens {self.pack_tokens} < prompt + response, {longest}")
+        if self.problems < self.parts:
+            raise ValueError(f"--problems {self.problems} < {self.parts}, the parts of a batch")
         if self.algorithm == "grpo" and self.samples < 2:
             raise ValueError("grpo compares samples of one problem: --samples must be at least 2")
 
@@ -123,13 +107,8 @@ class Config:
 
     @property
     def parts(self) -> int:
-        """Into how many parts a batch is cut; an optimiser step takes one or several of them. 0 if
-        policy and critic cannot share them out.
-        """
-        if self.algorithm == "grpo":
-            return self.policy_steps
-        fewer, more = sorted((self.policy_steps, self.critic_steps))
-        return more if more % fewer == 0 else 0
+        """Into how many a batch is cut; an optimiser step takes one or several of them."""
+        return math.lcm(self.policy_steps, self.critic_steps if self.algorithm == "ppo" else 1)
 
 
 # ------------------------------------------------------------------ the algorithm
@@ -140,12 +119,11 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) of responses back to back.
 
-    rewards, values (R,), tokens of each response -> advantages (R,), returns A + V (R,), which are
-    the critic's targets.
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; past the end V = A = 0,
-    also where the response was cut: a cut is a failure, not a state with a future. values[t] is
-    read at the state *before* token t. With gamma = lam = 1 and one reward R at the end (OVR, sec.
-    4.1): A_t = R - V_t and the target is R, here the reward.
+    rewards, values (R,), tokens of each response -> advantages A (R,), critic's targets A + V (R,).
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; V_t is of the state
+    *before* token t, and past the end V = A = 0, also where the response was cut: a cut is a
+    failure, not a state with a future. With gamma = lam = 1 and one reward R at the end (OVR, sec.
+    4.1): A_t = R - V_t and the target is R.
     """
     advantages = []
     for r, v in zip(rewards.split(counts), values.split(counts), strict=True):
@@ -185,10 +163,9 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def importance_weights(logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap), a weight a token: all (R,). Constants to the gradient.
+    """Truncated importance sampling (Ionides 2008): min(pi_trainer / pi_sampler, cap), all (R,).
 
-    Truncated importance sampling (Ionides 2008): corrects the expectation for a sampler whose
-    rounding differs, and the cap bounds the variance. Exactly 1 where the two agree.
+    Constants to the gradient, exactly 1 where trainer and sampler agree; the cap bounds variance.
     """
     return (logps - sampler_logps).exp().clamp(max=cap).detach()
 
@@ -206,31 +183,26 @@ def rates(step: int, count: int, peak: float, warmup: int) -> list[float]:
     return [peak * min(1.0, (step * count + k + 1) / max(1, warmup)) for k in range(count)]
 
 
+def moments(x: Tensor, world) -> tuple[float, float]:
+    """Mean and variance of x (R,) over the tokens of all ranks."""
+    x = x.double()
+    count, total, squares = distributed.sums(world, len(x), x.sum().item(), x.square().sum().item())
+    return total / count, max(squares / count - (total / count) ** 2, 0.0)
+
+
 def normalise(packs: list[Pack], world):
-    """A <- (A - mean) / std over all tokens of the batch, on all ranks (OVR, sec. 4.1)."""
-    flat = torch.cat([pack.advantages for pack in packs]).double()
-    local = len(flat), flat.sum().item(), flat.square().sum().item()
-    count, total, squares = distributed.sums(world, *local)
-    mean = total / count
-    std = math.sqrt(max(squares / count - mean**2, 0.0))
+    """A <- (A - mean) / std over all tokens of the batch (OVR, sec. 4.1)."""
+    mean, variance = moments(torch.cat([pack.advantages for pack in packs]), world)
     for pack in packs:
-        pack.advantages = (pack.advantages - mean) / (std + 1e-8)
+        pack.advantages = (pack.advantages - mean) / (math.sqrt(variance) + 1e-8)
 
 
 # ------------------------------------------------------------------ the plumbing
 
 
 def reward_of(rollout: Rollout) -> float:
-    """The place for a reward of one's own: it sees verdict, text and every column of the row.
-
-    It is computed once, by the rank that has the response, and travels with the rollout.
-    """
+    """The place for a reward of one's own: it sees verdict, text and every column of the row."""
     return rollout.verdict.score * rollout.stopped  # a response that was cut is wrong
-
-
-def verdict_of(rollout: Rollout):
-    problem = rollout.problem
-    return grade(problem.answer, rollout.text, choices=problem.choices, precision=problem.precision)
 
 
 def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int):
@@ -252,16 +224,14 @@ def critic_values(critic, packs: list[Pack], world):
 
 
 def critic_metrics(packs: list[Pack], world) -> dict[str, float]:
-    """How well V predicts the return, over all tokens of all ranks.
-
-    explained_variance = 1 - Var(return - V) / Var(return): 1 a perfect critic, 0 a constant one.
-    """
-    v, g = (torch.cat([getattr(p, name) for p in packs]).double() for name in ("values", "returns"))
-    local = (len(v), v.sum(), g.sum(), (g * g).sum(), (g - v).sum(), (g - v).square().sum())
-    n, v1, g1, g2, e1, e2 = distributed.sums(world, *map(float, local))
-    variance, unexplained = g2 / n - (g1 / n) ** 2, e2 / n - (e1 / n) ** 2
+    """How well V predicts the return: explained variance 1 if perfectly, 0 if it is a constant."""
+    values = torch.cat([pack.values for pack in packs])
+    returns = torch.cat([pack.returns for pack in packs])
+    value_mean, _ = moments(values, world)
+    return_mean, variance = moments(returns, world)
+    _, unexplained = moments(returns - values, world)
     explained = 1 - unexplained / max(variance, 1e-8)
-    return {"explained_variance": explained, "value_mean": v1 / n, "return_mean": g1 / n}
+    return {"explained_variance": explained, "value_mean": value_mean, "return_mean": return_mean}
 
 
 @torch.no_grad()
@@ -278,7 +248,7 @@ def critic_losses(critic, pack: Pack) -> dict[str, Tensor]:
 
 
 def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
-    """The loss of each token, and what else should be watched of it: (R,) all."""
+    """The loss of each token, and what else is watched of it: (R,) all."""
     logps, entropies = policy.logps(pack)
     old_logps = logps.detach() if pack.old_logps is None else pack.old_logps
     weights = importance_weights(old_logps, pack.logps, cfg.tis) if cfg.tis else 1.0
@@ -289,67 +259,49 @@ def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
             "entropy": entropies,
             "surprisal": -logps,  # as the entropy, if draws follow the log-probs
             "clip_fraction": off > cfg.epsilon,
-            "ratio_max": off,  # the ratio's largest distance from 1
-            "logp_diff_mean": gap.abs(),
-            "logp_diff_max": gap.abs(),
+            "ratio_diff": off,
+            "logp_diff": gap.abs(),
             "sampler_kl": gap.exp() - 1 - gap,  # k3 estimate of KL(sampler | trainer)
         }
     return {"policy_loss": losses} | watched | ({"tis_weight": weights} if cfg.tis else {})
 
 
 def train(
-    pair: tuple, minibatches: list, rates: list[float], losses_of: Callable, step: int, world
+    pair: tuple, parts: list, rates: list[float], losses_of: Callable, step: int, world
 ) -> dict[str, float]:
-    """One optimiser step for each minibatch, at its learning rate; for critic and policy alike.
+    """One pass over the parts of a batch, an optimiser step for each rate; critic or policy.
 
     losses_of(model, pack) -> {name: (R,)}, of which the first is the loss. A minibatch's loss is
     its sum over all trained tokens of all ranks, divided by their number, which is known before
     backward: the gradient is the same however tokens are cut into packs, and whoever has them.
 
-    -> means over all tokens of all minibatches, maxima where the name ends in _max; and grad_norm,
-    lr, tokens.
-    FloatingPointError, on all ranks and before the step, where loss or gradient is not finite.
+    -> means over all tokens; grad_norm, lr, tokens. A loss or gradient that is not finite is a
+    FloatingPointError on all ranks, before the step.
     """
-    model, optimizer = pair
-    totals, maxima, norms, tokens_in_all = Counter(), Counter(), [], 0
-    for packs, rate in zip(minibatches, rates, strict=True):
+    (model, optimizer), size = pair, len(parts) // len(rates)
+    totals, norms, tokens_in_all = Counter(), [], 0
+    for k, rate in enumerate(rates):
+        packs = sum(parts[k * size : (k + 1) * size], [])
         (tokens,) = distributed.sums(world, sum(len(pack.targets) for pack in packs))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        rows = []  # a row a pack, read after the loop, in which nothing waits for the GPU
+        rows = []  # sums of each pack, read after the loop, in which nothing waits for the GPU
         for pack in packs:
             columns = losses_of(model, pack.to(world.device))
             loss = next(iter(columns.values())).sum() / max(tokens, 1)
             distributed.backward(model, loss, world, last=pack is packs[-1])
-            rows.append(torch.stack([sum_or_max(name, x) for name, x in columns.items()]))
-        norm = distributed.clip_gradients(model, CLIP_NORM)
+            rows.append(torch.stack([x.detach().double().sum() for x in columns.values()]))
+        norms.append(distributed.clip_gradients(model, CLIP_NORM))
         rows = torch.stack(rows).tolist()
-        by_name = dict(zip(columns, zip(*rows, strict=True), strict=True))
-        sums = distributed.sums(world, *(sum(values) for values in by_name.values()))
-        finite = {"loss": sums[0], "grad_norm": norm}
+        sums = distributed.sums(world, *(sum(column) for column in zip(*rows, strict=True)))
         broken = [p for p, row in zip(packs, rows, strict=True) if not math.isfinite(row[0])]
-        distributed.refuse_nan(world, step, finite, [name for p in broken for name in p.names])
+        suspects = [name for pack in broken for name in pack.names]
+        distributed.refuse_nan(world, step, {"loss": sums[0], "grad_norm": norms[-1]}, suspects)
         optimizer.step()
-        norms.append(norm)
-        tokens_in_all += tokens
         totals.update(dict(zip(columns, sums, strict=True)))
-        maxima |= {name: max(maxima[name], *values) for name, values in by_name.items()}
+        tokens_in_all += tokens
     means = {name: total / max(tokens_in_all, 1) for name, total in totals.items()}
-    means |= {n: distributed.largest(world, maxima[n]) for n in means if n.endswith("_max")}
-    numbers = {"grad_norm": sum(norms) / len(norms), "lr": rates[-1], "tokens": tokens_in_all}
-    return means | numbers
-
-
-def sum_or_max(name: str, values: Tensor) -> Tensor:
-    """A pack's sum, or its maximum; a filler has no tokens, and its maximum is 0."""
-    values = torch.cat([values.detach().double(), values.new_zeros(1, dtype=torch.float64)])
-    return values.max() if name.endswith("_max") else values.sum()
-
-
-def split(parts: list[list[Pack]], steps: int) -> list[list[Pack]]:
-    """The parts of a batch as minibatches for so many optimiser steps."""
-    size = len(parts) // steps
-    return [sum(parts[k : k + size], []) for k in range(0, len(parts), size)]
+    return means | {"grad_norm": sum(norms) / len(norms), "lr": rates[-1], "tokens": tokens_in_all}
 
 
 # ------------------------------------------------------------------ what a step leaves behind
@@ -385,20 +337,20 @@ def record_of(run: Path, step: int) -> Path:
 
 def record(run: Path, step: int, rollouts: list[Rollout]):
     """Writes what was sampled, before it is learnt from; what no resume will read again goes."""
-    record_of(run, step).parent.mkdir(exist_ok=True)
-    save_rollouts(record_of(run, step), rollouts)
-    oldest = min(checkpoint.complete_steps(run), default=0)
-    for file in (run / "rollouts").glob("step_*.npz"):
-        if int(file.stem.removeprefix("step_")) < oldest:
-            file.unlink()
+    file = record_of(run, step)
+    file.parent.mkdir(exist_ok=True)
+    save_rollouts(file, rollouts)
+    oldest = record_of(run, min(checkpoint.complete_steps(run), default=0))
+    for old in file.parent.glob("step_*.npz"):
+        if old.name < oldest.name:
+            old.unlink()
 
 
-def card_of(cfg: Config, step: int, metrics: dict[str, float]) -> str:
+def card_of(cfg: Config, step: int) -> str:
     """README.md of an exported policy."""
-    names = ("reward", "reward_image", "reward_text", "length")
-    extra = {"step": step} | {name: metrics[name] for name in names if name in metrics}
     title, run = "Open Vision Reasoner, stage 2: multimodal reinforcement learning", Path(cfg.out)
-    return model_card(title, cfg, run / "model", run, cfg.prompt_tokens + cfg.longest, extra)
+    context = cfg.prompt_tokens + cfg.longest
+    return model_card(title, cfg, run / "model", run, context, {"step": step})
 
 
 # ------------------------------------------------------------------ start and loop
@@ -418,18 +370,14 @@ def load_problems(cfg: Config, world, tokenizer, settings):
 
 def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
     """{"policy": (model, optimizer), "critic": ...}, from one model; grpo has no critic."""
-    models = {}
-    heads = {"policy": ("lm", cfg.lr), "critic": ("value", cfg.critic_lr)}
-    for name in ("policy", "critic") if cfg.algorithm == "ppo" else ("policy",):
-        head, lr = heads[name]
+    models, how = {}, (cfg.train_vision, cfg.recompute, cfg.compile)
+    heads = {"policy": "lm"} | ({"critic": "value"} if cfg.algorithm == "ppo" else {})
+    for name, head in heads.items():
         torch.manual_seed(cfg.seed)  # the value head, the same on every rank
-        how = (cfg.train_vision, cfg.recompute, cfg.compile)
         model = distributed.load(directory, world, head, *how)
-        if head == "value" and cfg.value_init == "paper":
-            start = torch.empty(model.value_head.weight.shape)
-            put(model.value_head.weight, start.uniform_(-math.sqrt(5), math.sqrt(5)))
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        # the learning rate is train()'s
+        optimizer = torch.optim.AdamW(trained, 0.0, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         models[name] = (model, optimizer)
         if cfg.offload:  # before the next one comes: a GPU has no room for both
             distributed.move(model, optimizer, "cpu")
@@ -441,9 +389,8 @@ def refuse_gap(gap: float, world, when: str):
     if not gap <= GAP_LIMITS[world.dtype]:  # NaN too
         raise RuntimeError(
             f"{when}: log-probs of sampler and trainer differ by {gap:.3g} nats a token on average,"
-            f" more than {GAP_LIMITS[world.dtype]:g}: the sampler does not have the policy's"
-            " weights, or reads a stale cache. If this is its ordinary rounding, raise GAP_LIMITS"
-            " in rl.py and set --tis 2"
+            f" more than {GAP_LIMITS[world.dtype]:g}: the sampler has other weights, or a stale"
+            " cache. If it is ordinary rounding, raise GAP_LIMITS in rl.py and set --tis 2"
         )
 
 
@@ -474,34 +421,31 @@ def main(cfg: Config):
 
     def sample(step: int, problems: list[data.Problem], budget: int) -> list[Rollout]:
         """This rank's rollouts; those of a step that was cut off are read, not sampled again."""
-        record, count = record_of(run, step), len(problems) * cfg.samples
-        if distributed.everyone(record.exists())[
-            0
-        ]:  # a shared disk may tell ranks different things
-            every = load_rollouts(record, problems, tokenizer, settings)
-            if len(every) != count:
-                raise ValueError(f"{record} has {len(every)} rollouts, not {count}: delete it")
+        # rank 0 looks for all: a shared disk may tell ranks different things
+        if distributed.everyone(record_of(run, step).exists())[0]:
+            every = load_rollouts(record_of(run, step), problems, tokenizer, settings)
             return [r for r in every if r.index % world.size == world.rank]
-        dynamic = cfg.sampler == "vllm"
-        mine = distributed.my_problems(world, len(problems), f"{step}", dynamic)
-        seed = (cfg.seed, step)
-        return sampler.generate(problems, cfg.samples, budget, seed=seed, indices=mine)
+        mine = distributed.my_problems(world, len(problems), f"{step}", cfg.sampler == "vllm")
+        return sampler.generate(problems, cfg.samples, budget, seed=(cfg.seed, step), indices=mine)
+
+    peaks = []  # GB that a rank had, taken wherever memory may be given back
 
     def offload(name: str, device):
         """A model comes to its GPU to work, or goes to host memory to wait."""
-        if cfg.offload and name in models:
+        peaks.append(distributed.peak_gb(world))
+        if cfg.offload:
             distributed.move(*models[name], device)
 
     def sync(when: str):
         """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
+        offload("policy", world.device)
         sampler.sync(distributed.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, known_prompt, cfg.train_vision)
         distributed.release(policy)
+        offload("policy", "cpu")
         refuse_gap(distributed.largest(world, gap), world, when)
 
-    offload("policy", world.device)
     sync("at the start")
-    offload("policy", "cpu")
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     if world.main and too_long:
         print(f"{too_long} problems left out: prompts over {cfg.prompt_tokens} tokens")
@@ -515,8 +459,9 @@ def main(cfg: Config):
             sampler.rest()  # also where they were read: the last sync has woken it
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
-            for r in rollouts:
-                r.verdict = verdict_of(r)
+            for r in rollouts:  # once, where the text is; from here on they travel with the rollout
+                p = r.problem
+                r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
                 r.reward = reward_of(r)
             metrics = describe(rollouts, world) | {"length_budget": budget}
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
@@ -543,38 +488,32 @@ def main(cfg: Config):
             timer("update")
             if critic:
                 lrs = rates(step, cfg.critic_steps, cfg.critic_lr, cfg.warmup)
-                minibatches = split(parts, cfg.critic_steps)
-                of_critic = train(models["critic"], minibatches, lrs, critic_losses, step, world)
+                of_critic = train(models["critic"], parts, lrs, critic_losses, step, world)
                 metrics |= of_critic | {"critic_grad_norm": of_critic["grad_norm"]}
-                metrics["peak_gb"] = distributed.peak_gb(world)  # before its memory is given back
                 offload("critic", "cpu")
             offload("policy", world.device)
             if cfg.policy_steps > 1:
                 store_old_logps(policy, packs, world)
             lrs = rates(step, cfg.policy_steps, cfg.lr, cfg.warmup)
-            minibatches, losses_of = split(parts, cfg.policy_steps), partial(policy_losses, cfg=cfg)
-            metrics |= train(models["policy"], minibatches, lrs, losses_of, step, world)
-            metrics["peak_gb"] = max(metrics.get("peak_gb", 0.0), distributed.peak_gb(world))
-            refuse_gap(metrics["logp_diff_mean"], world, f"step {step}")
+            losses_of = partial(policy_losses, cfg=cfg)
+            metrics |= train(models["policy"], parts, lrs, losses_of, step, world)
+            refuse_gap(metrics["logp_diff"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            metrics["peak_gb"] = max(metrics["peak_gb"], distributed.peak_gb(world))
-            log.log(step, metrics | timer.seconds(), SHOWN)
+            log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, SHOWN)
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
             stopped = distributed.largest(world, stop.requested)
             if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
-                saver.save(step + 1, models, policy, card_of(cfg, step + 1, metrics))
+                saver.save(step + 1, models, policy, card_of(cfg, step + 1))
             saver.wait_for_save()
-            offload("policy", "cpu")
             if stopped:
                 break
     if not stopped:
         offload("policy", world.device)
-        card = card_of(cfg, cfg.steps, {})
-        checkpoint.export(policy, run / "model", directory, world.dtype, card)
+        checkpoint.export(policy, run / "model", directory, world.dtype, card_of(cfg, cfg.steps))
     elif world.main:
         print(stop.advice)
     log.close()

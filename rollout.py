@@ -32,16 +32,14 @@ from torch import Tensor, nn
 
 from common import data
 from common.data import Document, ImageSettings, Problem, Prompt
-from common.log import progress
 from common.packs import make_pack, pack_alone, with_blank_picture
 from model import Config, Inputs, KVCache, Qwen25VL, load_model, read_config
 from reward import Verdict
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
-# On GPUs vLLM runs what no test on a CPU does: its second model runner, asynchronous scheduling,
-# sleep. If sampler and trainer disagree there alone, set in the environment, one after the other:
-# VLLM_USE_V2_MODEL_RUNNER=0 (the runner of the tests), OVR_VLLM_ASYNC=0, OVR_VLLM_SLEEP=1 (keeps
-# the weights in host memory; level 2 drops them, and has spoilt vision models, vllm#29341).
+# On GPUs vLLM runs what no test on a CPU does. If sampler and trainer disagree there alone, set one
+# after the other: VLLM_USE_V2_MODEL_RUNNER=0 (the runner of the tests), OVR_VLLM_ASYNC=0,
+# OVR_VLLM_SLEEP=1 (keeps the weights in host memory; 2 drops them, and has spoilt vision models).
 ASYNC_SCHEDULING = False if os.environ.get("OVR_VLLM_ASYNC") == "0" else None  # None: vLLM decides
 SLEEP_LEVEL = int(os.environ.get("OVR_VLLM_SLEEP", "2"))
 
@@ -92,11 +90,10 @@ def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) 
 def divergence(rollout: Rollout, token: int, model: nn.Module) -> FloatingPointError:
     """From logits that hold NaN or infinity nothing can be sampled."""
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    cause = f"NaN or infinity in the weights: {', '.join(broken[:4])}"
-    cause = cause if broken else "every weight is finite"
     return FloatingPointError(
-        f"{rollout.name}: the logits of response token {token} are not finite ({cause}): go back "
-        "to a sound model or checkpoint, and train with a lower --lr or a longer --warmup"
+        f"{rollout.name}: the logits of response token {token} are not finite (weights with NaN or "
+        f"infinity: {', '.join(broken[:4]) or 'none'}): go back to a sound model or checkpoint, "
+        "and train with a lower --lr or a longer --warmup"
     )
 
 
@@ -111,17 +108,15 @@ class Sampler:
         problems: list[Problem],
         samples: int = 1,
         max_tokens: int = 256,
-        temperature: float = 1.0,
+        temperature: float = 1.0,  # 0: greedy
         seed: tuple[int, ...] = (0,),
-        bar: str = "",
         indices: Iterable[int] | None = None,
     ) -> list[Rollout]:
         """n rollouts a problem, in the order of `indices`: sample 0, sample 1, ... of each.
 
-        temperature 0: greedy. bar: name of a progress bar. indices: problems to sample, None for
-        all; each is taken when there is room for it, so that ranks can share a counter.
+        indices: problems to sample, None for all; each is taken when there is room for it, so that
+        ranks can share a counter.
         """
-        total = None if indices is not None else len(problems) * samples
         first = {p.id: index for index, p in reversed([*enumerate(problems)])}
         rollouts = []
 
@@ -133,8 +128,7 @@ class Sampler:
                 rollouts.extend(group)
                 yield [(r, address(seed, p.id, r.sample, index - first[p.id])) for r in group]
 
-        done = self._run(groups(), samples, max_tokens, temperature)
-        for rollout in progress(done, bar, total) if bar else done:
+        for rollout in self._run(groups(), samples, max_tokens, temperature):
             rollout.stopped = rollout.response_ids[-1] in self.stops
             rollout.text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         return rollouts
@@ -253,19 +247,14 @@ class VllmSampler(Sampler):
     """
 
     def __init__(
-        self,
-        directory: str | Path,
-        tokenizer,
-        settings: ImageSettings,
-        batch: int = 256,
-        max_model_len: int = 4096,
-        kv_cache_gb: float = 0.25,
-        dtype: torch.dtype = torch.float32,
+        self, directory: str | Path, batch: int, max_model_len: int, kv_cache_gb: float, dtype
     ):
         vllm, config = import_vllm(), read_config(directory)
-        self.tokenizer, self.settings = tokenizer, settings
-        self.batch, self.limit, self.cuda = batch, max_model_len, torch.cuda.is_available()
-        self.stops = {*config.stop_ids, tokenizer.eos_token_id}
+        self.tokenizer = data.load_tokenizer(directory)
+        self.settings = settings = data.load_image_settings(directory)
+        self.batch, self.limit = batch, max_model_len
+        self.stops = {*config.stop_ids, self.tokenizer.eos_token_id}
+        self.cuda = torch.cuda.is_available()
         parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
         self.llm = vllm.LLM(
@@ -290,7 +279,7 @@ class VllmSampler(Sampler):
             vllm.SamplingParams,
             stop_token_ids=sorted(self.stops),
             ignore_eos=True,  # what vLLM takes for one: the stops above are all there are
-            logit_bias=dict.fromkeys(forbidden_ids(config, tokenizer), float("-inf")),
+            logit_bias=dict.fromkeys(forbidden_ids(config, self.tokenizer), float("-inf")),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -409,11 +398,11 @@ def open_sampler(kind: str, directory: str, world, room: tuple[int, int, float])
     """The sampler that --sampler names. room: responses at once, most tokens of a prompt and its
     response, GB for vLLM's keys and values.
     """
+    if kind == "vllm":
+        return VllmSampler(directory, *room, world.dtype)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    if kind == "torch":
-        model = load_model(directory, world.dtype, world.device)
-        return TorchSampler(model, tokenizer, settings, room[0])
-    return VllmSampler(directory, tokenizer, settings, *room, world.dtype)
+    model = load_model(directory, world.dtype, world.device)
+    return TorchSampler(model, tokenizer, settings, room[0])
 
 
 # ------------------------------------------------------------------ is it still the policy?
@@ -482,9 +471,8 @@ def load_rollouts(
         )
     prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id) for p in problems]
     rollouts = []
-    for row, own, of_own in zip(rows, map(np.ndarray.tolist, ids), logps, strict=True):
-        _, i, sample, stopped, verdict, reward = row
+    for (_, i, sample, stopped, verdict, reward), own, of_own in zip(rows, ids, logps, strict=True):
+        sampled = (problems[i], sample, prompts[i], i, own.tolist(), of_own.tolist(), stopped)
         text = tokenizer.decode(own, skip_special_tokens=True)
-        graded = (stopped, text, verdict and Verdict(*verdict), reward)
-        rollouts.append(Rollout(problems[i], sample, prompts[i], i, own, of_own.tolist(), *graded))
+        rollouts.append(Rollout(*sampled, text, verdict and Verdict(*verdict), reward))
     return rollouts

@@ -356,7 +356,7 @@ def our_iteration(c: rl.Config, models: dict, problems, lengths: list[int], samp
     with ending(sampler, lengths, problems, c.samples):
         rollouts = sampler.generate(problems, c.samples, max(lengths), seed=(0,))
     for r, r.reward in zip(rollouts, odd([r.response_ids for r in rollouts]), strict=True):
-        r.verdict = rl.verdict_of(r)
+        r.verdict = rl.grade(r.problem.answer, r.text)
     rollouts, sizes = packs.exchange(rollouts, problems, ALONE)
     parts = packs.share_packs(rollouts, sizes, c, cost, None, ALONE)
     if c.algorithm == "ppo":
@@ -366,13 +366,11 @@ def our_iteration(c: rl.Config, models: dict, problems, lengths: list[int], samp
             p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, c.lam)
         rl.normalise(every, ALONE)
         rates = rl.rates(0, c.critic_steps, c.critic_lr, c.warmup)
-        minibatches = rl.split(parts, c.critic_steps)
-        rl.train(models["critic"], minibatches, rates, rl.critic_losses, 0, ALONE)
+        rl.train(models["critic"], parts, rates, rl.critic_losses, 0, ALONE)
     else:
         rl.compare_samples(rollouts, sum(parts, []), c.samples)
     rates, losses_of = rl.rates(0, c.policy_steps, c.lr, c.warmup), partial(rl.policy_losses, cfg=c)
-    minibatches = rl.split(parts, c.policy_steps)
-    metrics = rl.train(models["policy"], minibatches, rates, losses_of, 0, ALONE)
+    metrics = rl.train(models["policy"], parts, rates, losses_of, 0, ALONE)
     sampler.sync(distributed.whole_weights(policy))
     rollout.canary_gap(sampler, policy, problems[0], False)
     drawn.add(int(metrics["tokens"]))

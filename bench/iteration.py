@@ -32,7 +32,7 @@ PARTS = {  # what is clocked, by the row of the table it counts for
     "model, backward": [(distributed, "backward")],
     "optimiser": [(torch.optim.AdamW, "step"), (distributed, "clip_gradients")],
     "sampler": [(rollout.TorchSampler, "generate"), (rollout.TorchSampler, "sync")],
-    "rewards and behaviours": [(rl, "verdict_of"), (rl, "describe")],
+    "rewards and behaviours": [(rl, "grade"), (rl, "describe")],
     "packing": [(rl, "exchange"), (rl, "share_packs")],
     "records": [(trace, "rows_of"), (trace, "row_of"), (rl, "record"), (RunLog, "append")],
     "problems": [(data.Stream, "batch")],

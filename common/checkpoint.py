@@ -7,8 +7,8 @@ No random state, place in the data or length budget is saved: all are functions 
 
 Whole or ignored: all is written into step_000060.part, and rank 0 renames it when the files of
 every rank are there and fsync has brought them to the disk. What is deleted is renamed first; a
-*.part that a kill left behind is removed at the next start. All nodes write to one shared
-directory. An error of one rank is raised on all.
+*.part that a kill left is removed at the next start. All nodes see one directory. An error of one
+rank is raised on all.
 
 Room, for 7B with a critic: a state is 180 GB over the ranks of a node, in host memory while it is
 written, and three times on the disk; a model is 17 GB in bfloat16. Old states are not kept.
@@ -50,38 +50,35 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     run = Path(run)
     start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
-    if reasons := everyone(is_main() and compare_settings(run, config, start))[0]:
-        why = "; ".join(reasons)
-        raise FileExistsError(f"{run} cannot go on: {why}. Put that right, or choose another --out")
+    if reason := everyone(is_main() and compare_settings(run, config, start))[0]:
+        raise FileExistsError(f"{run} cannot go on: {reason}; or choose another --out")
     if is_main():
-        for pattern in ("*.part", "rollouts/*.part", "checkpoints/*.part", "checkpoints/*/*.part"):
-            for part in list(run.glob(pattern)):
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        for part in list(run.rglob("*.part")):
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     return start, state
 
 
-def compare_settings(run: Path, config, start: int) -> list[str]:
+def compare_settings(run: Path, config, start: int) -> str:
     """Prints what has changed since run.json (RunLog records it); returns what forbids going on."""
     if (run / "model").is_dir():
         again = f"go on from step {start}" if start else "begin again: it has no checkpoint"
-        return [f"it is a finished run: remove {run}/model to {again}"]
+        return f"it is a finished run: remove {run}/model to {again}"
     if not (run / "run.json").exists():
-        return []
+        return ""
     before, now = log.read_record(run), log.provenance(config)["config"]
     changed = log.changed_settings(before["config"], now)
     lines = {name: f"--{name.replace('_', '-')} {a} -> {b}" for name, (a, b) in changed.items()}
     print(f"{run} goes on from step {start}", *lines.values(), sep="\n  ", flush=True)
-    reasons = [lines["algorithm"]] if "algorithm" in lines else []
+    old, new, reason = before["data"], log.fingerprints(config), lines.get("algorithm", "")
     if (steps := now.get("steps", start)) < start:
-        reasons.append(f"--steps {steps}, of which {start} are done")
-    old, new = before["data"], log.fingerprints(config)
+        reason = f"--steps {steps}, of which {start} are done"
     if sorted(old.values()) != sorted(new.values()):  # its files may have moved
-        reasons.append(f"the data has changed, {old} -> {new}")
-    if start and reasons:
-        return reasons
-    if {*changed} - EXECUTION or reasons:  # what was sampled came from the run as it was
+        reason = f"the data has changed, {old} -> {new}"
+    if start and reason:
+        return reason
+    if reason or {*changed} - EXECUTION:  # what was sampled came from the run as it was
         shutil.rmtree(run / "rollouts", ignore_errors=True)
-    return []
+    return ""
 
 
 def newest(run: str | Path) -> tuple[int, Path | None]:
@@ -113,13 +110,11 @@ def load_state(directory: Path, pairs: Pairs):
     """
     state, folder = train_state(pairs), Path(directory).parent
     older = [0, *(s for s in complete_steps(folder.parents[1]) if s < int(folder.name[5:]))]
-    broken = f"{directory} cannot be read"
-    advice = f"Remove {folder}, and the run goes on from step {older[-1]}"
-    with together(broken, advice):
+    advice = f"If it is of another model, choose another --out; else remove {folder}, and the run"
+    words = f"{directory} cannot be read", f"{advice} goes on from step {older[-1]}"
+    with together(*words):  # first of all, since a rank that fails alone leaves others in load()
         check_files(directory)
-    with together(f"{directory} is of another model", "Choose another --out"):
-        check_entries(directory, state)
-    with together(broken, advice):
+    with together(*words):
         dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     for name, (model, optimizer) in pairs.items():
         settings = [dict(group) for group in optimizer.param_groups]
@@ -139,29 +134,16 @@ def check_files(state: Path):
             raise ValueError(f"{lost} (all nodes must see one directory)")
 
 
-def check_entries(directory: Path, state: dict):
-    """ValueError unless the two have the same entries; torch would ignore what is saved besides."""
-    planner, metadata = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(directory).read_metadata()
-    planner.set_up_planner(state, metadata)  # gives the entries the names they have in the files
-    saved = {n: getattr(x, "size", "a number") for n, x in metadata.state_dict_metadata.items()}
-    ours = {n: getattr(x, "shape", "a number") for n, x in planner.state_dict.items()}
-    names = sorted(n for n in saved | ours if saved.get(n) != ours.get(n))
-    if names:
-        there, here = (x.get(names[0], "missing") for x in (saved, ours))
-        raise ValueError(f"{len(names)} entries differ, such as {names[0]}: {there}, here {here}")
-
-
 # ------------------------------------------------------------------ saving
 
 
 class Saver:
     """Writes one checkpoint at a time, in a thread, while the training goes on; leaving its `with`
-    waits for what is in flight.
+    waits for what is in flight. (dcp.async_save has a thread for the state alone: the model and the
+    name come after it, and each of the three may fail.)
 
     like: model directory whose tokenizer and settings go into each model/. keep_every: of the
-    checkpoints before the newest two, model/ stays where this divides the step; 0: nowhere. The
-    thread is our own: dcp.async_save has one for the state, but the model is written and the
-    checkpoint named behind that, and each of the three may fail.
+    checkpoints before the newest two, model/ stays where this divides the step; 0: nowhere.
     """
 
     def __init__(self, run, like, dtype: torch.dtype = torch.float32, keep_every: int = 1):
@@ -181,7 +163,7 @@ class Saver:
             self.wait_for_save(block=True)
 
     def save(self, step: int, pairs: Pairs, policy: Qwen25VL, card: str):
-        """Returns when all is copied to host memory. policy: is exported, with `card` beside it."""
+        """Returns when all is in host memory. policy: is exported, with `card` beside it."""
         self.wait_for_save(block=True)
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies now, unpinned
         state = stager.stage(train_state(pairs))
@@ -191,9 +173,8 @@ class Saver:
         self.writing = self.thread.submit(self._write, step, state, weights, policy.config, card)
 
     def wait_for_save(self, block: bool = False):
-        """Raises, on all ranks together, the OSError of a checkpoint that could not be written.
-
-        Every rank has to call it at the same place. block: until nothing is in flight.
+        """Raises, on all ranks, the OSError of a checkpoint that could not be written; all have to
+        call it at the same place. block: until nothing is in flight.
         """
         if self.writing is None:
             return

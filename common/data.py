@@ -1,25 +1,21 @@
 """Rows on disk become documents of tokens and patches.
 
-    JSONL, JSON, parquet, Hub ──read_problems, read_examples──▶ Problem, Example
+    JSONL, parquet, Hub       ──read_problems, read_examples──▶ Problem, Example
     prompt text and pictures  ──encode_prompt──▶ Prompt(ids, patches, grids, offsets)
     response text             ──encode_response──▶ ids + <|im_end|>   (the sampler gives ids itself)
     prompt and response       ──▶ Document, which packs.py lays side by side
 
 Every row is checked once before a run begins, each process taking its share, and a bad one is
 reported with file and line. It is parsed again when it is used, so that two million examples take
-no memory. A column that nobody reads is named once, and one that was probably meant to be read
-(`image`, `precison`, pictures under another name) stops the run with the cure.
-
-Pictures are resized, normalised and cut as transformers' Qwen2VLImageProcessor does, bit for bit;
-only grey of 16 bits differs: there it shows white. The order of the data is a function of
-(seed, step), so a resumed run sees what it would have seen.
+no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for bit; only grey
+of 16 bits differs: there it shows white. The order of the data is a function of (seed, step), so a
+resumed run sees what it would have seen.
 
 Dimensions: S patches of all pictures; D = 1176 = 3 x 2 x 14 x 14 values of a patch; H, W pixels of
 a picture, which is h x w patches. Nothing to run here: see coldstart.py, rl.py, eval.py.
 """
 
 import base64
-import difflib
 import json
 import math
 import os
@@ -27,7 +23,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
@@ -44,7 +40,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from common.log import progress
+from common.log import on_hub, progress
 
 IMAGE_MARKER = "<image>"  # where a picture stands in the prompt of a row
 IMAGE_PAD = "<|image_pad|>"  # Qwen2.5-VL's tokenizer: one for each merged patch
@@ -54,18 +50,9 @@ MARKUP = (*VISION, STOP, "<|im_start|>", "<|endoftext|>")  # in a row: a turn th
 MARKUP_PATTERN = re.compile("|".join(map(re.escape, MARKUP)))  # 6 times as fast as each on its own
 MERGE_SIZE = 2  # preprocessor_config.json: 2 x 2 patches become one token
 PATCH_VALUES = 3 * 2 * 14 * 14  # Qwen2.5-VL: colours, frames, rows, columns
-ROW_FILES = (".jsonl", ".json", ".parquet")
 MAX_ASPECT = 200  # transformers' smart_resize
-HUB_NAME = r"[\w.-]+/[\w.-]+"
-EMPTY = (None, "", [], {})  # a column that holds nothing
-# columns without which a row would be another question
-UNUSABLE = ("system", "system_prompt", "video", "videos", "audio", "audios")
-PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-# how a whole file ends; pillow sees by itself that a WEBP was cut
-ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "WEBP": b""}
-THREADS = 16  # that open pictures: on a network disk they wait more than they work
+PROBLEM_COLUMNS = ("id", "prompt", "answer", "images", "source", "choices", "precision")
 Share = tuple[int, int]  # (rank, ranks): the rows rank, rank + ranks, rank + 2 ranks, ...
-Fetch = Callable[[int], tuple[str, dict, Path]]  # index -> file and line, row, folder of pictures
 Picture = str | Path | Image.Image
 
 # ---- records
@@ -148,98 +135,7 @@ class Rows(Sequence):
         return self.fetch(int(self.indices[i]))
 
 
-COLUMNS = {  # what is read of a row
-    kind: tuple(f.name for f in fields(kind) if f.name not in ("extra", "place"))
-    for kind in (Problem, Example)
-}
-
-# ---- reading
-
-
-def read_rows(
-    kind: type,
-    source: str | Path,  # .jsonl, .json, .parquet, a directory as of the Hub, or a name there
-    split: str = "train",
-    columns: Sequence[str] = (),  # ("prompt=problem", ...): the column `problem` is the prompt
-    share: Share = (0, 1),  # the rows that this process checks; all can be read
-) -> Rows:
-    """{"prompt", "answer", "id"?, "images"?, "source"?, "choices"?, "precision"?} -> Problems,
-    {"prompt", "response", "id"?, "images"?, "source"?} -> Examples.
-
-    Each row of the share is built once: a bad one stops a run at its start, not after hours.
-    """
-    names = {name: column for name, _, column in (text.partition("=") for text in columns)}
-    if len(names) < len(columns) or "" in (*names, *names.values()):
-        raise ValueError(f"--columns {' '.join(columns)}: write NAME=COLUMN for each, a name once")
-    # where --columns gives `id` another name, no column is the id, and rows are numbered
-    id_column = names.get("id", None if "id" in names.values() else "id")
-    fetch, ids = raw_rows(source, split, id_column)
-    first = {}
-    for i, name in enumerate(ids):
-        name = f"row-{i}" if name is None else str(name)
-        if first.setdefault(name, i) != i:  # two of one name could not be told apart in any log
-            places = f"{fetch(i)[0]}: the id {name!r} is also that of {fetch(first[name])[0]}"
-            raise ValueError(f"{places}; make them distinct, or --columns old_id={id_column}")
-    for column in names.values():
-        if not any(column in fetch(i)[1] for i in range(len(ids))):
-            raise ValueError(f"{source}: --columns names {column!r}, which is in no row")
-
-    def renamed(i: int) -> tuple[str, dict, Path]:
-        place, row, folder = fetch(i)
-        ours = {name: row[column] for name, column in names.items() if column in row}
-        row = {column: row[column] for column in row if column not in names.values()} | ours
-        row["id"] = f"row-{i}" if row.get("id") is None else row["id"]
-        return place, row, folder
-
-    build, unread, pictured = problem_of if kind is Problem else example_of, set(), []
-    for i in progress(range(share[0], len(ids), share[1]), f"checking {source}"):
-        place, row, folder = renamed(i)
-        unread |= unread_columns(place, row, COLUMNS[kind], folder)
-        if build(place, row, folder).images:
-            pictured.append(i)
-    unread -= {*names, *COLUMNS[Problem], *COLUMNS[Example]}
-    if unread and share[0] == 0:
-        to = "only kept in problem.extra" if kind is Problem else "not read"
-        print(f"{source}: columns {to}: {', '.join(sorted(unread))}", flush=True)
-    rows = Rows(lambda i: build(*renamed(i)), range(len(ids)))
-    rows.pictured[share] = pictured
-    return rows
-
-
-read_problems, read_examples = partial(read_rows, Problem), partial(read_rows, Example)
-
-
-def unread_columns(place: str, row: dict, known: tuple[str, ...], folder: Path) -> set[str]:
-    """One without which the row would be another question is refused, unless called extra_..."""
-    unread = {column for column in row if column not in known and row[column] not in EMPTY}
-    free = tuple(name for name in known if row.get(name) in EMPTY)
-    for column in unread:
-        pictured = "images" in free and shows_picture(row[column], folder)
-        meant, cure = nearest(column, free) or ("images" if pictured else None), ""
-        if column.lower() in UNUSABLE:
-            cure = "a question is one turn of text and pictures: move it into the prompt"
-        elif meant:
-            cure = f"if it is '{meant}', say so with --columns {meant}={column}"
-        if cure and not column.startswith("extra_"):
-            cure += f"; if it does not matter, with --columns extra_{column}={column}"
-            raise ValueError(f"{place}: column '{column}' is not read; {cure}")
-    return unread
-
-
-@lru_cache(maxsize=4096)
-def nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """The known column that `name` is a slip of: precison, Answer, imgs. None for all others."""
-    long = [other for other in known if other != "id"]  # idx and uid are columns of their own
-    return next(iter(difflib.get_close_matches(name.lower(), long, n=1, cutoff=0.8)), None)
-
-
-def shows_picture(value: Any, folder: Path) -> bool:
-    """A picture as `datasets` stores it, a data: URI, the path of a picture; or a list of them."""
-    first = value[0] if isinstance(value, list) else value
-    if isinstance(first, str):
-        file = first[-5:].lower().endswith(PICTURE_FILES) and os.path.isfile(folder / first)
-        return file or first.startswith("data:image/")
-    return isinstance(first, dict) and first.keys() == {"bytes", "path"}
+# ---- a row becomes a record
 
 
 def problem_of(place: str, row: dict, folder: Path) -> Problem:
@@ -249,10 +145,10 @@ def problem_of(place: str, row: dict, folder: Path) -> Problem:
     if precision is not None and not is_number(precision):
         raise ValueError(f"{place}: column 'precision' must be a number, not {precision!r:.80}")
     return Problem(
-        answer=text(place, row, "answer", number=True),
-        choices=tuple(text(place, {"choices": c}, "choices", number=True) for c in choices) or None,
+        answer=text(place, row, "answer"),
+        choices=tuple(text(place, {"choices": c}, "choices") for c in choices) or None,
         precision=None if precision is None else float(precision),
-        extra={column: row[column] for column in row if column not in COLUMNS[Problem]},
+        extra={column: row[column] for column in row if column not in PROBLEM_COLUMNS},
         **question_of(place, row, folder),
     )
 
@@ -270,7 +166,7 @@ def question_of(place: str, row: dict, folder: Path) -> dict[str, Any]:
     refuse_markup(f"{place}: column 'prompt'", prompt)
     split_at_markers(place, prompt, len(images))
     return dict(
-        id=text(place, row, "id", number=True),
+        id=text(place, row, "id"),
         prompt=prompt,
         images=tuple(image_source(place, image, folder) for image in images),
         source=text(place, row, "source") if row.get("source") else "",
@@ -282,36 +178,28 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def text(place: str, row: dict, column: str, number: bool = False) -> str:
-    """A column that must be there and hold text; with number=True, 7 is taken as "7"."""
+def text(place: str, row: dict, column: str) -> str:
+    """A column that must be there and hold text; 7 is taken as "7"."""
     value = row.get(column)
     if value is None:
         raise ValueError(f"{place}: column '{column}' is missing; the row has {str([*row]):.300}")
-    if not isinstance(value, str) and not (number and is_number(value)):
-        kind = "text or a number" if number else "text"
-        raise ValueError(f"{place}: column '{column}' must be {kind}, not {value!r:.80}")
+    if not isinstance(value, str) and not is_number(value):
+        raise ValueError(f"{place}: column '{column}' must be text or a number, not {value!r:.80}")
     if not str(value).strip():
         raise ValueError(f"{place}: column '{column}' is empty")
     return str(value)
 
 
 def image_source(place: str, image: Any, folder: Path) -> str | Image.Image:
-    """A path relative to the row's file, a data: URI, or {"bytes", "path"} as `datasets` stores it.
-
-    Bytes are base64 in JSON. Only the header of such a picture is read here.
-    """
-    blob = None
-    if isinstance(image, dict):
-        blob, image = image.get("bytes"), image.get("path")
-    elif isinstance(image, str) and image.startswith("data:"):
-        blob = image.partition(",")[2]
-    if blob:
-        with decoding(f"{place}: embedded picture"):
-            return Image.open(BytesIO(base64.b64decode(blob) if isinstance(blob, str) else blob))
-    if not isinstance(image, str) or not os.path.isfile(folder / image):
-        fault = f"image {image!r:.80} does not exist; paths are relative to {folder.resolve()}"
+    """A path relative to the row's file, or {"bytes", "path"} as `datasets` stores a picture."""
+    if isinstance(image, dict) and image.get("bytes"):
+        with decoding(image, place):
+            return opened(image)
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, str) or not os.path.isfile(folder / path):
+        fault = f"image {path!r:.80} does not exist; paths are relative to {folder.resolve()}"
         raise FileNotFoundError(f"{place}: {fault}")
-    return str(folder / image)
+    return str(folder / path)
 
 
 def refuse_markup(name: str, words: str) -> None:
@@ -330,56 +218,19 @@ def split_at_markers(place: str, prompt: str, images: int) -> list[str]:
     return pieces
 
 
-def raw_rows(source: str | Path, split: str, id_column: str | None) -> tuple[Fetch, list]:
-    """How to get a row as it is written, and the ids of all rows, None where one has none."""
-    path = Path(source)
-    files = split_files(path, split) if path.is_dir() else [path]
-    is_name = path.suffix not in ROW_FILES and re.fullmatch(HUB_NAME, str(source))
-    if not path.exists() and not is_name:
-        raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
-    if path.exists() and files[0].suffix not in ROW_FILES:
-        raise ValueError(f"{source}: rows are read from {', '.join(ROW_FILES)}")
-    if not path.exists() or files[0].suffix == ".parquet":
-        fetch, ids = table_rows(files, split, id_column)
-    else:
-        fetch, ids = (list_rows if files[0].suffix == ".json" else line_rows)(files[0], id_column)
-    if not ids:
-        raise ValueError(f"{source}: holds no rows")
-    return fetch, ids
+# ---- reading
 
 
-def split_files(directory: Path, split: str) -> list[Path]:
-    """train.jsonl, train.json or all of train-*.parquet, as the Hub names them; never the test
-    split beside it. ValueError where that is not one thing.
+def line_rows(path: Path) -> Rows:
+    """An index of the lines, 16 bytes each. `datasets` takes 40 times as long, copies all data once
+    more, guesses one type for all answers, and names no line when a byte is wrong.
     """
-    paths = [*directory.iterdir(), *directory.glob("data/*")]
-    paths = sorted(path for path in paths if path.suffix in ROW_FILES)
-    ours = [path for path in paths if path.stem == split or path.stem.startswith(f"{split}-")]
-    if not ours or (len(ours) > 1 and {path.suffix for path in ours} != {".parquet"}):
-        names = [path.name for path in ours or paths]
-        fault = f"holds {names}, where {split}.jsonl, .json or {split}-*.parquet is wanted"
-        raise ValueError(f"{directory}: {fault}: name the file itself")
-    return ours
-
-
-def line_rows(path: Path, id_column: str | None) -> tuple[Fetch, list]:
-    """An index of the lines, 16 bytes each, in 5 us a line of 30 kB if its id stands first.
-
-    `datasets` takes 200 us, copies all data once more, ends a line at every carriage return or
-    guesses one type for all answers, and names no line when a byte is wrong.
-    """
-    key = re.escape(json.dumps(id_column).encode())
-    id_first = re.compile(rb"\s*{\s*" + key + rb'\s*:\s*("[^"\\]*"|-?\d+)\s*[,}]')
-    numbers, offsets, ids, offset = array("q"), array("q"), [], 0
+    numbers, offsets, offset = array("q"), array("q"), 0
     with path.open("rb", buffering=1 << 20) as file:
         for number, line in enumerate(progress(file, f"reading {path.name}"), start=1):
             if not line.isspace():
                 numbers.append(number)
                 offsets.append(offset)
-                if first := id_first.match(line):  # so the rest of the line is not parsed
-                    ids.append(first[1].strip(b'"').decode(errors="replace"))
-                else:
-                    ids.append(parse_json(f"{path}, line {number}", line).get(id_column))
             offset += len(line)
 
     def fetch(i: int) -> tuple[str, dict, Path]:
@@ -388,52 +239,102 @@ def line_rows(path: Path, id_column: str | None) -> tuple[Fetch, list]:
             file.seek(offsets[i])
             return place, parse_json(place, file.readline()), path.parent
 
-    return fetch, ids
+    return Rows(fetch, range(len(numbers)))
 
 
-def list_rows(path: Path, id_column: str | None) -> tuple[Fetch, list]:
-    places, rows = [], parse_json(f"{path}", path.read_bytes(), list)
-    for i, row in enumerate(rows):
-        places.append(f"{path}, row {i}")
-        parse_json(places[i], json.dumps(row).encode())
-    return lambda i: (places[i], rows[i], path.parent), [row.get(id_column) for row in rows]
-
-
-def parse_json(place: str, content: bytes, kind: type = dict) -> Any:
+def parse_json(place: str, content: bytes) -> dict:
     try:
         value = json.loads(content.decode("utf-8-sig"))
         if b"\\u" in content:  # "\\ud83d" is JSON and half a character: no log could hold it
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, nested too deep
         raise ValueError(f"{place}: not JSON ({error})") from None
-    if not isinstance(value, kind):
-        wanted = "an object with named columns" if kind is dict else "a list of rows"
-        raise ValueError(f"{place}: must be {wanted}, not {value!r:.80}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: must be an object with named columns, not {value!r:.80}")
     return value
 
 
-def table_rows(files: list[Path], split: str, id_column: str | None) -> tuple[Fetch, list]:
-    """Parquet files, or a Hub name, through the cache that `datasets` has."""
-    import datasets  # here, because the import takes a second that JSON need not pay
+def table_rows(path: Path) -> Rows:
+    """A .json list, a parquet file, a directory with the train split as the Hub has it, or a name
+    there, through the cache that `datasets` has.
+    """
+    import datasets  # here, because the import takes a second that JSONL need not pay
 
-    source, folder = files[0], files[0].parent
-    kind, names = (
-        ("parquet", {split: [*map(str, files)]}) if source.is_file() else (f"{source}", None)
-    )
+    files = f"{path}/**/train[-.]*parquet" if path.is_dir() else f"{path}"
+    kind = "json" if path.suffix == ".json" else "parquet"
+    kind, files = (kind, files) if path.exists() else (f"{path}", None)
     try:  # in this format no picture is decoded
-        table = datasets.load_dataset(kind, data_files=names, split=split).with_format("arrow")
+        table = datasets.load_dataset(kind, data_files=files, split="train").with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fault = f"not readable as parquet, nor on the Hub with a split {split}"
-        raise FileNotFoundError(f"{source}: {fault} ({error.__cause__ or error})") from error
-    ids = table[id_column].to_pylist() if id_column in table.column_names else [None] * len(table)
-    return lambda i: (f"{source}, row {i}", table[i].to_pylist()[0], folder), ids
+        fault = "neither .jsonl, .json, nor parquet, nor on the Hub with a split train"
+        raise FileNotFoundError(f"{path}: {fault} ({error.__cause__ or error})") from error
+    folder = path if path.is_dir() else path.parent
+    fetch = lambda i: (f"{path}, row {i}", table[i].to_pylist()[0], folder)  # noqa: E731
+    return Rows(fetch, range(len(table)))
+
+
+def read_rows(
+    build: Callable[[str, dict, Path], Problem | Example],
+    source: str | Path,  # .jsonl, .json, .parquet, a directory of parquet, or a name on the Hub
+    columns: Sequence[str] = (),  # ("prompt=problem", ...): the column `problem` is the prompt
+    share: Share = (0, 1),  # the rows that this process checks; all can be read
+) -> Rows:
+    """Each row of the share is built once: a bad one stops a run at its start, not after hours, and
+    columns that nobody reads are named.
+    """
+    path = Path(source)
+    if not path.exists() and not on_hub(source):
+        raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
+    raw = line_rows(path) if path.suffix == ".jsonl" else table_rows(path)
+    names = {name: column for name, _, column in (text.partition("=") for text in columns)}
+    for name, column in names.items():
+        if not any(column in row for _, row, _ in raw):
+            raise ValueError(f"{source}: --columns {name}={column}: no row has a column {column!r}")
+
+    def named(i: int) -> tuple[str, dict, Path]:
+        place, row, folder = raw[i]
+        ours = {name: row[column] for name, column in names.items() if column in row}
+        row = {column: row[column] for column in row if column not in names.values()} | ours
+        return place, row | {"id": f"row-{i}" if row.get("id") is None else row["id"]}, folder
+
+    rows, unread, first = Rows(lambda i: build(*named(i)), range(len(raw))), set(), {}
+    pictured = rows.pictured[share] = []
+    for i in progress(range(share[0], len(raw), share[1]), f"checking {source}"):
+        place, row, folder = named(i)
+        unread |= unread_columns(place, row) - {*names}
+        record = build(place, row, folder)
+        if record.images:
+            pictured.append(i)
+        if (other := first.setdefault(record.id, i)) != i:  # no log could tell them apart
+            fault = f"{place}: the id {record.id!r} is also that of {raw[other][0]}"
+            raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+    if unread and share[0] == 0:
+        print(f"{source}: columns that nobody reads: {', '.join(sorted(unread))}", flush=True)
+    return rows
+
+
+read_problems, read_examples = partial(read_rows, problem_of), partial(read_rows, example_of)
+
+
+def unread_columns(place: str, row: dict) -> set[str]:
+    """One without which the row may be another question is refused, unless called extra_..."""
+    unread = {column for column in row if row[column]} - {*PROBLEM_COLUMNS, "response"}
+    other_turns, pictures = "system|video|audio", ".*(image|img|picture|figure|photo)"
+    meant = other_turns if row.get("images") else f"{other_turns}|{pictures}"
+    for column in unread:
+        if re.match(meant, column.lower()) and not column.startswith("extra_"):
+            raise ValueError(
+                f"{place}: column '{column}' is not read: --columns images={column}, if these are "
+                f"its pictures, or extra_{column}={column}, if the question is whole without it"
+            )
+    return unread
 
 
 # ---- pictures
 
 
 @contextmanager
-def decoding(name: str) -> Iterator[None]:
+def decoding(image: Picture | dict, row: str = "") -> Iterator[None]:
     """One message for whatever is wrong with a picture.
 
     Pillow's decoders raise a dozen kinds of error at damaged files, TypeError, RuntimeError and
@@ -442,22 +343,23 @@ def decoding(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        name = f"{image}" if isinstance(image, str | Path) else "embedded picture"
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{name}: damaged picture ({reason:.300}); replace it") from error
+        where = f"{row}: {name}" if row else name
+        raise ValueError(f"{where}: damaged picture ({reason:.300}); replace it") from error
 
 
-def opened(image: Picture) -> Image.Image:  # its header: the size is known, no pixel decoded
+def opened(image: Picture | dict) -> Image.Image:
+    """Its header: the size is known, no pixel decoded."""
+    if isinstance(image, dict):  # as `datasets` stores it; bytes are base64 in JSON
+        blob = image["bytes"]
+        image = BytesIO(base64.b64decode(blob) if isinstance(blob, str) else blob)
     return image if isinstance(image, Image.Image) else Image.open(image)
 
 
-def picture_name(image: Picture, row: str = "") -> str:
-    name = "embedded picture" if isinstance(image, Image.Image) else str(image)
-    return f"{row}: {name}" if row else name
-
-
-def load_image(image: Picture) -> Image.Image:
+def load_image(image: Picture, row: str = "") -> Image.Image:
     """-> upright RGB. The sampler gets this very picture, or it sees another than the trainer."""
-    with decoding(picture_name(image)):
+    with decoding(image, row):
         return upright(opened(image))
 
 
@@ -479,75 +381,41 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def check_images(rows: Sequence, share: Share = (0, 1)) -> int:
-    """Opens header and end of every picture of the share and returns how many there are.
-
-    A file that was cut is found now, and not when its row comes up, hours into a run. 10,000
-    pictures of a local disk take 2 s, where to decode them takes 40. What is wrong in the middle of
-    a file is found only when it is decoded.
+    """Decodes every picture of the share and returns how many there are: a damaged one is found
+    now, and not when its row comes up, hours into a run. 10,000 photographs take two cores 20 s.
     """
     mine = range(share[0], len(rows), share[1])
     if isinstance(rows, Rows):  # rows without pictures are not built again, where that is known
         mine = rows.pictured.get(share, mine)
-    with ThreadPool(THREADS) as pool:
-        results = pool.imap(lambda i: check_pictures(rows[i]), mine, chunksize=64)
-        results = [*progress(results, "checking pictures", len(mine))]
-    if damaged := [fault for _, fault in results if fault]:
-        first = "\n".join(damaged[:20])
-        raise ValueError(f"pictures of {len(damaged)} rows are damaged, among them\n{first}")
-    return sum(count for count, _ in results)
 
+    def count(i: int) -> int:
+        row = rows[i]
+        return sum(load_image(image, row.place or row.id).width > 0 for image in row.images)
 
-def check_pictures(row: Problem | Example) -> tuple[int, str]:
-    """-> how many there are, and what is wrong with one of them. Decoded only if the end is odd."""
-    try:
-        for image in row.images:
-            with decoding(picture_name(image, row.place or row.id)):
-                picture = opened(image)
-                if "exif" in picture.info:
-                    picture.getexif()
-                if not ends_well(picture):
-                    upright(picture)
-    except ValueError as error:
-        return 0, str(error)
-    return len(row.images), ""
-
-
-def ends_well(image: Image.Image) -> bool:
-    """Whether its file ends as its format does. A picture without a file was made in memory."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return True
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-    tail = file.read().rstrip(b"\0")  # a disk's empty blocks do no harm
-    return image.format in ENDINGS and tail.endswith(ENDINGS[image.format])
+    with ThreadPool(16) as pool:  # on a network disk they wait more than they work
+        counts = pool.imap(count, mine, chunksize=64)
+        return sum(progress(counts, "checking pictures", len(mine)))
 
 
 def load_image_settings(directory: str | Path) -> ImageSettings:
     path = Path(directory) / "preprocessor_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy it from the Qwen2.5-VL model")
     raw = parse_json(f"{path}", path.read_bytes())
     size = raw.get("size") or {}  # newer files give the bounds here; both are counts of pixels
-    bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-    raw = bounds | {name: value for name, value in raw.items() if value is not None}
-    names = [*bounds, "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"]
-    if missing := [name for name in names if raw.get(name) is None]:
-        raise ValueError(f"{path}: {missing} missing; copy it from the Qwen2.5-VL model")
-    *numbers, mean, std = (raw[name] for name in names)
-    return ImageSettings(*numbers, tuple(mean), tuple(std))
+    return ImageSettings(
+        raw.get("min_pixels") or size["shortest_edge"],
+        raw.get("max_pixels") or size["longest_edge"],
+        *(raw[name] for name in ("patch_size", "temporal_patch_size", "merge_size")),
+        *(tuple(raw[name]) for name in ("image_mean", "image_std")),
+    )
 
 
-def smart_resize(
-    height: int, width: int, settings: ImageSettings, name: str = "image"
-) -> tuple[int, int]:
+def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
     """(height, width): multiples of 28, area in [min_pixels, max_pixels], ratio about kept.
 
     Qwen2-VL (arXiv 2409.12191, sec. 2.1, naive dynamic resolution). Halves are rounded to even.
     """
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT:
-        size = f"{width} x {height} px"
-        raise ValueError(f"{name} of {size}: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
+    if (ratio := max(height, width) / min(height, width)) > MAX_ASPECT:
+        raise ValueError(f"{width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
     unit = settings.patch_size * settings.merge_size
     high, wide = round(height / unit) * unit, round(width / unit) * unit
     if high * wide > settings.max_pixels:
@@ -561,17 +429,14 @@ def smart_resize(
     return high, wide
 
 
-def image_patches(
-    image: Picture, settings: ImageSettings, row: str = ""
-) -> tuple[Tensor, tuple[int, int, int]]:
+def image_patches(image: Picture, settings: ImageSettings, row: str = "") -> tuple[Tensor, tuple]:
     """-> patches (S, D) float32 and grid (t, h, w) with S = t*h*w; a picture is one moment, t = 1.
 
     The patches of a merge block are neighbours: block rows, blocks, then rows and columns within.
     """
-    name = picture_name(image, row)
-    with decoding(name):
+    with decoding(image, row):
         image = upright(opened(image))
-    height, width = smart_resize(image.height, image.width, settings, name)
+        height, width = smart_resize(image.height, image.width, settings)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (H, W, 3) uint8
     # A channel has 256 levels: normalise those, rounding as the official code does, and look up.
     levels = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
@@ -595,10 +460,9 @@ def image_tokens(grid: tuple[int, int, int], merge: int) -> int:
 def model_directory(name: str | Path) -> str:
     """A directory as it is; a Hub name as the directory in the Hub's cache that holds its snapshot.
 
-    Nothing is downloaded where HF_HUB_OFFLINE=1, as the scripts under runs/ set it: then
-    FileNotFoundError says how to get it.
+    The scripts under runs/ set HF_HUB_OFFLINE=1, and nothing is downloaded.
     """
-    if Path(name).is_dir() or not re.fullmatch(HUB_NAME, str(name)):
+    if not on_hub(name):
         return str(name)  # what is not there is named by whoever opens it
     wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
     try:
@@ -618,10 +482,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     older = Path(directory) / "chat_template.json"
     if tokenizer.chat_template is None and older.is_file():
         tokenizer.chat_template = parse_json(f"{older}", older.read_bytes()).get("chat_template")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{directory}: no chat template; copy chat_template.json from the model")
-    if missing := {IMAGE_PAD, STOP} - tokenizer.get_vocab().keys():
-        raise ValueError(f"{directory}: no {sorted(missing)} in the tokenizer; use Qwen2.5-VL's")
     return tokenizer
 
 
@@ -644,13 +504,8 @@ def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[
     return ids
 
 
-def encode_prompt(
-    prompt: str,
-    images: Sequence[Picture],
-    tokenizer: Tokenizer,
-    settings: ImageSettings | None,  # None will do where there are no pictures
-    name: str = "prompt",  # what an error calls it: the id of the row
-) -> Prompt:
+def encode_prompt(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> Prompt:
+    """settings: None will do where there are no pictures. name: what an error calls it."""
     short_ids = chat_ids(prompt, len(images), tokenizer, name)
     pictures = [image_patches(image, settings, name) for image in images]
     grids = tuple(grid for _, grid in pictures)
@@ -666,39 +521,27 @@ def encode_prompt(
     return Prompt(ids, short_ids, patches, grids, tuple(offsets))
 
 
-def prompt_length(
-    prompt: str,
-    images: Sequence[Picture],
-    tokenizer: Tokenizer,
-    settings: ImageSettings | None,
-    name: str = "prompt",
-) -> int:
+def prompt_length(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> int:
     """len(encode_prompt(...).ids) from the headers of the images, without decoding a pixel."""
     length = len(chat_ids(prompt, len(images), tokenizer, name))
     for image in images:
-        with decoding(called := picture_name(image, name)):
+        with decoding(image, name):
             width, height = opened(image).size  # a camera's rotation swaps them, the count stays
-        height, width = smart_resize(height, width, settings, called)
+            height, width = smart_resize(height, width, settings)
         length += height * width // (settings.patch_size * settings.merge_size) ** 2 - 1
     return length
 
 
 def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a written response, and the stop token, which is trained like any other."""
-    refuse_markup("response", response)
     ids = tokenizer.encode(response, add_special_tokens=False)
     return [*ids, tokenizer.convert_tokens_to_ids(STOP)]
 
 
-def encode_example(
-    example: Example, tokenizer: Tokenizer, settings: ImageSettings | None
-) -> Document:
+def encode_example(example: Example, tokenizer: Tokenizer, settings) -> Document:
     name = example.place or example.id
     prompt = encode_prompt(example.prompt, example.images, tokenizer, settings, name)
-    try:
-        return Document(prompt, encode_response(example.response, tokenizer), name)
-    except Exception as error:  # what a tokenizer raises at a word it does not know
-        raise ValueError(f"{name}: the tokenizer cannot read the response ({error})") from error
+    return Document(prompt, encode_response(example.response, tokenizer), name)
 
 
 def filter_long(items: Sequence, limit: int, lengths: Mapping | Sequence) -> tuple[Rows, int]:

@@ -1,16 +1,16 @@
 """The only file that knows of more than one device: ranks, FSDP2, sums over ranks.
 
-With one CPU process every function here is the identity, so a laptop runs the plain model and a
-reader may skip the file. With several, each rank holds a slice of every weight, gathers a block's
-weights when the block runs, and gets its slice of the summed gradient (FSDP2, `fully_shard`). On
-several nodes weights are sharded inside a node and replicated across (HSDP): the slow network
-carries one all-reduce of a slice an optimiser step. Gradients are *summed* over ranks: the losses
-are already divided by the global token count, so the result does not depend on the number of ranks.
+With one CPU process every function here is the identity, and a reader may skip the file. With
+several, each rank holds a slice of every weight, gathers a block's weights when the block runs, and
+gets its slice of the summed gradient (FSDP2, `fully_shard`). On several nodes weights are sharded
+inside a node and replicated across (HSDP): the slow network carries one all-reduce of a slice an
+optimiser step. Gradients are *summed* over ranks: the losses are already divided by the global
+token count, so the result does not depend on the number of ranks.
 
 A model is built in a stated order: on the meta device, without memory; frozen; compiled;
-recomputed; sharded; only then given memory and filled from the files, slice by slice. Frozen
-weights (the vision tower in stage 1) are left whole on every rank: no gather that could hang when
-one rank has pictures and another has none. On GPUs: bf16 compute, float32 masters and sums.
+recomputed; sharded; only then given memory and filled from the files, slice by slice. A frozen
+vision tower is left whole on every rank: no gather that could hang when one rank has pictures and
+another has none. On GPUs: bf16 compute, float32 masters and sums.
 
     torchrun --nproc-per-node 2 rl.py          # two gloo ranks on a CPU; nccl where there are GPUs
 """
@@ -41,7 +41,6 @@ from torch.utils import checkpoint
 
 from model import Qwen25VL, empty_model, load_weights
 
-RECOMPUTE = ("none", "selective", "full")
 # What selective recomputation keeps, by the names of torch's and flash-attn's operators: attention,
 # and the products with a bias, which in a decoder block are q, k and v.
 KEPT = ("attention", "flash_attn", "addmm")
@@ -70,17 +69,16 @@ class World:
 def start(dtype: str = "auto") -> World:
     """Joins torchrun's process group (`cpu:gloo,cuda:nccl`); without torchrun, a world of one.
 
-    dtype: of the compute, float32 or bfloat16; auto is bfloat16 on GPUs. Several processes of a
-    machine share its cores; one alone does as OMP_NUM_THREADS says.
+    dtype: of the compute, float32 or bfloat16; auto is bfloat16 on GPUs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_ranks(size, here)
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype}")
     # torchrun sets OMP_NUM_THREADS=1 for several processes: on larger machines cores would be idle
     if here > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // here))
+        no_affinity = not hasattr(os, "sched_getaffinity")  # macOS
+        cores = os.cpu_count() if no_affinity else len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // here))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     compute = DTYPES["bfloat16" if cuda else "float32"] if dtype == "auto" else DTYPES[dtype]
@@ -101,29 +99,20 @@ def start(dtype: str = "auto") -> World:
 
 
 def check_ranks(size: int, here: int):
-    """ValueError where ranks would wait for others for ever, or nodes have unequal numbers of them.
-
-    torchrun keeps one store over its restarts, and ranks would read there where the dead ones were.
-    """
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE is {size}, but without MASTER_ADDR its ranks cannot find each other: "
-            f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
-        )
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError(
-            "with --max-restarts, ranks that start again would wait for dead ones: set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and --standalone or --rdzv-backend "
-            "c10d; or leave --max-restarts out"
-        )
-    if size % here:
-        raise ValueError(f"{size} ranks, {here} of them on this node: each node must have as many")
-
-
-def cores() -> int:
-    """CPU cores that this process may use (macOS knows no affinity)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """ValueError where ranks would wait for others for ever."""
+    environ, cure = os.environ, ""
+    if size > 1 and "MASTER_ADDR" not in environ:
+        cure = f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
+    elif size % here:
+        cure = f"{here} ranks run on this node: each node must have as many"
+    elif (
+        size > 1
+        and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # torchrun keeps one store over its restarts: ranks would read there where dead ones were
+        cure = "for --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    if cure:
+        raise ValueError(f"WORLD_SIZE is {size}, but ranks would not meet: {cure}")
 
 
 def is_main() -> bool:
@@ -177,9 +166,8 @@ def load(
 
 
 def compile_blocks(model: Qwen25VL):
-    """Decoder blocks by torch.compile, which makes one kernel each of a norm, of the rotation, of
-    silu times up. Attention stays outside: it follows the documents, the rest runs on a pack of any
-    length by one graph.
+    """Decoder blocks by torch.compile. Attention stays outside: it follows the documents, the rest
+    runs on a pack of any length by one graph.
     """
     for block in model.model.layers:
         block.before = torch.compile(block.before, dynamic=True)
@@ -193,8 +181,6 @@ def recompute_blocks(model: Qwen25VL, kind: str):
     its q, k and v, the part that grows with the square of the length; the tower, if it trains, is
     recomputed in full.
     """
-    if kind not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {kind}")
     if kind == "none":
         return
     again = partial(checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -237,9 +223,7 @@ def shard(model: Qwen25VL, world: World) -> Qwen25VL:
 
 
 def release(model: nn.Module):
-    """After a forward without backward: embedding and head, which stay gathered for a backward that
-    does not come, are slices again.
-    """
+    """After a forward without backward: embedding and head, gathered for one, are slices again."""
     if isinstance(model, fsdp.FSDPModule):
         model.reshard()
 
@@ -301,9 +285,7 @@ def reduced(values: Iterable[float], operation: dist.ReduceOp) -> tuple[float, .
 
 
 def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} of each rank -> {name: mean over all ranks}; names that nobody
-    counted are left out.
-    """
+    """{name: (sum, count)} of each rank -> {name: mean over all}, without what nobody counted."""
     totals = sums(world, *(x for pair in pairs.values() for x in pair))
     by_name = zip(pairs, totals[::2], totals[1::2], strict=True)
     return {name: total / count for name, total, count in by_name if count}
@@ -326,10 +308,9 @@ def union(world: World, mine: dict) -> dict:
 
 
 def my_problems(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:
-    """Which of `count` problems this rank samples, in order.
-
-    Every size-th one; dynamic: the next that nobody has taken, asked for when there is room for it,
-    so that no rank waits behind one that drew long responses. key: a new one for each batch.
+    """Which of `count` problems this rank samples, in order: every size-th one; dynamic: the next
+    that nobody has taken, so that no rank waits behind one that drew long responses. key: a new one
+    for each batch.
     """
     if world.size == 1 or not dynamic:
         return range(world.rank, count, world.size)
@@ -345,15 +326,12 @@ def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Ite
     if bad:
         names = sorted(union(world, dict.fromkeys(suspects)))
         where = f" in packs of {', '.join(names[:32])}" if names else ""
-        raise FloatingPointError(
-            f"step {step}: {bad}{where}; the newest checkpoint is from before it"
-        )
+        raise FloatingPointError(f"step {step}: {bad}{where}; the last checkpoint is from before")
 
 
 def peak_gb(world: World) -> float:
     """Most memory of a rank in GB: of its process, ever; on a GPU all that is taken there, torch's
-    cache included, so the most since that was emptied. (torch's own peak counts what a sleeping
-    vLLM has given back.)
+    cache included. (torch's own peak counts what a sleeping vLLM has given back.)
     """
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()

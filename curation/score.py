@@ -203,7 +203,7 @@ def passes(problems: Sequence[data.Problem], sampler, tokenizer, settings, cfg: 
     tried = [p for p, n in zip(problems, lengths, strict=True) if n <= cfg.prompt_tokens]
     drawn = (cfg.samples, cfg.max_tokens, cfg.temperature, (cfg.seed,))
     tries = defaultdict(list)
-    for rollout in sampler.generate(tried, *drawn, bar="tries"):
+    for rollout in sampler.generate(tried, *drawn):
         tries[rollout.problem.id].append(rollout)
     why = f"prompt longer than {cfg.prompt_tokens} tokens"
     return [

@@ -535,14 +535,14 @@ def figure_4(run: Run) -> list[str]:
 
 # fmt: off
 INVARIANTS = (  # title, {metric: label}, what is healthy
-    ("Sampler against trainer", {"logp_diff_mean": "mean", "logp_diff_max": "max"},
+    ("Sampler against trainer", {"logp_diff": "mean"},
      "|Δ log p| of the sampled tokens. fp32 on a CPU stays under 1e-4; a jump means that the "
      "sampler speaks with old weights."),
     ("Critic: explained variance", {"explained_variance": "explained variance"},
      "1 − Var(return − V) / Var(return). Near 0 at first, then rising; below 0 it misleads."),
     ("Critic: what it expects", {"value_mean": "mean V", "return_mean": "mean return"},
      "The two should meet: V is the critic's forecast of the reward."),
-    ("Clipped tokens", {"clip_fraction": "clip fraction", "ratio_max": "max |ratio − 1|"},
+    ("Clipped tokens", {"clip_fraction": "clip fraction", "ratio_diff": "mean |ratio − 1|"},
      "0 with one policy step a batch: strictly on-policy, so the clip never acts."),
     ("Answers that earn nothing", {"truncated": "cut off", "no_box": "no box"},
      "A rising share cut off: the budget is too small, or the model rambles."),
@@ -567,7 +567,7 @@ def invariants(run: Run) -> list[str]:
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         if not values.any():
             axes.set_ylim(-0.05, 1)  # all zero: drawn as zero, not as noise around it
-        elif "logp_diff_mean" in names and values.min() > 0:
+        elif "logp_diff" in names and values.min() > 0:
             axes.set_yscale("log")
         elif values.min() >= 0:
             axes.set_ylim(bottom=0)

@@ -1,10 +1,11 @@
-r"""Real bugs, planted one at a time: what each does to the reward, and what gives it away.
+"""Real bugs, planted one at a time: what each does to the reward, and what gives it away.
 
 BUGS holds what a bug puts in the place of shipped code, which knows nothing of it; where people met
-it, its sign in a run's numbers, what catches it (test_planted.py proves it: a mutation test of the
-suite), and the cure. All runs took half an hour on two cores that others used as well:
+it, the metric that shows it best, what catches it (test_planted.py proves it: a mutation test of
+the suite), and the cure. Signs of all in a run: docs/metrics.md. All runs took half an hour on two
+cores that others used as well:
 
-    python tests/planted.py --picture docs/planted.png      # after runs/laptop.sh
+    python tests/planted.py    # after runs/laptop.sh; draws OUT/all.png, which is docs/planted.png
 
 Each is rl.main on the miniature, which goes on where it would stop, as sampler and trainer differ;
 finished ones are kept.
@@ -31,20 +32,8 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 from common import distributed, packs  # noqa: E402
 
-EDGE, CLEAR = 5, 0.08  # steps at each end of a curve that are averaged; 2.5 errors of a difference
-
-
-@dataclass(frozen=True)
-class Config:
-    model: str = "out/laptop/coldstart/model"
-    data: str = "out/laptop/data/train.jsonl"
-    steps: int = 30
-    problems: int = 32
-    samples: int = 4
-    lr: float = 3e-4  # twice the default of rl.py: 30 steps have to show it
-    bugs: tuple[str, ...] = ()  # all, if none is named
-    out: str = "out/planted"
-    picture: str = ""  # png: all curves
+# lr: twice the default, as 30 steps have to show it
+SETTINGS = rl.Config(steps=30, problems=32, lr=3e-4, save_every=0, out="out/planted")
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,7 @@ class Bug:
     wrong: str
     trap: str  # where people met it
     patches: list  # (where, name, what becomes of what is there)
-    symptom: str  # in a run's numbers
-    metric: str  # the one that shows it best
+    metric: str  # that shows it best
     caught_by: tuple[str, ...]  # "rl: words of its refusal", "doctor: check", "file.test[case]"
     cure: str
 
@@ -110,56 +98,52 @@ BUGS = {
     "stale_sampler": Bug(
         "after an update the sampler keeps the old weights", "vllm#9744, verl#3694",
         [(rollout.TorchSampler, "sync", lambda sync: lambda self, weights: [*weights] and None)],
-        "reward is flat, log-probs part further at each update", "logp_diff_mean",
-        ("rl: after the update of step 0", "doctor: sync"),
+        "logp_diff", ("rl: after the update of step 0", "doctor: sampler"),
         "copy every weight after every update; drop what was cached under the old ones"),
     "bent_draws": Bug(
         "draws are bent (as by temperature 1.8), the log-probs reported are not", "NeMo-RL#3497",
         [(rollout, "draw_tokens", lambda draw: lambda x, u, t, out: draw(x, u, 1.8 * t, out))],
-        "no gap; reward near 0 and flat, entropy and no_box high from step 0 on", "no_box",
-        ("test_rollout.test_the_first_tokens_of_many_samples_follow_the_model",),
+        "no_box", ("test_rollout.test_the_first_tokens_of_many_samples_follow_the_model",),
         "set every sampling field, take none from generation_config.json"),
     "attention_leaks": Bug(
         "attention takes a pack for one document", "LlamaFactory#7754, transformers#40154",
         [(model, "attend", lambda attend: lambda q, k, v, lengths, causal: attend(
             q, k, v, [sum(lengths)] if causal else lengths, causal))],
-        "reward low and flat; a gap in step 0, none on the canary before it", "logp_diff_mean",
+        "logp_diff",
         ("doctor: packing", "test_model.test_a_document_cannot_see_its_neighbours"),
         "give attention the lengths of documents, not of packs"),
     "features_one_off": Bug(
         "image features stand one slot too far", "EasyR1#110, R1-V#180",
         [(model.Qwen25VL, "hidden", lambda hidden: lambda self, inputs, *rest: hidden(
             self, one_slot_further(inputs), *rest))],
-        "no gap: both see it so; reward_image starts a little low, at most", "reward_image",
+        "reward_image",
         ("test_model.test_logits_and_all_gradients_equal_those_of_transformers[1]",),
         "place them by offsets stored with the prompt; compare logits with transformers"),
     "wrong_sign": Bug(
         "the loss is the objective, not minus it", "open-r1#239, TRL#2703",
         [(rl, "policy_loss", lambda loss: lambda *tensors: -loss(*tensors))],
-        "reward falls to 0, boxes go first; policy_loss is 0 as ever", "reward",
-        ("test_rl.test_the_clip_by_hand[0]", EXACT),
+        "reward", ("test_rl.test_the_clip_by_hand[0]", EXACT),
         "hold the loss against an exact gradient"),
     "value_late": Bug(
         "V is read behind the token that it should not have seen", "SkyRL#1305, verl#1758",
         [(rl, "critic_values", read_late)],
-        "after 25 steps reward turns down; length and cuts up", "truncated", (EXACT,),
+        "truncated", (EXACT,),
         "read V(s_t) at the row that predicts token t"),
     "rewards_shuffled": Bug(
         "each problem's rewards go to the samples at its neighbour", "Search-R1#88",
         [(where, "share_packs", with_rewards_of_neighbours) for where in (packs, rl)],
-        "reward falls as by a wrong sign; explained_variance within 0.01 of 0", "reward",
+        "reward",
         (EXACT,), "keep the reward in the record of its rollout; pair no lists by place alone"),
     "spaces_in_box": Bug(
         "the box is compared as it stands, spaces and all", "verl#5635, Math-Verify#55",
         [(reward, "compare", lambda same: lambda gold, box, *rest: (gold == box, "mismatch", ""))],
-        "reward is exactly 0 while no_box is 0.05; then entropy and length grow", "reward",
-        ("test_reward.test_rule_2_one_half_in_all_its_spellings",),
+        "reward", ("test_reward.test_rule_2_one_half_in_all_its_spellings",),
         "grade twenty rollouts by hand; keep a status beside every score"),
     "gold_anywhere": Bug(
         "a response is right if the reference stands anywhere in it", "Open-Reasoner-Zero",
         [(reward, "explain", lambda explain: lambda gold, response, *rest: (
             reward.Verdict(float(gold in response.split()), "match", gold), ""))],
-        "reward high at once, length doubles; right answers fell from 0.53 to 0.14", "length",
+        "length",
         ("test_reward.test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status[1]",),
         "only the last closed box counts; read what scored"),
     "bf16_masters": Bug(
@@ -168,30 +152,28 @@ BUGS = {
             made := load(*given, **more), made.parameters())),
          (torch.optim.AdamW, "step", lambda step: lambda self, *rest: coarse(
             step(self, *rest), self.param_groups[0]["params"]))],
-        "none, and no harm at this lr; at 1e-5 most weights stand still", "reward",
-        ("doctor: precision",), "keep masters and moments in float32"),
+        "reward", ("doctor: update",), "keep masters and moments in float32"),
     "stale_optimizer": Bug(
         "the optimiser holds weights that are no longer the policy's", "NeMo-RL#227, verl#7834",
         [(rl, "load_models", lambda load: lambda *given: estranged(load(*given)))],
-        "reward and entropy are flat; grad_norm grows, as nobody clears it", "grad_norm",
+        "grad_norm",
         (HEALTHY,), "build it from the weights that train, after sharding; see that they move"),
     "critic_frozen": Bug(
         "the critic's learning rate is 0", "a critic that does not learn",
         [(rl, "rates", lambda rates: lambda step, count, peak, warmup: rates(
             step, count, peak * (count == 1), warmup))],
-        "value_loss does not fall, value_mean stays; the policy learns", "value_loss",
-        (RATES,), "see that value_mean meets return_mean"),
+        "value_loss", (RATES,), "see that value_mean meets return_mean"),
     "endless_warmup": Bug(
         "the warm-up does not end, the rates go on rising", "warm-up counts steps",
         [(rl, "rates", lambda rates: lambda step, count, peak, warmup: [
             peak * (step * count + k + 1) / max(1, warmup) for k in range(count)])],
-        "lr climbs; reward rises, then falls for good", "lr", (RATES,),
+        "lr", (RATES,),
         "log the rate that is used"),
     "stop_untrained": Bug(
         "a mask by token id (pad is the stop token) takes its loss away", "TRL#1623, open-r1#494",
         [(rl, "policy_losses", lambda losses: lambda policy, pack, cfg: losses(
             policy, without_stops(pack, policy), cfg))],
-        "policy_loss is not 0: advantages are missing", "policy_loss", (HEALTHY,),
+        "policy_loss", (HEALTHY,),
         "masks follow from lengths, never from token ids"),
 }
 # fmt: on
@@ -207,26 +189,14 @@ def planted(name: str):
         yield
 
 
-def run(name: str, cfg: Config):
+def run(name: str, cfg: rl.Config):
     """rl.main with one bug, and without its limit on the gap between sampler and trainer."""
-    sizes = dict(steps=cfg.steps, problems=cfg.problems, samples=cfg.samples, lr=cfg.lr)
-    out, any_gap = str(Path(cfg.out) / name), dict.fromkeys(rl.GAP_LIMITS, math.inf)
-    with planted(name), patch.dict(rl.GAP_LIMITS, any_gap):
-        rl.main(rl.Config(cfg.model, cfg.data, out=out, save_every=0, **sizes))
+    with planted(name), patch.dict(rl.GAP_LIMITS, dict.fromkeys(rl.GAP_LIMITS, math.inf)):
+        rl.main(replace(cfg, out=f"{cfg.out}/{name}"))
 
 
-def rows_of(cfg: Config, name: str) -> list[dict]:
-    file = Path(cfg.out) / name / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def curve_of(rows: list[dict], healthy: list[dict]) -> str:
-    """What the reward did: means of its first and last steps, against the healthy run's last."""
-    parts = rows[:EDGE], rows[-EDGE:], healthy[-EDGE:]
-    first, last, wanted = (sum(row["reward"] for row in part) / len(part) for part in parts)
-    shape = "rises" if last - first > CLEAR else "falls" if first - last > CLEAR else "flat"
-    side = "above" if last - wanted > CLEAR else "below" if wanted - last > CLEAR else "like"
-    return f"{shape}, {first:.2f} to {last:.2f}, {side} healthy"
+def rows_of(out: str, name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(out, name, "metrics.jsonl").open()]
 
 
 def sign_of(name: str, rows: list[dict], healthy: list[dict]) -> str:
@@ -242,24 +212,12 @@ def sign_of(name: str, rows: list[dict], healthy: list[dict]) -> str:
     return f"not in {metric}, but {BUGS[name].caught_by[0]}"
 
 
-def table(cfg: Config, names: list[str]) -> str:
-    healthy = rows_of(cfg, "healthy")
-    lines = ["| bug | what is wrong | symptom | reward | first sign | what catches it | cure |"]
-    lines += ["|---" * 7 + "|", f"| none | | | {curve_of(healthy, healthy)} | | | |"]
-    for name in names:
-        bug, rows = BUGS[name], rows_of(cfg, name)
-        cells = [name, f"{bug.wrong} ({bug.trap})", bug.symptom, curve_of(rows, healthy)]
-        cells += [sign_of(name, rows, healthy), "; ".join(bug.caught_by), bug.cure]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(cfg: Config, names: list[str]):
+def draw(out: str, names: list[str]):
     """A panel a bug: its reward over the healthy run's in grey, and under it the first sign."""
-    healthy, down = rows_of(cfg, "healthy"), -(-len(names) // 4)
+    healthy, down = rows_of(out, "healthy"), -(-len(names) // 4)
     figure = plt.figure(figsize=(13, 2.7 * down), layout="tight")
     for place, name in enumerate(names, start=1):
-        axis, rows = figure.add_subplot(down, 4, place), rows_of(cfg, name)
+        axis, rows = figure.add_subplot(down, 4, place), rows_of(out, name)
         for curve, colour in ((healthy, "#b5bac4"), (rows, "#d1495b")):
             values = [row["reward"] for row in curve]
             near = [values[max(0, i - 2) : i + 3] for i in range(len(values))]
@@ -267,21 +225,15 @@ def draw(cfg: Config, names: list[str]):
         axis.set(title=name, xlim=(0, len(healthy) - 1), ylim=(-0.04, 1.04))
         axis.set_xlabel(textwrap.fill(sign_of(name, rows, healthy), 38), loc="left")
     figure.suptitle("reward by step, with one bug each (red) and without (grey)")
-    figure.savefig(cfg.picture, dpi=100)
+    figure.savefig(Path(out, "all.png"), dpi=100)
 
 
-def main(cfg: Config):
-    if unknown := {*cfg.bugs} - {*BUGS}:
-        raise SystemExit(f"no bug {', '.join(unknown)}; there are {', '.join(BUGS)}")
-    names = [*(cfg.bugs or BUGS)]
-    for name in ["healthy", *names]:
-        if not (Path(cfg.out) / name / "model").is_dir():
-            print(f"--- {name}", flush=True)
+def main(cfg: rl.Config):
+    for name in ["healthy", *BUGS]:
+        if not Path(cfg.out, name, "model").is_dir():
             run(name, cfg)
-    print(table(cfg, names))
-    if cfg.picture:
-        draw(cfg, names)
+    draw(cfg.out, [*BUGS])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(rl.Config, default=SETTINGS, description=__doc__))

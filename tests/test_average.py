@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as qwen
 from miniature import world
@@ -46,12 +46,14 @@ def run(*models: str) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dtype, monkeypatch):
-    paths = [member("a", 0, dtype=dtype), member("b", 1, dtype=dtype)]
-    monkeypatch.setattr(qwen, "SHARD_BYTES", 100_000)
-    paths.append(member("c", 2, dtype=dtype))
-    assert [(Path(path) / qwen.INDEX).exists() for path in paths] == [False, False, True]
-    mean, members = weights(out := run(*paths)), [weights(path) for path in paths]
+def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dtype):
+    paths = [member(name, seed, dtype=dtype) for seed, name in enumerate("abc")]
+    members = [weights(path) for path in paths]
+    half = {name: members[2][name] for name in [*members[2]][::2]}
+    rest = {name: members[2][name] for name in members[2].keys() - half.keys()}
+    save_file(rest, Path(paths[2]) / "model.safetensors")
+    save_file(half, Path(paths[2]) / "more.safetensors")
+    mean = weights(out := run(*paths))
     assert mean.keys() == members[0].keys()
     for name, tensor in mean.items():
         exact = np.mean([m[name].double().numpy() for m in members], axis=0)
@@ -63,11 +65,10 @@ def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dt
     assert about["config"]["models"] == paths
 
 
-def test_a_new_average_leaves_nothing_of_an_older_one_in_its_directory(member, monkeypatch):
-    with monkeypatch.context() as small:
-        small.setattr(qwen, "SHARD_BYTES", 100_000)
-        assert (run(member("a", 0), member("b", 1)) / qwen.INDEX).exists()
-    out = run(*(member(name, 2, dtype=torch.bfloat16) for name in "cde"))
+def test_a_new_average_leaves_nothing_of_an_older_one_in_its_directory(member):
+    out = run(member("a", 0), member("b", 1))
+    (out / "model.safetensors").rename(out / "model-00001-of-00001.safetensors")
+    assert run(*(member(name, 2, dtype=torch.bfloat16) for name in "cde")) == out
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
     one = weights(out.parent / "c")  # and equal members come back bit for bit
     assert all(torch.equal(tensor, one[name]) for name, tensor in weights(out).items())
@@ -83,11 +84,7 @@ def test_a_tied_head_is_averaged_and_written_once(member):
     "match, options",
     [
         (f"other.model.safetensors: {NORM} has NaN", {"changes": {NORM: NAN}}),
-        (f"other.*{NORM} is .65.", {"changes": {NORM: torch.zeros(65)}}),
-        ("other.*unexpected odd", {"changes": {"odd": torch.zeros(2)}}),
         (f"other.*missing {NORM}", {"changes": {NORM: None}}),
-        ("other.*critic", {"changes": {"value_head.weight": torch.zeros(1, 128)}}),
-        ("other.* is torch.bfloat16, others are torch.float32", {"dtype": torch.bfloat16}),
         ("other.*rope_theta 10.0 instead of 1000000", {"config": replace(TINY, rope_theta=10.0)}),
         ("other.*intermediate_size 48", {"config": replace(TINY, intermediate_size=48)}),
     ],
@@ -99,8 +96,8 @@ def test_a_member_that_does_not_belong_is_named_and_nothing_is_written(member, m
     assert not (Path(good).parent / "out").exists()
 
 
-def test_no_member_counts_twice_and_none_is_overwritten(member):
+def test_no_member_counts_twice_and_none_is_overwritten():
     with pytest.raises(ValueError, match="twice"):
         average.Config(("a/b", "a/./c/../b"), "out")
-    with pytest.raises(ValueError, match="overwritten"):
+    with pytest.raises(ValueError, match="/a twice"):
         average.Config(("a", "b"), "c/../a")

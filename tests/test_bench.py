@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ import torch
 from model import attend
 from tools import plan
 
-FILE = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
-sys.path.append(str(FILE.parent))  # last: other files there are called as those they measure
+# last: other files there are called as those they measure
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu  # noqa: E402
 
 KEYS = dict(  # what a row without an error must have, and be positive
@@ -33,17 +32,25 @@ def bench(**options):
     return gpu.Bench(*gpu.MINI, **options)
 
 
-def test_every_part_leaves_figures_and_says_what_the_planner_should_assume(tmp_path):
+@pytest.mark.skipif(gpu.CUDA, reason="a CPU has other kernels, and no memory of its own")
+def test_every_part_leaves_figures_and_says_what_the_planner_should_assume(
+    tmp_path, monkeypatch, capsys
+):
+    """Uncompiled (test_distributed.py compiles), with a prediction that test_plan.py looks into."""
+
+    predicted = create_autospec(plan.measure, return_value=(0.001, 0.002, 0.0))
+    monkeypatch.setattr(plan, "measure", predicted)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    leave = torch.distributed.destroy_process_group  # and the process of the tests goes on
+    monkeypatch.setattr(gpu.distributed, "finish", lambda world: leave())
     out = tmp_path / "deep" / "gpu.json"
-    command = [sys.executable, str(FILE), "--size", "mini", "--out", str(out)]
-    quiet = dict(capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    run = subprocess.run(command, timeout=600, **quiet)
-    assert run.returncode == 0, run.stderr
+    gpu.main(gpu.Config(size="mini", out=str(out)))
+    printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert list(found["parts"]) == list(KEYS)
     for part, rows in found["parts"].items():
         good = [row for row in rows if "error" not in row]
-        assert good and f"## {part}: " in run.stdout
+        assert good and f"## {part}: " in printed
         assert all(row[key] > 0 for row in good for key in KEYS[part])
         assert part == "attention" or good == rows  # kernels that a CPU has not
     assert {"cudnn", "varlen"} <= {r["candidate"] for r in found["parts"]["attention"]}
@@ -51,28 +58,21 @@ def test_every_part_leaves_figures_and_says_what_the_planner_should_assume(tmp_p
     assert found["plan"].keys() == {"mfu", "decode"}
     for name, (assumed, measured) in found["plan"].items():
         assert assumed == getattr(plan.Config, name) and 0 < measured < 1
-        assert f"| {name} | {assumed:.4g} | {measured:.4g} |" in run.stdout
+        assert f"| {name} | {assumed:.4g} | {measured:.4g} |" in printed
 
 
-def test_without_a_gpu_it_says_what_would_run_here():
-    quiet = dict(capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    run = subprocess.run([sys.executable, str(FILE)], timeout=300, **quiet)
-    assert run.returncode == 1 and "--size mini" in run.stderr and "Traceback" not in run.stderr
+def test_without_a_gpu_it_says_what_would_run_here(monkeypatch):
+    monkeypatch.setattr(gpu, "CUDA", False)
+    with pytest.raises(ValueError, match="--size mini"):
+        gpu.main(gpu.Config())
 
 
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", ""),
-        ("NVIDIA A100-SXM4-80GB", "a100-80"),
-        ("NVIDIA A100-SXM4-40GB", ""),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("cpu", ""),
-    ],
-)
-def test_a_gpu_is_known_by_its_driver_s_name(name, known):
-    assert gpu.sheet_of(name) == plan.GPUS.get(known, ())[1:]
+def test_a_gpu_is_known_by_its_driver_s_name():
+    known = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "", "cpu": ""}
+    known |= {"NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA A100-SXM4-40GB": ""}
+    known |= {"NVIDIA GeForce RTX 4090": "rtx4090"}
+    for name, ours in known.items():
+        assert gpu.sheet_of(name) == plan.GPUS.get(ours, ())[1:], name
 
 
 def test_a_wrong_kernel_and_a_decoder_that_drifts_get_no_figures(monkeypatch):

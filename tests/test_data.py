@@ -3,13 +3,12 @@
 import base64
 import io
 import json
+import logging
 import math
 import random
 import re
 import shutil
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,7 +97,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_row_becomes_a_problem_and_other_columns_reach_its_extra(tmp_path, capsys):
     picture(30, 30).save(tmp_path / "p.png")
-    more = dict(twin=[4], answers=["3"], image="p.png", system=None, videos=[], idx=1)
+    more = dict(twin=[4], precison=1, image="p.png", system=None, videos=[], response="r")
     full = row(id="b", images=["p.png"], source="s", choices=["x", 2], precision=1, **more)
     path = write_jsonl(tmp_path, row(), b"", full)
     problems = data.read_problems(path)
@@ -108,7 +107,7 @@ def test_a_row_becomes_a_problem_and_other_columns_reach_its_extra(tmp_path, cap
     assert whole == Problem("b", "what is 1 + 2 ?", "3", (image,), "s", ("x", "2"), 1.0, more)
     assert whole.place == f"{path}, line 3"
     assert len(problems) == 2 and list(problems[1:]) == [whole] and problems[-1] == whole
-    says = f"{path}: columns only kept in problem.extra: answers, idx, image, twin\n"
+    says = f"{path}: columns that nobody reads: image, precison, twin\n"
     assert capsys.readouterr().out == says
 
 
@@ -117,64 +116,49 @@ def test_a_row_becomes_an_example(tmp_path, capsys):
     path = write_jsonl(tmp_path, line | {"answer": "4", "teacher": "t"}, line | {"id": 8})
     examples = list(data.read_examples(path))
     assert examples[0] == Example("7", "é <b>\u2028\r", "x") and examples[1].id == "8"
-    assert capsys.readouterr().out == f"{path}: columns not read: teacher\n"
+    assert capsys.readouterr().out == f"{path}: columns that nobody reads: teacher\n"
     with pytest.raises(ValueError, match=r"line 1: column 'response' contains <\|im_end\|>"):
         data.read_examples(write_jsonl(tmp_path, line | {"response": "y<|im_end|>"}))
 
 
-@pytest.mark.parametrize(
-    "bad, says",
-    [
-        (b'{"id": 1', "not JSON"),
-        ([1, 2], "must be an object"),
-        ({"prompt": "x"}, "'answer' is missing"),
-        (row(answer=None), "'answer' is missing"),
-        (row(answer=True), "'answer' must be text or a number"),
-        (row(answer=["3"]), "'answer' must be text or a number"),
-        (row(answer=math.nan), "'answer' must be text or a number, not nan"),
-        (row(prompt="  \n"), "'prompt' is empty"),
-        (row(prompt=["x"]), "'prompt' must be text"),
-        (row(source=3), "'source' must be text"),
-        (row(images=[3]), "image 3 does not exist; paths are relative to"),
-        (row(images=["gone.png"]), "image 'gone.png' does not exist; paths are relative to"),
-        (row(choices="AB"), "'choices' must be a list"),
-        (row(precision="2"), "'precision' must be a number"),
-        (row(prompt="<image> and <image>"), "2 markers <image> for 0 images; write one"),
-        (row(images=["p.png"] * 2, prompt="<image>"), "1 markers <image> for 2 images; write"),
-        (row(prompt="see <|image_pad|>"), "contains <|image_pad|>"),
-        (row(prompt="<|im_end|>"), "contains <|im_end|>"),
-        # half a character: in a text, in a column nobody reads, in a name, not escaped
-        (
-            b'{"prompt": "bad \\ud83d here", "answer": "1"}',
-            "can't encode character '\\ud83d' in position 16",
-        ),
-        (b'{"prompt": "x", "answer": "\\ud83d"}', "can't encode character '\\ud83d'"),
-        (
-            b'{"prompt": "x", "answer": "1", "more": [{"a": "\\ud83d"}]}',
-            "can't encode character '\\ud83d'",
-        ),
-        (b'{"prompt": "x", "answer": "1", "\\ud83d": 1}', "can't encode character"),
-        (b'{"prompt": "x \xed\xa0\xbd", "answer": "1"}', "not JSON"),
-        # what broke out of the checks
-        (b'{"prompt": "x", "answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
-        (row(images=["x" * 100_000]), "does not exist"),
-        (row(images=["data:image/png;base64," + "A" * 100_000]), "damaged picture"),
-        (row(images=[{"bytes": "%%%"}]), "damaged picture"),
-        (row(images=[{"bytes": 7}]), "damaged picture"),
-        # columns that would be lost without a word
-        (row(image="p.png", images=[]), "'image' is not read; if it is 'images', say so with"),
-        (
-            row(imgs=["p.png"]),
-            "--columns images=imgs; if it does not matter, with --columns extra_",
-        ),
-        (row(figure="data:image/png;base64,AAAA"), "--columns images=figure"),
-        (row(figure={"bytes": "A", "path": None}), "--columns images=figure"),
-        (row(precison=2), "if it is 'precision', say so with --columns precision=precison"),
-        ({"prompt": "x", "Answer": "1"}, "--columns answer=Answer"),
-        (row(system="Be brief."), "'system' is not read; a question is one turn"),
-        (row(videos=["v.mp4"]), "'videos' is not read"),
-    ],
-)
+HALF = "can't encode character '\\ud83d'"
+BAD_ROWS = [
+    (b'{"id": 1', "not JSON"),
+    ([1, 2], "must be an object"),
+    ({"prompt": "x"}, "'answer' is missing"),
+    (row(answer=True), "'answer' must be text or a number"),
+    (row(answer=["3"]), "'answer' must be text or a number"),
+    (row(answer=math.nan), "'answer' must be text or a number, not nan"),
+    (row(prompt="  \n"), "'prompt' is empty"),
+    (row(images=[3]), "image 3 does not exist; paths are relative to"),
+    (row(images=["gone.png"]), "image 'gone.png' does not exist; paths are relative to"),
+    (row(choices="AB"), "'choices' must be a list"),
+    (row(precision="2"), "'precision' must be a number"),
+    (row(prompt="<image> and <image>"), "2 markers <image> for 0 images; write one"),
+    (row(images=["p.png"] * 2, prompt="<image>"), "1 markers <image> for 2 images; write"),
+    (row(prompt="see <|image_pad|>"), "contains <|image_pad|>"),
+    # half a character: in a text, in a column nobody reads, in a name, not escaped
+    (b'{"prompt": "bad \\ud83d here", "answer": "1"}', f"{HALF} in position 16"),
+    (b'{"prompt": "x", "answer": "\\ud83d"}', HALF),
+    (b'{"prompt": "x", "answer": "1", "more": [{"a": "\\ud83d"}]}', HALF),
+    (b'{"prompt": "x", "answer": "1", "\\ud83d": 1}', "can't encode character"),
+    (b'{"prompt": "x \xed\xa0\xbd", "answer": "1"}', "not JSON"),
+    # what could break out of the checks
+    (b'{"prompt": "x", "answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+    (row(images=["x" * 100_000]), "does not exist"),
+    (row(images=["data:image/png;base64," + "A" * 100_000]), "does not exist"),
+    (row(images=[{"bytes": "%%%"}]), "damaged picture"),
+    (row(images=[{"bytes": "A"}]), "damaged picture"),
+    (row(images=[{"bytes": 7}]), "damaged picture"),
+    # columns that would be lost without a word
+    (row(image="p.png", images=[]), "'image' is not read: --columns images=image, if these"),
+    (row(Decoded_Imgs=["p.png"]), "or extra_Decoded_Imgs=Decoded_Imgs, if the question"),
+    (row(system="Be brief."), "'system' is not read"),
+    (row(videos=["v.mp4"], images=["p.png"]), "'videos' is not read"),
+]
+
+
+@pytest.mark.parametrize("bad, says", BAD_ROWS)
 def test_a_bad_row_is_reported_with_file_and_line(tmp_path, bad, says):
     picture(30, 30).save(tmp_path / "p.png")
     path = write_jsonl(tmp_path, row(id="first"), b"", bad, row(id="last"))  # blank lines count
@@ -183,16 +167,6 @@ def test_a_bad_row_is_reported_with_file_and_line(tmp_path, bad, says):
     message = str(caught.value)
     assert message.startswith(f"{path}, line 3: ") and says in message
     assert "\n" not in message and len(message) < 600
-
-
-def test_a_path_is_a_picture_only_where_it_exists(tmp_path):
-    for value in ("p.png", ["p.png"]):
-        path = write_jsonl(tmp_path, row(figure=value, url="a.org/p.png"))
-        assert data.read_problems(path)[0].extra["figure"] == value
-    picture(30, 30).save(tmp_path / "p.png")
-    for value in ("p.png", ["p.png"]):
-        with pytest.raises(ValueError, match="'figure' is not read; if it is 'images'"):
-            data.read_problems(write_jsonl(tmp_path, row(figure=value)))
 
 
 def test_each_process_checks_its_share_and_reads_every_row(tmp_path):
@@ -206,130 +180,68 @@ def test_each_process_checks_its_share_and_reads_every_row(tmp_path):
 
 
 def test_columns_of_other_names_are_mapped_and_rows_without_an_id_are_numbered(tmp_path):
-    rows = [{"问题": "1+1?", "solution": 2, "level": 3}, {"问题": "2?", "solution": 2}]
-    rows[1]["options"] = ["x", "y"]  # a rare column is not missed by who does not check its row
+    rows = [{"问题": "1+1?", "solution": 2, "answer": "?"}, {"问题": "2?", "solution": 2}]
+    rows[1] |= {"options": ["x", "y"], "system": "s"}  # rare columns are not missed by who checks 0
     path = write_jsonl(tmp_path, *rows)
-    columns = ("prompt=问题", "answer=solution", "extra_level=level", "choices=options")
+    columns = ("prompt=问题", "answer=solution", "extra_system=system", "choices=options")
     for rank in (0, 1):
         problems = data.read_problems(path, columns=columns, share=(rank, 2))
-        assert problems[0] == Problem("row-0", "1+1?", "2", extra={"extra_level": 3})
+        assert problems[0] == Problem("row-0", "1+1?", "2")
         assert problems[1].id == "row-1" and problems[1].choices == ("x", "y")
-    for wrong, says in {
-        ("prompt",): "--columns prompt: write NAME=COLUMN",
-        ("prompt=a", "prompt=b"): "--columns prompt=a prompt=b: write NAME=COLUMN for each, a name",
-        ("promt=问题",): "line 1: column 'promt' is not read; if it is 'prompt'",
-        (*columns, "images=pics"): "--columns names 'pics', which is in no row",
-    }.items():
-        with pytest.raises(ValueError, match=re.escape(says)):
-            data.read_problems(path, columns=wrong)
+        assert problems[1].extra == {"extra_system": "s"}
+    for wrong in ("images=pics", "prompt"):
+        with pytest.raises(ValueError, match=f"--columns {wrong}=?: no row has a column"):
+            data.read_problems(path, columns=(*columns, wrong))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_equal_ids_are_refused_with_both_places(tmp_path, cache, kind):
-    rows = [row(id="7"), row(id="row-2"), {"prompt": "x", "answer": "1"}]
-    path = write_jsonl(tmp_path, *rows).with_suffix(f".{kind}")
-    if kind == "json":
-        path.write_text(json.dumps(rows))
-    if kind == "parquet":
-        cache.Dataset.from_list(rows).to_parquet(path)
-    last, second = ("line 3", "line 2") if kind == "jsonl" else ("row 2", "row 1")
-    says = f"{path}, {last}: the id 'row-2' is also that of {path}, {second}; make them distinct"
-    for rank in (0, 1):  # whoever checks which rows
-        with pytest.raises(ValueError, match=re.escape(says)):
-            data.read_problems(path, share=(rank, 2))
-    names = [p.id for p in data.read_problems(path, columns=("old_id=id",))]  # as it advises
+def test_equal_ids_are_refused_with_both_places(tmp_path):
+    path = write_jsonl(tmp_path, row(id="7"), row(id="row-2"), {"prompt": "x", "answer": "1"})
+    says = f"{path}, line 3: the id 'row-2' is also that of {path}, line 2; make them distinct"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        data.read_problems(path)
+    names = [p.id for p in data.read_problems(path, columns=("extra_id=id",))]  # as it advises
     assert names == ["row-0", "row-1", "row-2"]
 
 
-def test_an_id_is_seen_wherever_it_stands_in_its_line(tmp_path):
-    first, last = row(id="é[7]"), {"prompt": "x", "answer": 1, "id": "é[7]"}
-    for second in (first, last):
-        with pytest.raises(ValueError, match=r"line 2: the id 'é\[7\]' is also that of .*line 1"):
-            data.read_problems(write_jsonl(tmp_path, first, second))
-    inner = b'{"prompt": "x", "answer": "1", "more": {"id": 1}}'
-    assert len(data.read_problems(write_jsonl(tmp_path, inner, inner))) == 2
-
-
-def test_json_and_parquet_and_directories_give_the_same_problems(tmp_path, cache):
-    picture(40, 30).save(tmp_path / "p.png")
+def test_parquet_gives_the_same_problems_with_pictures_as_files_or_inside(tmp_path, cache):
+    images = [picture(40, 30, seed=s) for s in range(3)]
+    images[1].save(tmp_path / "p.png")
     rows = [row(id=str(i), answer=str(i), images=["p.png"], level=i) for i in range(5)]
-    expected = list(data.read_problems(write_jsonl(tmp_path, *rows)))
-    write_jsonl(tmp_path, row(id="never"), name="test.jsonl")
-    assert list(data.read_problems(tmp_path)) == expected
-    assert data.read_problems(tmp_path, split="test")[0].id == "never"
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert list(data.read_problems(tmp_path / "rows.json")) == expected
     cache.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    expected = list(data.read_problems(write_jsonl(tmp_path, *rows)))
     assert list(data.read_problems(tmp_path / "rows.parquet")) == expected
 
-
-def test_a_directory_that_does_not_hold_one_set_of_the_split_is_refused(tmp_path):
-    for names in (
-        ["test.jsonl"],
-        ["train.jsonl", "train-1.json"],
-        ["train.json", "train-0.parquet"],
-    ):
-        (folder := tmp_path / names[-1]).mkdir()
-        for name in names:
-            (folder / name).write_text(json.dumps(row()))
-        with pytest.raises(ValueError, match=f"{names[0]}.*name the file itself"):
-            data.read_problems(folder)
-
-
-def test_pictures_inside_a_table_or_a_line_are_read_as_pictures(tmp_path, cache):
-    images = [picture(40, 30, seed=s) for s in range(3)]
-    column = {"images": cache.List(cache.Image())}
     texts = {c: cache.Value("string") for c in ("id", "prompt", "answer")}
-    rows = [row(images=images[:2]), row(id="b", images=images[2:])]
-    (tmp_path / "data").mkdir()
-    table = cache.Dataset.from_list(rows, features=cache.Features(texts | column))
-    table.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    problems = data.read_problems(tmp_path)
-    assert [len(p.images) for p in problems] == [2, 1] and data.check_images(problems) == 3
+    features = cache.Features(texts | {"pictures": cache.List(cache.Image())})
+    rows = [row(pictures=images[:2]), row(id="b", pictures=images[2:]), row(id="c", pictures=[])]
+    table = cache.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    table.select([0]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="row 0: column 'pictures' .*images=pictures"):
+        data.read_problems(tmp_path)
+    problems = data.read_problems(tmp_path, columns=("images=pictures",))  # its train split
+    assert [len(p.images) for p in problems] == [2, 1, 0] and data.check_images(problems) == 3
     assert np.array_equal(np.asarray(problems[0].images[1]), np.asarray(images[1]))
 
     blob = base64.b64encode(encoded(images[0])).decode()
-    images[1].save(tmp_path / "p.png")
-    ways = [{"bytes": blob}, f"data:image/png;base64,{blob}", {"bytes": None, "path": "p.png"}]
+    ways = [{"bytes": blob}, {"bytes": None, "path": "p.png"}]
     (problem,) = data.read_problems(write_jsonl(tmp_path, row(images=ways)))
-    read = [np.asarray(data.load_image(image)) for image in problem.images]
-    for pixels, image in zip(read, (images[0], images[0], images[1]), strict=True):
-        assert np.array_equal(pixels, np.asarray(image))
-
-
-def test_pictures_in_a_column_that_nobody_reads_are_refused(tmp_path, cache):
-    texts = {c: cache.Value("string") for c in ("id", "prompt", "answer")}
-    features = cache.Features(texts | {"decoded_image": cache.Image()})
-    rows = [row(decoded_image=picture(40, 30)), row(id="b", decoded_image=None)]
-    cache.Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match="row 0: column 'decoded_image' .*images=decoded_image"):
-        data.read_problems(path)
-    problems = data.read_problems(path, columns=("images=decoded_image",))
-    assert [len(p.images) for p in problems] == [1, 0]
-    ignored = data.read_problems(path, columns=("extra_image=decoded_image",))
-    assert ignored[0].extra["extra_image"]["bytes"] and not ignored[0].images
+    for read, image in zip(problem.images, images, strict=False):
+        assert np.array_equal(np.asarray(data.load_image(read)), np.asarray(image))
 
 
 def test_a_source_that_is_not_there_says_what_to_do(tmp_path, cache, monkeypatch):
-    files = {
-        "rows.csv": ("id\n", "rows are read from .jsonl"),
-        "rows.parquet": ("no", "not readable as parquet"),
-        "empty.jsonl": ("\n", "holds no rows"),
-        "rows.json": ('{"id": 1}', "must be a list of rows"),
-    }
-    for name, (content, says) in files.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises((ValueError, FileNotFoundError), match=f"{name}.*{says}"):
+    for name in ("rows.csv", "rows.parquet"):
+        (tmp_path / name).write_text("no\n")
+        with pytest.raises(
+            FileNotFoundError, match=f"{name}: neither .jsonl, .json, nor parquet, nor"
+        ):
             data.read_problems(tmp_path / name)
     for missing in ("nowhere/rows.jsonl", "nowhere/rows.parquet", "nowhere"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             data.read_problems(missing)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="where train.jsonl, .* is wanted"):
-        data.read_problems(tmp_path / "empty")
-
     monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("no network")))
-    with pytest.raises(FileNotFoundError, match="owner/name: not readable .*no network"):
+    with pytest.raises(FileNotFoundError, match="owner/name: neither .*no network"):
         data.read_problems("owner/name")
 
 
@@ -380,8 +292,6 @@ def exif(*fields):
 
 
 SIDEWAYS = (0x0112, 3, 1, b"\6\0\0\0")
-
-
 BROKEN = [  # struct.error, TypeError, AttributeError and ValueError in pillow's exif_transpose
     (0x0100, 1, 1, b"abc\0"),
     (0x011A, 2, 1, b"abc\0"),
@@ -432,24 +342,18 @@ def test_whatever_is_damaged_in_a_picture_the_error_names_it():
 
 
 def test_cut_pictures_are_found_when_a_run_starts(tmp_path, tokenizer):
-    kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", gif="GIF", avif="AVIF")
-    for ending, kind in kinds.items():
+    for ending, kind in dict(png="PNG", jpg="JPEG", webp="WEBP", gif="GIF", avif="AVIF").items():
         content = encoded(picture(200, 150), kind)
         (tmp_path / f"whole.{ending}").write_bytes(content + b"\0" * 3000)  # harmless
         (tmp_path / f"cut.{ending}").write_bytes(content[:-600])
-    rows = [row(id=f"whole {e}", images=[f"whole.{e}"]) for e in kinds]
-    rows += [row(id=f"cut {e}", images=["whole.png", f"cut.{e}"]) for e in kinds]
-    problems = data.read_problems(path := write_jsonl(tmp_path, *rows))
-    assert data.check_images(problems[:5]) == 5 == data.check_images(problems, share=(4, 99)) + 4
-    assert data.check_images(problems, share=(98, 99)) == 0  # more processes than rows
-    with pytest.raises(ValueError) as caught:
-        data.check_images(problems)
-    lines = zip(str(caught.value).splitlines()[1:], kinds, strict=True)  # all, in their order
-    for number, (line, ending) in enumerate(lines, start=6):
-        name = tmp_path / f"cut.{ending}"
-        assert line.startswith(f"{path}, line {number}: {name}: damaged picture")
-    with pytest.raises(ValueError, match=r"row 7: .*cut.png: damaged picture"):
-        data.encode_prompt("x", problems[5].images, tokenizer, SETTINGS, "row 7")
+        images = [f"whole.{ending}", f"cut.{ending}"]
+        rows = [row(), row(id="b", images=images[:1]), row(id="c", images=images)]
+        problems = data.read_problems(path := write_jsonl(tmp_path, *rows))
+        assert data.check_images(problems[:2]) == 1 == data.check_images(problems, share=(1, 9))
+        assert data.check_images(problems, share=(8, 9)) == 0  # more processes than rows
+        says = f"{path}, line 3: {tmp_path / images[1]}: damaged picture"
+        with pytest.raises(ValueError, match=re.escape(says)):
+            data.check_images(problems)
 
     blob = base64.b64encode(encoded(picture(200, 150))[:-600]).decode()
     inside = data.read_problems(write_jsonl(tmp_path, row(images=[{"bytes": blob}])))
@@ -462,29 +366,20 @@ def test_rows_without_pictures_are_not_read_again_to_check_pictures(tmp_path, mo
     picture(30, 30).save(tmp_path / "p.png")
     lines = [row(id=str(i), images=["p.png"] if i in (2, 5) else []) for i in range(6)]
     path, parsed, parse = write_jsonl(tmp_path, *lines), [], data.parse_json
-    for share, places in (((0, 1), [3, 6]), ((0, 2), [3])):
-        problems = data.read_problems(path, share=share)
-        with monkeypatch.context() as patch:
-            patch.setattr(data, "parse_json", lambda *a: parsed.append(a[0]) or parse(*a))
-            assert data.check_images(problems, share) == len(places)
-        assert sorted(parsed) == [f"{path}, line {i}" for i in places]
-        parsed.clear()
+    problems = data.read_problems(path, share=(0, 2))
+    monkeypatch.setattr(data, "parse_json", lambda *a: parsed.append(a[0]) or parse(*a))
+    assert data.check_images(problems, (0, 2)) == 1 and parsed == [f"{path}, line 3"]
 
 
 def test_both_spellings_of_the_image_settings_are_read(tmp_path):
     common = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
     common |= dict(image_mean=CLIP_MEAN, image_std=CLIP_STD)
-    path, bounds = tmp_path / "preprocessor_config.json", (3136, 12_845_056)
-    old, new = (("min_pixels", "max_pixels"), ("shortest_edge", "longest_edge"))
-    new_bounds = dict(size=dict(zip(new, bounds, strict=True)))
-    for spelling in (dict(zip(old, bounds, strict=True)), new_bounds):
-        path.write_text(json.dumps(common | spelling))
+    for bounds in (
+        {"min_pixels": 3136, "max_pixels": 12_845_056},
+        {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}},
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(common | bounds))
         assert data.load_image_settings(tmp_path) == SETTINGS
-    path.write_text(json.dumps(common))
-    with pytest.raises(ValueError, match="preprocessor_config.json: .*'min_pixels'.* missing"):
-        data.load_image_settings(tmp_path)
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json is missing"):
-        data.load_image_settings(tmp_path / "elsewhere")
 
 
 # ---- tokens
@@ -528,37 +423,26 @@ def test_a_written_response_ends_in_a_stop_token_that_is_trained(tokenizer):
     assert document.response_ids == tokenizer.convert_tokens_to_ids(words)
     prompt = data.encode_prompt("what", [], tokenizer, None)
     assert document.ids == prompt.ids + document.response_ids and len(document) == len(document.ids)
-    with pytest.raises(ValueError, match=r"response contains <\|im_end\|>"):
-        data.encode_response("3 <|im_end|>", tokenizer)
 
 
-def test_a_tokenizer_without_what_pictures_need_is_refused(tokenizer, tmp_path, monkeypatch):
-    """And one with it is taken, whichever file holds its template."""
+def test_the_chat_template_is_read_from_either_file_and_must_show_pictures(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     expected = data.encode_prompt("look at", [], tokenizer, None)
     assert data.encode_prompt("look at", [], data.load_tokenizer(tmp_path), None) == expected
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
-        data.load_tokenizer(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    assert data.encode_prompt("look at", [], data.load_tokenizer(tmp_path), None) == expected
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        content = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(content.replace(data.IMAGE_PAD, "<|other|>"))
-    with pytest.raises(ValueError, match="image_pad.*Qwen2.5-VL"):
-        data.load_tokenizer(tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.encode_prompt("look at", [], loaded, None) == expected
+    loaded.chat_template = "{{ messages[0]['role'] }}"
+    with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
+        data.encode_prompt("x", [picture(56, 56)], loaded, SETTINGS)
     with pytest.raises(FileNotFoundError, match="not a model directory"):
         data.load_tokenizer(tmp_path / "elsewhere")
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['role'] }}")
-    with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
-        data.encode_prompt("x", [picture(56, 56)], tokenizer, SETTINGS)
 
 
 def test_the_length_is_known_without_decoding_a_picture(tokenizer, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    images = [picture(333, 777), str(tmp_path / "p.png"), picture(10, 20)]
-    picture(120, 61).save(tmp_path / "p.png", exif=exif)
+    picture(120, 61).save(tmp_path / "p.jpg", exif=exif(SIDEWAYS))
+    images = [picture(333, 777), str(tmp_path / "p.jpg"), picture(10, 20)]
     for count in range(4):
         case = ("look at", images[:count], tokenizer, SETTINGS)
         assert data.prompt_length(*case) == len(data.encode_prompt(*case).ids)
@@ -570,17 +454,20 @@ def test_long_prompts_are_left_out_and_counted_and_never_cut():
 
 
 @needs_real
-def test_the_real_tokenizer_is_taken_as_it_is_from_a_directory_that_we_export(tmp_path):
+def test_the_real_tokenizer_is_taken_as_it_is_from_a_directory_that_we_export(
+    tmp_path, monkeypatch
+):
     """transformers takes one of that size for a broken one of Mistral's, and says so, unless the
     config beside it tells of a version before 5."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REAL / name, tmp_path)
-    config = config_json(read_config(REAL), torch.float32)
+    config, said = config_json(read_config(REAL), torch.float32), []
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code = f"from common.data import *; print(load_tokenizer({str(tmp_path)!r}).encode('a1 b22'))"
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert "regex" not in done.stderr and done.stdout.startswith("[64, 16, 293, 17, 17]")
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, *words: said.append(words))
+    assert data.load_tokenizer(tmp_path).encode("a1 b22") == [64, 16, 293, 17, 17] and not said
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": None}))
+    data.load_tokenizer(tmp_path)
+    assert "regex" in str(said)
 
 
 @needs_real

@@ -1,10 +1,9 @@
 """distributed.py: two and four gloo processes give the numbers of one, wherever the pictures lie.
 
-    pytest tests/test_distributed.py       # starts itself under torchrun, twice
-
-Two ranks: pictures on one, text on the other, with the tower whole and sharded; first of all they
-are killed and started again. Four ranks: two groups that hold a copy of the weights each, as two
-nodes would, with recomputation and offload, and more ranks than packs.
+It starts itself under torchrun, twice. Two ranks: pictures on one, text on the other, with the
+tower whole and sharded; first of all they are killed and started again. Four ranks: two groups that
+hold a copy of the weights each, as two nodes would, with recomputation and offload, and more ranks
+than packs.
 """
 
 import faulthandler
@@ -17,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from tools import trace
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++")
-LIMIT = 120  # seconds after which a rank that hangs says where; a start takes a tenth
+LIMIT = 600  # seconds after which a rank that hangs says where; all takes a tenth of it
 
 
 def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
@@ -49,16 +49,15 @@ def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
 def rl_config(mini: dict, out, **changed) -> rl.Config:
     small = dict(model=mini["model"], data=mini["train"], out=str(out), steps=2, problems=6)
     small |= dict(samples=4, lengths=((0, 12),), pack_tokens=100, prompt_tokens=64)
-    return rl.Config(**small | dict(warmup=2, save_every=100) | changed)
+    return rl.Config(**small | dict(warmup=2, save_every=100, critic_steps=2) | changed)
 
 
 RUNS = {  # of rl.py, by one process and by several
     "rl": {},
-    "grpo": dict(algorithm="grpo", steps=1),
-    "policy_steps": dict(policy_steps=2, lr=1e-3, steps=1),
-    "vision": dict(train_vision=True),
-    # two responses for each of the critic's steps, on four ranks; a head that each rank draws whole
-    "few": dict(problems=4, samples=2, steps=1, value_init="paper"),
+    "grpo": dict(algorithm="grpo", policy_steps=2, lr=1e-3, steps=1),
+    "vision": dict(train_vision=True, steps=1),
+    # two responses for each of the critic's steps, on four ranks
+    "few": dict(problems=4, samples=2, steps=1),
 }
 
 
@@ -162,16 +161,14 @@ def die_in_step(number: int, run: Path):
 
 
 def two_ranks(mini: dict, folder: Path) -> dict:
-    four_steps = dict(steps=4, save_every=2)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        die_in_step(3, folder / "killed")
-    rl.main(rl_config(mini, folder / "killed", **four_steps))
-    rl.main(rl_config(mini, folder / "uninterrupted", **four_steps))
+        die_in_step(1, folder / "killed")
+    rl.main(rl_config(mini, folder / "killed", save_every=1))
     world = distributed.start()
     results = {"small": small_things(world)}
     results |= {head: gradients(mini, world, head) for head in ("lm", "value")}
     coldstart.main(coldstart_config(mini, folder / "coldstart"))
-    for name in ("rl", "grpo", "policy_steps", "vision"):
+    for name in ("rl", "grpo", "vision"):
         rl.main(rl_config(mini, folder / name, **RUNS[name]))
     distributed.clip_gradients = stop_in_first_step()
     coldstart.main(coldstart_config(mini, folder / "moved"))  # step 1; one process did step 0
@@ -186,8 +183,8 @@ def four_ranks(mini: dict, folder: Path) -> dict:
     waits = [group._get_backend(cpu).options._timeout for group in groups.values()]
     results = {"mesh": world.mesh.shape, "waits": waits, "lm": gradients(mini, world, "lm")}
     coldstart.main(coldstart_config(mini, folder / "coldstart", recompute="full"))
-    rl.main(rl_config(mini, folder / "rl", recompute="selective", offload=True))
-    rl.main(rl_config(mini, folder / "few", **RUNS["few"]))
+    few = RUNS["few"] | dict(recompute="selective", offload=True)
+    rl.main(rl_config(mini, folder / "few", **few))
     return results
 
 
@@ -258,10 +255,10 @@ def assert_same_run(one: Path, other: Path, names: str, lr: float):
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys() >= {*names.split()}
-        for name in a.keys() - {"logp_diff_mean", "logp_diff_max", "sampler_kl", "ratio_max"}:
+        for name in a.keys() - {"logp_diff", "sampler_kl", "ratio_diff"}:
             rel = 5e-6 if name.endswith("grad_norm") else 1e-6  # a norm sums 800,000 squares
             assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["step"], name)
-    assert all(row.get("logp_diff_max", 0) < 1e-5 for row in mine + theirs)
+    assert all(row.get("logp_diff", 0) < 1e-5 for row in mine + theirs)
     # Adam's steps have the size of lr whatever the gradient: where that is 0 but for rounding, so
     # may be their sign. Hence a look at the typical difference, not the largest.
     mine, theirs = (load_file(run / "model/model.safetensors") for run in (one, other))
@@ -275,19 +272,19 @@ OF_PPO = OF_RL + " value_loss critic_grad_norm explained_variance return_mean"
 NAMES = {"coldstart": "loss grad_norm valid_loss tokens lr too_long", "grpo": OF_RL}
 
 
-@pytest.mark.parametrize("run", ["coldstart", "rl", "grpo", "policy_steps", "vision"])
+@pytest.mark.parametrize("run", ["coldstart", "rl", "grpo", "vision"])
 def test_two_ranks_give_the_run_of_one(two, alone, run):
     """Also where a tower is sharded and its pictures are all on one rank: none waits for ever."""
-    lr = 1e-3 if run in ("coldstart", "policy_steps") else 1.5e-4
+    lr = 1e-3 if run in ("coldstart", "grpo") else 1.5e-4
     assert_same_run(two[0] / run, alone / run, NAMES.get(run, OF_PPO), lr)
     first, plain = rows_of(alone / run)[0], rows_of(alone / "rl")[0]
     assert run == "coldstart" or first["reward"] > 0
-    assert (first.get("ratio_max", 0) > 1e-3) == (run == "policy_steps")
+    assert (first.get("ratio_diff", 0) > 1e-4) == (run == "grpo")  # it has two policy steps
     if run == "vision":
         assert first["grad_norm"] > plain["grad_norm"]  # the tower has its share
 
 
-@pytest.mark.parametrize("run", ["coldstart", "rl", "few"])
+@pytest.mark.parametrize("run", ["coldstart", "few"])
 def test_four_ranks_give_the_run_of_one(four, alone, run):
     """With recomputation and offload; in `few` there are ranks that have nothing to train."""
     lr = 1e-3 if run == "coldstart" else 1.5e-4
@@ -306,9 +303,9 @@ def test_a_reward_that_reads_the_text_is_trained_as_it_is_logged_on_any_number_o
 
 
 def test_ranks_that_are_killed_and_started_again_end_as_if_nothing_had_been_bit_for_bit(two):
-    killed, whole = two[0] / "killed", two[0] / "uninterrupted"
+    killed, whole = two[0] / "killed", two[0] / "rl"
     about = json.loads((killed / "run.json").read_text())
-    assert [start["step"] for start in about["resumed"]] == [2]
+    assert [start["step"] for start in about["resumed"]] == [1]
     for file in ("metrics.jsonl", "rollouts.jsonl", "trace.jsonl"):
         assert rows_of(killed, file) == rows_of(whole, file)
     one, other = (load_file(run / "model/model.safetensors") for run in (killed, whole))
@@ -438,7 +435,7 @@ def test_recomputation_changes_no_bit_of_the_gradient_and_selective_does_not_rep
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", distributed.RECOMPUTE)
+@pytest.mark.parametrize("kind", ["none", "selective"])
 def test_compiled_blocks_give_the_same_numbers_from_one_graph_for_packs_of_any_length(mini, kind):
     torch._dynamo.reset()
     plain, model = (
@@ -463,8 +460,9 @@ def half():
     torch.distributed.destroy_process_group()
 
 
-@needs_compiler
-def test_compiled_blocks_work_in_bfloat16_over_sharded_masters(mini, half):
+def test_compiled_blocks_work_in_bfloat16_over_sharded_masters(mini, half, monkeypatch):
+    """Traced, not made into kernels: to write those in C++ takes 15 s and says nothing of a GPU."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     pack, results = picture_and_text(asdict(mini))[0], []
     for compiled in (False, True):
         model = distributed.load(mini.model, half, compile=compiled)
@@ -551,27 +549,19 @@ RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "T
 
 
 @pytest.mark.parametrize(
-    "environment, dtype, cure",
+    "environment, cure",
     [
-        (TWO, "auto", "WORLD_SIZE is 2, .* start with torchrun --nproc-per-node 2, or unset WORLD"),
-        (TWO | RESTARTS | {"MASTER_ADDR": "x"}, "auto", "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        (UNEVEN, "auto", "3 ranks, 2 of them on this node: each node must have as many"),
-        ({}, "fp8", "dtype must be auto, float32 or bfloat16, got fp8"),
+        (TWO, "WORLD_SIZE is 2, .* start with torchrun --nproc-per-node 2, or unset WORLD"),
+        (TWO | RESTARTS | {"MASTER_ADDR": "x"}, "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        (UNEVEN, "WORLD_SIZE is 3, .* 2 ranks run on this node: each node must have as many"),
     ],
 )
-def test_ranks_that_would_never_meet_and_unknown_dtypes_are_refused(
-    monkeypatch, environment, dtype, cure
-):
+def test_ranks_that_would_never_meet_are_refused(monkeypatch, environment, cure):
     """The first two waited for ever."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=cure):
-        distributed.start(dtype)
-
-
-def test_an_unknown_kind_of_recomputation_is_refused(mini):
-    with pytest.raises(ValueError, match="none, selective, full, got some"):
-        distributed.load(mini.model, ALONE, recompute="some")
+        distributed.start()
 
 
 def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monkeypatch):

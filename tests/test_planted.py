@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import test_model
 from PIL import Image
-from planted import BUGS, Config, draw, planted, rows_of, run, table
+from planted import BUGS, draw, planted, rows_of, run, sign_of
+from test_model import ours  # noqa: F401  fixtures of the tests called
 from test_rl import ALONE, config
-from test_rollout import model, sampler, tokenizer  # noqa: F401  fixtures of the tests called
+from test_rollout import forbidden, model, sampler, tokenizer  # noqa: F401
 
 import rl
 from tools import doctor
@@ -24,19 +25,14 @@ from tools import doctor
 CASES = [(name, catcher) for name, bug in BUGS.items() for catcher in bug.caught_by]
 
 
-@pytest.fixture(scope="session")
-def ours():
-    return test_model.small_model()
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    small, directory = test_model.small_model(), tmp_path_factory.mktemp("pair")
+    test_model.save_model(small, directory)
+    return small, test_model.referee(directory)
 
 
-@pytest.fixture(scope="session")
-def pair(ours, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("pair")
-    test_model.save_model(ours, directory)
-    return ours, test_model.referee(directory)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def silent() -> set:
     """What was seen not to fire on the sound code: seeing it once is enough."""
     return set()
@@ -58,7 +54,7 @@ def named_test(catcher: str, request):
 def fires(catcher: str, mini, folder: Path, function, arguments: dict) -> bool:
     kind, _, wanted = catcher.partition(": ")
     if kind == "doctor":
-        cfg = rl.Config(model=mini.model, data=mini.train, lr=1e-5)
+        cfg = rl.Config(model=mini.model, data=mini.train, out=str(folder), lr=1e-5)
         return doctor.examine(cfg, ALONE)[wanted][0] == "FAIL"
     cfg = config(model=mini.model, data=mini.train, out=str(folder))
     try:
@@ -90,27 +86,22 @@ def test_each_bug_is_caught_by_what_its_row_names_and_nothing_is_caught_without_
 
 
 def test_a_run_goes_on_where_rl_would_stop(mini, tmp_path):
-    cfg = Config(mini.model, mini.train, steps=2, problems=4, lr=1e-2, out=str(tmp_path))
+    cfg = config(model=mini.model, data=mini.train, steps=2, lr=1e-2, warmup=1, out=str(tmp_path))
     run("stale_sampler", cfg)
-    first, second = rows_of(cfg, "stale_sampler")
-    assert first["logp_diff_mean"] < 1e-5 < 1e-3 < second["logp_diff_mean"]
+    first, second = rows_of(cfg.out, "stale_sampler")
+    assert first["logp_diff"] < 1e-5 < 1e-3 < second["logp_diff"]
 
 
-def test_the_table_says_what_a_curve_did_and_what_gave_it_away(tmp_path):
-    flat = [{"step": i, "reward": 0.5, "policy_loss": 1e-9 * i} for i in range(12)]
-    curves = {"healthy": [row | {"reward": 0.5 + 0.02 * row["step"]} for row in flat]}
-    curves["stop_untrained"] = [row | {"policy_loss": 0.01 * (row["step"] > 3)} for row in flat]
-    curves["wrong_sign"] = [row | {"reward": 0.5 - 0.04 * row["step"]} for row in flat]
+def test_the_first_sign_is_where_the_metric_leaves_the_healthy_runs_range(tmp_path):
+    healthy = [{"step": i, "reward": 0.5 + 0.02 * i, "policy_loss": 1e-9 * i} for i in range(12)]
+    curves = {"healthy": healthy, "wrong_sign": [r | {"reward": 1 - r["reward"]} for r in healthy]}
+    curves["stop_untrained"] = [r | {"policy_loss": 0.01 * (r["step"] > 3)} for r in healthy]
     for name, rows in curves.items():
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(text)
-    cfg = Config(out=str(tmp_path), picture=str(tmp_path / "all.png"))
-    names = ["stop_untrained", "wrong_sign"]
-    healthy, *rows = table(cfg, names).splitlines()[2:]
-    assert "rises, 0.54 to 0.68" in healthy
-    assert "flat, 0.50 to 0.50, below healthy" in rows[0]
-    assert "policy_loss 0.01 in step 4, not 0 to " in rows[0]
-    assert "falls, 0.42 to 0.14" in rows[1] and "reward 0.38 in step 3" in rows[1]
-    draw(cfg, names)
-    assert Image.open(cfg.picture).width > 1000
+    assert sign_of("wrong_sign", curves["wrong_sign"], healthy).startswith("reward 0.38 in step 6")
+    sign = sign_of("stop_untrained", curves["stop_untrained"], healthy)
+    assert sign.startswith("policy_loss 0.01 in step 4, not 0 to ")
+    draw(str(tmp_path), ["stop_untrained", "wrong_sign"])
+    assert Image.open(tmp_path / "all.png").width > 1000

@@ -104,14 +104,14 @@ def rl_metrics(step, steps):
         "explained_variance": 0.7 * x + noise,
     }
     row |= {"value_mean": 0.2 + 0.6 * x, "return_mean": 0.3 + 0.55 * x, "grad_norm": 0.5 + noise}
-    row |= {"critic_grad_norm": 2 - x, "logp_diff_mean": 1e-7, "logp_diff_max": 3e-6 + 1e-6 * noise}
+    row |= {"critic_grad_norm": 2 - x, "logp_diff": 3e-6 + 1e-6 * noise}
     dip = 0.35 - 0.3 * math.sin(math.pi * x) ** 2 + 0.15 * x
     for i, name in enumerate(behaviors.NAMES):
         row |= {
             f"image/{name}": max(0.0, dip - 0.03 * i + noise),
             f"text/{name}": 0.05 * i + 0.3 * x,
         }
-    return row | {"ratio_max": 0.0, "clip_fraction": 0.0, "lr": 1e-4}
+    return row | {"ratio_diff": 0.0, "clip_fraction": 0.0, "lr": 1e-4}
 
 
 def fake_run(directory, problems=64, samples=2, steps=40, stages=tuple(STAGES)):

@@ -1,8 +1,8 @@
 """rollout.py: the torch sampler against the trainer's forward, transformers' generate and
 arithmetic; the canary; a step's rollouts on disk.
 
-A model of random weights over 40 words: its samples end by chance after some 40 tokens, so rows
-leave the batch at all times. The vocabulary has rows behind the last word, as Qwen2.5-VL's has.
+The miniature's model with random weights: one sample in three ends by chance within 60 tokens, so
+rows leave the batch at all times. Its vocabulary has rows behind the last word, as Qwen2.5-VL's.
 """
 
 import math
@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from common import data
 from common.data import ImageSettings, Problem
 from common.packs import make_pack, plan_packs
-from model import Config, Qwen25VL, VisionConfig, save_model
+from miniature import world
+from model import Qwen25VL, save_model
 from reward import Verdict, grade
 from rollout import (
     TorchSampler,
@@ -31,56 +31,35 @@ from rollout import (
 )
 
 SETTINGS = ImageSettings(28 * 28, 28 * 28 * 64, 14, 2, 2, (0.5,) * 3, (0.25,) * 3)
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}<|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
-)
-LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-WORDS = [*LETTERS, "user", "assistant", "[UNK]", "1", "2", "3", *data.MARKUP]
-ROWS = len(WORDS) + 9  # of the vocabulary
-FORBIDDEN = [*map(WORDS.index, data.VISION), *range(len(WORDS), ROWS)]
-
-
+WIDTH = 48
 SIZES = ((140, 84), (56, 28), (196, 140))
 PICTURES = tuple(Image.effect_noise(size, 90).convert("RGB") for size in SIZES)
 PROBLEMS = [  # not in the order of their lengths, which is that of a pack
-    Problem("long", " ".join(LETTERS), "3"),
-    Problem("short", "a b", "1"),
-    Problem("image", "what is <image> in c d e", "2", images=PICTURES[:1]),
-    Problem("two", "f g", "2", images=PICTURES[1:]),
+    Problem("long", "table paper small line here there next to on in one by side page", "3"),
+    Problem("short", "A B", "1"),
+    Problem("image", "what is <image> in 3 4", "2", images=PICTURES[:1]),
+    Problem("two", "sum of", "2", images=PICTURES[1:]),
 ]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=data.STOP)
-    made.add_special_tokens({"additional_special_tokens": list(data.MARKUP)})
-    made.chat_template = TEMPLATE
-    return made
+def tokenizer(tmp_path_factory):
+    world.save_tokenizer(folder := tmp_path_factory.mktemp("tokenizer"))
+    return data.load_tokenizer(folder)
 
 
 def build(tokenizer, seed=0):
-    names = ("vision_start", "vision_end", "vision", "image", "video")
-    special = {f"{n}_token_id": WORDS.index(t) for n, t in zip(names, data.VISION, strict=True)}
-    config = Config(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=ROWS,
-        mrope_section=(2, 2, 2),
-        vision=VisionConfig(2, 32, 40, 2, out_hidden_size=48, fullatt_block_indexes=(1,)),
-        bos_token_id=WORDS.index("<|endoftext|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        **special,
-    )
+    config = world.model_config(len(tokenizer) + 9)
+    small = dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2)
+    vision = replace(config.vision, out_hidden_size=WIDTH)
     torch.manual_seed(seed)
-    return Qwen25VL(config)
+    return Qwen25VL(replace(config, **small, mrope_section=(2, 2, 2), vision=vision))
+
+
+@pytest.fixture(scope="module")
+def forbidden(tokenizer):
+    pictures = tokenizer.convert_tokens_to_ids([*data.VISION])
+    return [*pictures, *range(len(tokenizer), len(tokenizer) + 9)]
 
 
 @pytest.fixture(scope="module")
@@ -116,25 +95,20 @@ def test_log_probs_are_those_of_the_packed_forward_whatever_the_temperature(
     rollouts = sampler.generate(PROBLEMS, 6, max_tokens=60, temperature=temperature)
     documents = [r.document for r in rollouts]
     (bins,) = plan_packs([*map(len, documents)], [r.problem.id for r in rollouts], 400)
-    packs = [make_pack([documents[i] for i in members], members) for members in bins]
-    assert len(packs) > 2 and any(pack.patches is not None for pack in packs)
-    seen = 0
-    for pack in packs:
+    assert len(bins) > 2 and sum(len(r.response_ids) for r in rollouts) > 500
+    for members in bins:
         with torch.no_grad():
-            logps, _ = model.logps(pack)
-        sampled = torch.tensor([x for i in pack.members for x in rollouts[i].logps])
+            logps, _ = model.logps(make_pack([documents[i] for i in members]))
+        sampled = torch.tensor([x for i in members for x in rollouts[i].logps])
         assert (logps - sampled).abs().max() < 1e-5 and sampled.max() < 0
-        seen += len(sampled)
-    assert seen == sum(len(r.response_ids) for r in rollouts) > 500
 
 
 def test_rollouts_come_in_the_order_of_the_indices_sample_by_sample(sampler):
     whole = sampler.generate(PROBLEMS, 2, max_tokens=30)
     assert [(r.index, r.sample) for r in whole] == [(i, n) for i in range(4) for n in (0, 1)]
-    assert all(r.problem is PROBLEMS[r.index] for r in whole)
     some = sampler.generate(PROBLEMS, 2, max_tokens=30, indices=iter([2, 0, 3]))
     assert [(r.index, r.sample) for r in some] == [(i, n) for i in (2, 0, 3) for n in (0, 1)]
-    assert [r.name for r in some[:2]] == ["image#0", "image#1"]
+    assert all(r.problem is PROBLEMS[r.index] for r in some)
     assert_same(some, whole)
     assert sampler.generate(PROBLEMS, 2, max_tokens=30, indices=[]) == []
 
@@ -144,57 +118,64 @@ def test_a_problem_is_taken_when_there_is_room_for_it(model, tokenizer, monkeypa
     sampler, log = TorchSampler(model, tokenizer, SETTINGS, batch=5), []
     fill = sampler._fill
     monkeypatch.setattr(sampler, "_fill", lambda *a: (log.append("batch"), fill(*a)))
-
-    def indices():
-        for i in (3, 1, 0, 2):
-            log.append(i)
-            yield i
-
-    sampler.generate(PROBLEMS, 2, max_tokens=4, indices=indices())
+    indices = (log.append(i) or i for i in (3, 1, 0, 2))
+    sampler.generate(PROBLEMS, 2, max_tokens=4, indices=indices)
     assert log == [3, 1, "batch", 0, 2, "batch"]
+
+
+def test_the_prompt_and_its_pictures_are_read_once_whatever_the_samples(tokenizer):
+    sampler, tokens, patches = TorchSampler(build(tokenizer), tokenizer, SETTINGS), [], []
+    first = sampler.model.model.layers[0]
+    first.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
+    sampler.model.visual.register_forward_pre_hook(lambda _, inputs: patches.append(len(inputs[0])))
+    rollouts = sampler.generate(PROBLEMS, 8, max_tokens=50)
+    prompts = [r.prompt for r in rollouts[::8]]
+    assert patches == [sum(len(p.patches) for p in prompts if p.patches is not None)]
+    # Then every token but the last of a row is fed once, and rows that have ended are fed no more.
+    assert tokens[0] == sum(len(p.ids) for p in prompts)
+    assert sum(tokens[1:]) == sum(len(r.response_ids) - 1 for r in rollouts)
 
 
 # ---- where a response ends
 
 
-def test_a_response_ends_with_its_stop_token_or_is_cut(sampler, tokenizer):
-    stop = tokenizer.eos_token_id
-    for limit in (1, 2, 40):
-        rollouts = sampler.generate(PROBLEMS, 16, max_tokens=limit)
-        ended, cut = ([r for r in rollouts if r.stopped is is_so] for is_so in (True, False))
-        assert cut and all(len(r.response_ids) == limit for r in cut)
-        assert all(stop not in r.response_ids for r in cut)
-        assert all(r.response_ids.index(stop) == len(r.response_ids) - 1 for r in ended)
+def test_a_response_ends_with_a_stop_token_of_config_json_or_is_cut(tokenizer):
+    """Some files list several."""
+    model = build(tokenizer)
+    other = tokenizer.convert_tokens_to_ids("A")
+    model.config = replace(model.config, eos_token_id=(tokenizer.eos_token_id, other))
+    for limit in (1, 2, 60):
+        sampler = TorchSampler(model, tokenizer, SETTINGS)
+        rollouts, ends = sampler.generate(PROBLEMS, 16, max_tokens=limit), set()
         for r in rollouts:
-            words = [WORDS[i] for i in r.response_ids]
+            stops = [token in model.config.stop_ids for token in r.response_ids]
+            assert not any(stops[:-1]) and stops[-1] == r.stopped
+            assert r.stopped or len(stops) == limit
+            words = tokenizer.convert_ids_to_tokens(r.response_ids)
             assert r.text == " ".join(word for word in words if word not in data.MARKUP)
-    assert len(ended) > 10 < len(cut)
-    assert any(len(r.response_ids) == 1 for r in sampler.generate(PROBLEMS[:1], 200, max_tokens=2))
+            ends |= {r.response_ids[-1]} if r.stopped else set()
+    assert ends == {*model.config.stop_ids} and 10 < sum(r.stopped for r in rollouts) < 54
 
 
 # ---- randomness
 
 
-@pytest.mark.parametrize("batch", [1, 7, 15])
-def test_a_rollout_depends_on_its_address_alone(sampler, model, tokenizer, batch):
+def test_a_rollout_depends_on_its_address_alone(sampler, model, tokenizer):
     whole = sampler.generate(PROBLEMS, 5, max_tokens=60, seed=(3, 7))
-    small = TorchSampler(model, tokenizer, SETTINGS, batch=batch)
-    assert_same(small.generate(PROBLEMS[::-1], 5, max_tokens=60, seed=(3, 7)), whole)
-    for problem in PROBLEMS:
-        assert_same(small.generate([problem], 2, max_tokens=60, seed=(3, 7)), whole)
-
-
-def test_another_seed_draws_something_else(sampler):
-    first = ids_of(sampler.generate(PROBLEMS, 4, max_tokens=30, seed=(1, 2)))
-    for seed in ((1, 3), (2, 2), (12,), (1, 2, 0)):
-        other = ids_of(sampler.generate(PROBLEMS, 4, max_tokens=30, seed=seed))
+    for batch in (1, 7):
+        small = TorchSampler(model, tokenizer, SETTINGS, batch=batch)
+        assert_same(small.generate(PROBLEMS[::-1], 5, max_tokens=60, seed=(3, 7)), whole)
+    assert_same(sampler.generate(PROBLEMS[2:3], 2, max_tokens=60, seed=(3, 7)), whole)
+    first = ids_of(whole)
+    assert len({*map(tuple, first.values())}) == len(whole)
+    for seed in ((3, 8), (2, 7), (37,), (3, 7, 0)):
+        other = ids_of(sampler.generate(PROBLEMS, 5, max_tokens=60, seed=seed))
         assert all(other[key] != first[key] for key in first)
-    assert len({tuple(first["short", i]) for i in range(4)}) == 4
 
 
 def test_a_problem_that_stands_twice_in_a_batch_is_sampled_anew(sampler):
     once = sampler.generate(PROBLEMS, 4, max_tokens=30)
-    batch = [*PROBLEMS, PROBLEMS[0], *PROBLEMS, replace(PROBLEMS[1], prompt="c")]  # an equal id
+    batch = [*PROBLEMS, PROBLEMS[0], *PROBLEMS, replace(PROBLEMS[1], prompt="B")]  # an equal id
     rollouts = sampler.generate(batch, 4, max_tokens=30)
     assert len({tuple(r.response_ids) for r in rollouts if r.index in (0, 4, 5)}) == 12
     assert_same(rollouts[:16], once)  # the first one of each is sampled as if it stood alone
@@ -223,7 +204,7 @@ def chi_square(counts, probabilities):
     return ((value - freedom) / math.sqrt(2 * freedom)).item()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature):
     logits = 2 * torch.randn(1, 30, generator=torch.Generator().manual_seed(0))
     wanted = (logits[0].double() / temperature).softmax(0)
@@ -231,40 +212,6 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature):
     even = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # the inverse CDF, cell by cell
     counts = draw_tokens(logits.expand(n, -1), even, temperature, none).bincount(minlength=30)
     assert (counts - n * wanted).abs().max() <= 1
-
-
-def test_the_first_tokens_of_many_samples_follow_the_model(sampler, model):
-    """The whole path: prompts, addressed numbers, draws; forbidden tokens share out theirs."""
-    rollouts = sampler.generate(PROBLEMS[2:3], 4000, max_tokens=1)
-    pack = make_pack([rollouts[0].document])
-    with torch.no_grad():
-        probabilities = model.logits(pack, pack.rows).double().softmax(-1)[0]
-    probabilities[FORBIDDEN] = 0
-    tokens = torch.tensor([r.response_ids[0] for r in rollouts])
-    counts = tokens.bincount(minlength=ROWS)
-    assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
-
-
-@pytest.mark.parametrize("wanted", [FORBIDDEN[:2], [len(WORDS), ROWS - 1]])
-def test_forbidden_tokens_are_never_drawn_even_if_the_model_wants_nothing_else(tokenizer, wanted):
-    """Picture tokens, and rows of the vocabulary that are no token of the tokenizer."""
-    model, wish = build(tokenizer), torch.randn(48)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()[wanted] = torch.stack([100 * wish, -100 * wish])
-    sampler = TorchSampler(model, tokenizer, SETTINGS)
-    for temperature in (1.0, 0.0):
-        rollouts = sampler.generate(PROBLEMS, 8, max_tokens=20, temperature=temperature)
-        assert not {token for r in rollouts for token in r.response_ids} & set(FORBIDDEN)
-        assert min(x for r in rollouts for x in r.logps) < -50  # of the unmasked distribution
-
-
-def test_each_stop_token_of_config_json_ends_a_response(tokenizer):
-    """Some files list several."""
-    model, other = build(tokenizer), WORDS.index("a")
-    model.config = replace(model.config, eos_token_id=(tokenizer.eos_token_id, other))
-    rollouts = TorchSampler(model, tokenizer, SETTINGS).generate(PROBLEMS, 8, max_tokens=60)
-    assert {r.response_ids[-1] for r in rollouts if r.stopped} == {*model.config.stop_ids}
-    assert not any(other in r.response_ids[:-1] for r in rollouts)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
@@ -275,11 +222,39 @@ def test_a_draw_at_the_ends_of_the_unit_interval_is_an_allowed_token(uniform):
     assert token.item() == {0.0: 2, 0.5: 3}.get(uniform, 4)
 
 
-def test_greedy_equals_generate_of_transformers(sampler, model, tokenizer, tmp_path):
+def test_the_first_tokens_of_many_samples_follow_the_model(sampler, model, forbidden):
+    """The whole path: prompts, addressed numbers, draws; forbidden tokens share out theirs."""
+    rollouts = sampler.generate(PROBLEMS[2:3], 4000, max_tokens=1)
+    pack = make_pack([rollouts[0].document])
+    with torch.no_grad():
+        probabilities = model.logits(pack, pack.rows).double().softmax(-1)[0]
+    probabilities[forbidden] = 0
+    tokens = torch.tensor([r.response_ids[0] for r in rollouts])
+    counts = tokens.bincount(minlength=len(probabilities))
+    assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
+
+
+def test_forbidden_tokens_are_never_drawn_even_if_the_model_wants_nothing_else(
+    tokenizer, forbidden
+):
+    """Picture tokens, and rows of the vocabulary that are no token of the tokenizer."""
+    for wanted in (forbidden[:2], forbidden[-2:]):
+        model, wish = build(tokenizer), torch.randn(WIDTH)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()[wanted] = torch.stack([100 * wish, -100 * wish])
+        sampler = TorchSampler(model, tokenizer, SETTINGS)
+        for temperature in (1.0, 0.0):
+            rollouts = sampler.generate(PROBLEMS, 8, max_tokens=20, temperature=temperature)
+            assert not {token for r in rollouts for token in r.response_ids} & {*forbidden}
+            assert min(x for r in rollouts for x in r.logps) < -50  # of the unmasked distribution
+
+
+def test_greedy_equals_generate_of_transformers(sampler, model, tokenizer, forbidden, tmp_path):
     save_model(model, tmp_path)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
+    stop = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     for r in sampler.generate(PROBLEMS, 1, max_tokens=24, temperature=0):
         ids = torch.tensor([r.prompt.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -287,14 +262,8 @@ def test_greedy_equals_generate_of_transformers(sampler, model, tokenizer, tmp_p
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
             inputs["image_grid_thw"] = torch.tensor(r.prompt.grids)
             inputs["pixel_values"] = r.prompt.patches
-        out = theirs.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            suppress_tokens=FORBIDDEN,
-        )
+        how = dict(do_sample=False, max_new_tokens=24, suppress_tokens=forbidden)
+        out = theirs.generate(**inputs, **how, **stop)
         assert out[0, ids.shape[1] :].tolist() == r.response_ids
 
 
@@ -318,10 +287,10 @@ def spoil(value, name, *place):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drift, "long#0: .* token 1 .*every weight is finite"),
+        (drift, "long#0: .* token 1 .*infinity: none"),
         (spoil(math.nan, "model.norm.weight", 3), "long#0: .* token 1 .*: model.norm.weight.: "),
         (spoil(math.inf, "visual.merger.ln_q.weight", 3), "image#0: .* token 1 .*visual.merger"),
-        (spoil(math.nan, "model.embed_tokens.weight", WORDS.index("1")), ".* token [2-9].*embed_t"),
+        (spoil(math.nan, "model.embed_tokens.weight", slice(70, 110)), ".* token [2-9].*embed_t"),
     ],
 )
 def test_logits_that_are_not_finite_are_named(tokenizer, damage, message, temperature):
@@ -329,7 +298,7 @@ def test_logits_that_are_not_finite_are_named(tokenizer, damage, message, temper
     model = build(tokenizer)
     damage(model)
     with pytest.raises(FloatingPointError, match=f"^{message}.*--lr"):
-        TorchSampler(model, tokenizer, SETTINGS).generate(PROBLEMS, 32, 20, temperature)
+        TorchSampler(model, tokenizer, SETTINGS).generate(PROBLEMS, 32, 40, temperature)
 
 
 # ---- new weights
@@ -360,28 +329,10 @@ def test_the_canary_shows_a_picture_and_fills_a_block_of_the_prefix_cache(tokeni
     assert not canary(PROBLEMS[:2], tokenizer, SETTINGS, 512).images
 
 
-# ---- cost
-
-
-def test_the_prompt_and_its_pictures_are_read_once_whatever_the_samples(tokenizer):
-    sampler, tokens, patches = TorchSampler(build(tokenizer), tokenizer, SETTINGS), [], []
-    first = sampler.model.model.layers[0]
-    first.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
-    sampler.model.visual.register_forward_pre_hook(lambda _, inputs: patches.append(len(inputs[0])))
-    rollouts = sampler.generate(PROBLEMS, 8, max_tokens=50)
-    prompts = [r.prompt for r in rollouts[::8]]
-    assert patches == [sum(len(p.patches) for p in prompts if p.patches is not None)]
-    # Then every token but the last of a row is fed once, and rows that have ended are fed no more.
-    assert tokens[0] == sum(len(p.ids) for p in prompts)
-    assert sum(tokens[1:]) == sum(len(r.response_ids) - 1 for r in rollouts)
-
-
 # ---- a step on disk
 
 
-@pytest.fixture
-def saved(sampler, tmp_path):
-    """Graded rollouts of a batch, and the file that holds them."""
+def test_saved_rollouts_come_back_bit_for_bit_for_the_same_problems(sampler, tokenizer, tmp_path):
     rollouts, file = sampler.generate(PROBLEMS, 3, max_tokens=30), tmp_path / "step_000007.npz"
     for r in rollouts:
         r.verdict = grade(r.problem.answer, f"{r.text} \\boxed{{{r.sample}}}")
@@ -390,11 +341,7 @@ def saved(sampler, tmp_path):
     rollouts[5].verdict = None
     save_rollouts(file, rollouts)
     assert [*tmp_path.iterdir()] == [file]
-    return rollouts, file
-
-
-def test_saved_rollouts_come_back_bit_for_bit(saved, tokenizer):
-    rollouts, file = saved
+    assert file.stat().st_size < 200_000  # a long answer takes its own room, not everyone's
     loaded = load_rollouts(file, PROBLEMS, tokenizer, SETTINGS)
     for one, other in zip(loaded, rollouts, strict=True):
         assert replace(one, prompt=other.prompt) == other  # a prompt holds a tensor
@@ -403,12 +350,7 @@ def test_saved_rollouts_come_back_bit_for_bit(saved, tokenizer):
         assert one.document.ids == other.document.ids
         if other.prompt.patches is not None:
             assert torch.equal(one.prompt.patches, other.prompt.patches)
-    assert file.stat().st_size < 200_000  # a long answer takes its own room, not everyone's
-
-
-def test_saved_rollouts_of_other_problems_or_another_number_are_refused(saved, tokenizer):
-    _, file = saved
-    others = [*PROBLEMS[:2], Problem("new", "a", "1"), PROBLEMS[3]]
+    others = [*PROBLEMS[:2], Problem("new", "A", "1"), PROBLEMS[3]]
     for problems in (others, PROBLEMS[:3], [*PROBLEMS, PROBLEMS[0]]):
         with pytest.raises(ValueError, match=f"{file} is of other problems .* delete"):
             load_rollouts(file, problems, tokenizer, SETTINGS)

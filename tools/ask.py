@@ -2,20 +2,17 @@
 
     python -m tools.ask "A1 3 A2 2 A3 5 B1 1 B2 4 B3 2 what is the sum of row A ?"
     python -m tools.ask --model out/ovr_7b/rl/model --image a.png "How many apples are there?"
-    python -m tools.ask --image a.png --image b.png "Is <image> larger than <image> ?"
     python -m tools.ask --url http://127.0.0.1:8000/v1 --image a.png "How many apples are there?"
 
-A model directory is sampled here, in plain torch, and its answer comes when it is whole. A server
-(runs/serve.sh, or any other with OpenAI's interface) streams its own; if it wants a key, that
-stands in the environment, as OPENAI_API_KEY. Pictures are seen where the question says <image>, or
-before it. The answer alone goes to stdout, and to stderr what was loaded.
+A model directory is sampled here, in plain torch. A server (runs/serve.sh, or any other with
+OpenAI's interface) streams its answer; if it wants a key, that stands in OPENAI_API_KEY. Pictures
+are seen where the question says <image>, or before it.
 """
 
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers.models import WordLevel
@@ -28,7 +25,6 @@ from model import load_model
 from rollout import TorchSampler
 
 MODEL = "out/laptop/rl/model"
-LONGEST = 2048  # tokens of an answer that is sampled here, if nothing is said
 EXAMPLE = "A1 3 A2 2 A3 5 B1 1 B2 4 B3 2 what is the sum of row A ?"  # for the miniature's model
 
 
@@ -36,7 +32,7 @@ EXAMPLE = "A1 3 A2 2 A3 5 B1 1 B2 4 B3 2 what is the sum of row A ?"  # for the 
 class Config:
     question: Positional[str]
     image: UseAppendAction[tuple[str, ...]] = ()  # a picture; give it again for each further one
-    model: str = ""  # HF directory or Hub name; with --url its name there, by default the first
+    model: str = ""  # HF directory, Hub name; with --url its name there, by default the first
     url: str = ""  # of a server, with its /v1
     max_tokens: int = 0  # of the answer; 0: what the server allows, or 2,048
     temperature: float = 0.0  # 0: the likeliest token each time
@@ -62,7 +58,7 @@ def sampled(cfg: Config) -> Iterator[str]:
     print(f"{where}, {dtype} on {device}", file=sys.stderr)
     sampler = TorchSampler(load_model(where, dtype, device), tokenizer, settings)
     problem = data.Problem("the question", cfg.question, "", cfg.image)
-    (rollout,) = sampler.generate([problem], 1, cfg.max_tokens or LONGEST, cfg.temperature)
+    (rollout,) = sampler.generate([problem], 1, cfg.max_tokens or 2048, cfg.temperature)
     yield rollout.text + ("" if rollout.stopped else " [cut: --max-tokens]")
 
 
@@ -72,28 +68,22 @@ def streamed(cfg: Config) -> Iterator[str]:
 
     client = openai.OpenAI(base_url=cfg.url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
     settings = {"temperature": cfg.temperature, "max_tokens": cfg.max_tokens or openai.omit}
-    message, finish = user_message(cfg.question, cfg.image), ""
+    settings |= {"messages": [user_message(cfg.question, cfg.image)], "stream": True}
     try:
         model = cfg.model or client.models.list().data[0].id
         print(f"{model} at {cfg.url}", file=sys.stderr)
-        chunks = client.chat.completions.create(
-            model=model, messages=[message], stream=True, **settings
-        )
-        for choice in (choice for chunk in chunks for choice in chunk.choices):
-            for name in ("reasoning", "reasoning_content", "content"):
-                yield getattr(choice.delta, name, None) or ""
-            finish = choice.finish_reason or finish
+        for chunk in client.chat.completions.create(model=model, **settings):
+            for choice in chunk.choices:
+                for name in ("reasoning", "reasoning_content", "content"):
+                    yield getattr(choice.delta, name, None) or ""
+                yield " [cut: --max-tokens]" if choice.finish_reason == "length" else ""
     except openai.OpenAIError as error:
-        why = f"{error.__cause__ or error}; does it run, and does the url end in /v1?"
-        raise ConnectionError(f"{cfg.url}: {why}") from error
-    yield "" if finish == "stop" else f" [cut: {finish or 'the stream ended'}]"
+        raise ConnectionError(f"{cfg.url}: {error}; does it run, does it end in /v1?") from error
 
 
 def main(cfg: Config):
     for image in cfg.image:
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"--image {image}: no such file in {Path.cwd()}")
-        data.load_image(image)  # a damaged picture is named
+        data.load_image(image)  # a missing or damaged picture is named
     for piece in streamed(cfg) if cfg.url else sampled(cfg):
         print(piece, end="", flush=True)
     print()

@@ -1,62 +1,47 @@
-"""Is a run sound, before it is started? Its invariants, on your own model, data and engine.
+"""Is a run sound, before it is started? Checks on your own model, data, engine and disk.
 
     python -m tools.doctor rl --model DIR --data rl.jsonl --sampler vllm ...     # as rl.py's
     python -m tools.doctor coldstart --model DIR --data sft.jsonl ...            # as coldstart.py's
     torchrun --nproc-per-node 8 -m tools.doctor rl ...     # a model that wants the run's GPUs
 
-The settings are the run's, so what is checked is what will run; no file is changed. A line a check:
-PASS, FAIL or SKIP, what was measured, the cure. Checks stand on those before them: mend the first
-FAIL first. Any FAIL makes the exit status 1. The docstring of a check says what goes wrong without
-it. Seconds with the miniature; with real data as long as a run takes to start, since every row is
-read and every picture opened.
+The settings are the run's, so what is checked is what will run. A line a check: PASS and what was
+measured, or FAIL, the culprit and the cure; later checks stand on it, so that is the end, with exit
+status 1. A check is a function that returns a sentence or raises, and leaves in the case what later
+ones need; its docstring says what goes wrong without it. Seconds with the miniature; with real data
+as long as a run takes to start, since every row is read and every picture opened.
 """
 
 import atexit
 import math
+import shutil
 import string
 import sys
-from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import tyro
 from torch import Tensor
 
-from common import data, distributed, packs
-from common.log import run_main
-from model import check_weights, empty_model, put, read_config
+from common import checkpoint, data, distributed, packs
+from common.log import provenance, run_main
+from model import check_weights, empty_model, read_config
 from reward import grade
-from rollout import canary, canary_gap, open_sampler
-from tools import plan
+from rollout import open_sampler
 
 # nats a token by which log-probs in a pack may differ from those alone; rounding is a tenth of it
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 SAMPLE = 2000  # rows, spread over the data, whose prompts and golds are looked at
 TURNED = ("visual.merger.ln_q", "model.layers.0.input_layernorm", "model.norm")  # for each cache
+Case = SimpleNamespace  # the settings, and what checks leave for those after them
 
 
-class Skip(Exception):
-    """Why a check says nothing."""
-
-
-class Case(SimpleNamespace):
-    """What checks leave for those after them; who wants what is not there is skipped."""
-
-    def __getattr__(self, name: str):
-        raise Skip(f"no {name}: a check above has failed, or this stage has none")
-
-
-def verdict(figure: str, sound: bool, cure: str) -> str:
-    """What was measured; ValueError with the cure where that is not sound."""
-    if not sound:
-        raise ValueError(f"{figure}: {cure}")
-    return figure
-
-
-def named(culprits: list[str]) -> str:
-    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-    return ", ".join(culprits[:3]) + more
+def refuse(culprits: list[str], cure: str):
+    """ValueError where there are any."""
+    if culprits:
+        more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+        raise ValueError(f"{', '.join(culprits[:3])}{more}: {cure}")
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -72,28 +57,50 @@ def logps_of(case: Case, documents: list[data.Document]) -> list[Tensor]:
     return [*logps.split(pack.counts)]
 
 
-def files(case: Case) -> str:
-    """A weight that no file holds stays noise; where ids differ, picture tokens are sampled."""
+def environment(case: Case) -> str:
+    """What a report of a fault should begin with."""
+    versions = provenance(case.cfg)["versions"]
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{shown}; {case.world.size} x {case.world.device.type} in {case.world.dtype}"
+
+
+def model(case: Case) -> str:
+    """A weight that no file holds stays noise; where ids differ, picture tokens are sampled, and a
+    stop token that the sampler does not know ends nothing.
+    """
     where = data.model_directory(case.cfg.model)
     config, t = read_config(where), data.load_tokenizer(where)
     weights = check_weights(empty_model(where), where)
-    ids = dict(zip(data.VISION, config.vision_token_ids, strict=True))
-    ids |= {} if t.eos_token_id in config.stop_ids else {t.eos_token: config.stop_ids[0]}
-    ours = dict(zip(ids, t.convert_tokens_to_ids([*ids]), strict=True))
-    wrong = [f"{x} is {ours[x]}, in config.json {ids[x]}" for x in ids if ours[x] != ids[x]]
-    case.directory, case.config, case.tokenizer = where, config, t
+    good = {name: {i} for name, i in zip(data.VISION, config.vision_token_ids, strict=True)}
+    good |= {data.STOP: {*config.stop_ids}, t.eos_token: {*config.stop_ids}}
+    ours = {name: t.convert_tokens_to_ids(name) for name in good}
+    wrong = [f"{x} is {ours[x]}, in config.json {good[x]}" for x in good if ours[x] not in good[x]]
+    refuse(wrong, f"take all files of {where} from one model")
+    case.directory, case.tokenizer = where, t
     case.settings = data.load_image_settings(where)
-    figure = f"{where}: {len(weights)} tensors, {len(t):,} tokens"
-    return verdict(figure, not wrong, f"{named(wrong)}: take all files from one model")
+    return f"{where}: {len(weights)} tensors, {len(t):,} tokens"
 
 
 def rows(case: Case) -> str:
-    """A bad row stops the run when it starts; a column that nobody reads may be the pictures'."""
+    """A bad row or a cut picture stops the run, and what is longer than the budget is left out."""
+    cfg, t, settings, share = case.cfg, case.tokenizer, case.settings, case.share
     read = data.read_problems if case.rl else data.read_examples
-    case.rows = read(case.cfg.data, columns=case.cfg.columns, share=case.share)
-    case.some = [*case.rows[:: math.ceil(len(case.rows) / SAMPLE)]]
-    shown = sum(bool(row.images) for row in case.some)
-    return f"{case.cfg.data}: {len(case.rows):,}; pictures in {shown:,} of {len(case.some):,}"
+    every = read(cfg.data, columns=cfg.columns, share=share)
+    opened = data.check_images(every, share)
+    some = [*every[:: math.ceil(len(every) / SAMPLE)]]
+
+    def length(row) -> int:
+        if case.rl:
+            return data.prompt_length(row.prompt, row.images, t, settings, row.id)
+        return len(data.encode_example(row, t, settings))
+
+    limit = cfg.prompt_tokens if case.rl else cfg.max_tokens
+    short = sorted((row for row in some if length(row) <= limit), key=length)
+    fitting = f"{len(short):,} of {len(some):,} have at most {limit:,} tokens"
+    refuse([] if short else [f"{cfg.data}: {fitting}"], "raise that limit")
+    few = [row for row in short if row.images][:3] + [row for row in short if not row.images][:3]
+    case.some, case.few = some, few
+    return f"{len(every):,} with {opened:,} pictures; {fitting}"
 
 
 def template(case: Case) -> str:
@@ -107,14 +114,12 @@ def template(case: Case) -> str:
         end = "".join(t.decode(ids).rpartition(data.STOP)[2].split())
         if not end.count("<|im_start|>") == end.count("<|im_start|>assistant") == 1:
             wrong.append(f"{row.id} ends in {end!r}, not in one <|im_start|>assistant")
-    cure = f"{named(wrong)}: give {case.directory} the chat_template of Qwen2.5-VL"
-    return verdict(f"{len(case.some):,} prompts", not wrong, cure)
+    refuse(wrong, f"give {case.directory} the chat_template of Qwen2.5-VL")
+    return f"{len(case.some):,} prompts"
 
 
 def reward(case: Case) -> str:
     """A gold that does not match itself never rewards; one that is not one option misleads."""
-    if not case.rl:
-        raise Skip("this stage has none")
     wrong = []
     for p in case.some:
         how = {"choices": p.choices, "precision": p.precision}
@@ -125,174 +130,128 @@ def reward(case: Case) -> str:
             wrong.append(f"{p.id}: {p.answer!r:.40} cannot be graded")
         elif options and sum(options) != 1:
             wrong.append(f"{p.id}: {p.answer!r:.40} is not one choice")
-    cure = f"{named(wrong)}: mend or drop these rows of {case.cfg.data}"
-    return verdict(f"{len(case.some):,} golds", not wrong, cure)
-
-
-def memory(case: Case) -> str:
-    """A run that does not fit dies at its first long response, perhaps hours in."""
-    if not torch.cuda.is_available() or not case.world.main:
-        raise Skip("no GPU here: python -m tools.plan says what others need")
-    room = torch.cuda.get_device_properties(0).total_memory / 1e9
-    names = [f.name for f in fields(plan.Config) if hasattr(case.cfg, f.name)]
-    settings = {name: getattr(case.cfg, name) for name in names}
-    settings |= {"stage": "rl" if case.rl else "coldstart", "gpus": case.world.size}
-    settings["longest"] = case.limit + (case.cfg.longest if case.rl else 0)
-    sizes = {name: size for name, (size, *_) in plan.GPUS.items()}  # the next smaller one's cures
-    settings["gpu"] = min(sizes, key=lambda name: (sizes[name] > room, abs(sizes[name] - room)))
-    cfg = plan.Config(**settings)
-    fits = (peak := plan.peak_gb(cfg)) <= room
-    return verdict(f"{peak:.1f} of {room:.1f} GB at most", fits, "" if fits else plan.advice(cfg))
+    refuse(wrong, f"mend or drop these rows of {case.cfg.data}")
+    return f"{len(case.some):,} golds"
 
 
 def start(case: Case) -> str:
     """The engine, then the trainer, as rl.py does: vLLM wants the memory free."""
-    from rl import GAP_LIMITS  # here, because the stages import tools
-
     cfg, where, world = case.cfg, case.directory, case.world
     if case.rl:
         room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
-        case.sampler = open_sampler(cfg.sampler, where, world, room)
-        case.gap_limit = GAP_LIMITS[world.dtype]
-    how = (case.train_vision, cfg.recompute, cfg.compile)
-    case.policy = distributed.load(where, world, "lm", *how)
-    return f"{world.size} x {world.device.type}, computing in {world.dtype}"
-
-
-def pictures(case: Case) -> str:
-    """A picture that was cut stops the run when its row comes up, perhaps hours in."""
-    t, settings, documents = case.tokenizer, case.settings, []
-    opened = data.check_images(case.rows, case.share)
-
-    def length(row) -> int:
-        return data.prompt_length(row.prompt, row.images, t, settings, row.id)
-
-    short = sorted((row for row in case.some if length(row) <= case.limit), key=length)
-    few = [row for row in short if row.images][:3] + [row for row in short if not row.images][:3]
-    for row in few:  # a problem has no response, so its own words are one
-        words = getattr(row, "response", row.prompt.replace(data.IMAGE_MARKER, " "))
-        prompt = data.encode_prompt(row.prompt, row.images, t, settings, row.id)
-        documents.append(data.Document(prompt, data.encode_response(words, t), row.id))
-    if few:
-        case.few, case.documents = few, documents
-    share = f"{len(short):,} of {len(case.some):,} prompts have at most {case.limit:,} tokens"
-    return verdict(f"{opened:,} are whole; {share}", bool(few), "raise that limit")
-
-
-def stop(case: Case) -> str:
-    """A stop token without loss is never learnt; one that the sampler ignores ends nothing."""
-    t, trained = case.tokenizer, {d.response_ids[-1] for d in case.documents}
-    wanted = {t.convert_tokens_to_ids(data.STOP), t.eos_token_id}
-    stops = {*case.sampler.stops} if case.rl else {t.eos_token_id}
-    cure = f"{data.STOP} must be {case.directory}'s eos_token, and end what encode_response gives"
-    return verdict(f"trained {trained}, stops {stops}", trained <= wanted <= stops, cure)
+        case.engine = open_sampler(cfg.sampler, where, world, room)
+        case.engine.rest()
+    case.vision = case.rl and cfg.train_vision
+    case.policy = distributed.load(where, world, "lm", case.vision, cfg.recompute, cfg.compile)
+    return f"{sum(p.numel() for p in case.policy.parameters()):,} weights"
 
 
 def packing(case: Case) -> str:
     """Where attention or positions leak, each row is trained on its neighbours."""
-    limit, documents = LIMITS[case.world.dtype], 2 * case.documents
+    documents, limit = [], LIMITS[case.world.dtype]
+    for row in case.few:  # a problem has no response, so its own words are one
+        words = getattr(row, "response", row.prompt.replace(data.IMAGE_MARKER, " "))
+        example = data.Example(row.id, row.prompt, words, row.images)
+        documents.append(data.encode_example(example, case.tokenizer, case.settings))
+    case.documents = documents
     packed = zip(documents, logps_of(case, documents), strict=True)
-    gaps = [(logps_of(case, [d])[0] - x).abs().mean().item() for d, x in packed]
-    wrong = {d.name for d, gap in zip(documents, gaps, strict=True) if not gap <= limit}
-    cure = f"{named(sorted(wrong))} read their neighbours: mend attend() in model.py, and lengths"
-    return verdict(f"log-probs off by {max(gaps):.0e} (limit {limit:g})", not wrong, cure)
-
-
-def tied(case: Case) -> str:
-    """Tied weights that come apart, or an export that forgot that they are, train differently."""
-    head, embedding = case.policy.head_weight, case.policy.model.embed_tokens.weight
-    same = head is embedding or torch.equal(whole(head), whole(embedding))
-    cure = f"{case.directory}/config.json is wrong, tie_word_embeddings is {not same}"
-    sound = same == case.config.tie_word_embeddings
-    return verdict(f"head and embedding are {'one' if same else 'two'}", sound, cure)
+    gaps = {d.name: (logps_of(case, [d])[0] - x).abs().mean().item() for d, x in packed}
+    wrong = sorted(name for name, gap in gaps.items() if not gap <= limit)
+    refuse(wrong, "read their neighbours in a pack, mend attend() in model.py, and lengths")
+    return f"log-probs off by {max(gaps.values()):.0e} (limit {limit:g})"
 
 
 def sampler(case: Case) -> str:
-    """A sampler that is another model than the trainer makes PPO off-policy: slow decay."""
-    rollouts = case.sampler.generate(case.few, 2, min(32, case.cfg.longest))
-    logps = torch.cat(logps_of(case, [r.document for r in rollouts])).cpu()
-    gap = (logps - torch.tensor([x for r in rollouts for x in r.logps])).abs().mean()
-    figure = f"{len(logps)} tokens off by {gap:.0e} (limit {case.gap_limit:g})"
-    cure = "weights, dtype or positions of the sampler are not the trainer's"
-    return verdict(figure, gap <= case.gap_limit, cure)
+    """A sampler that is another model than the trainer, or one that keeps old weights, old keys or
+    old pictures after sync(), makes PPO off-policy: slow decay. So all of them are turned round.
+    """
+    from rl import GAP_LIMITS  # here, because the stages import tools
 
-
-def sync(case: Case) -> str:
-    """After an update the sampler must keep no old weight, and no old keys or pictures."""
-    engine, policy, gaps = case.sampler, case.policy, []
-    known = canary(case.few, case.tokenizer, case.settings, case.limit)
-    for factor, synced in ((-1, False), (1, True), (-1, True)):
+    engine, policy, gaps, limit = case.engine, case.policy, [], GAP_LIMITS[case.world.dtype]
+    for _ in range(2):
+        engine.sync(distributed.whole_weights(policy, case.world.dtype))
+        rollouts = engine.generate(case.few, 2, min(32, case.cfg.longest))
+        engine.rest()
+        logps = torch.cat(logps_of(case, [r.document for r in rollouts])).cpu()
+        gap = (logps - torch.tensor([x for r in rollouts for x in r.logps])).abs().mean()
+        gaps.append(gap.item())
         for name in TURNED:
-            policy.get_parameter(f"{name}.weight").mul_(factor)
-        if synced:  # as rl.py does
-            engine.rest()
-            engine.sync(distributed.whole_weights(policy, case.world.dtype))
-        gaps.append(canary_gap(engine, policy, known, case.train_vision))
-        distributed.release(policy)
-    engine.rest()  # the gradient takes its room
-    stale, fresh, back = gaps
-    figure = f"weights turned round: off by {stale:.0e}, synced {fresh:.0e}, and back {back:.0e}"
-    cure = "sync() leaves old weights, or a cache of prompts or pictures"
-    return verdict(figure, max(fresh, back) <= case.gap_limit < stale, cure)
+            policy.get_parameter(f"{name}.weight").mul_(-1)
+    figure = f"log-probs off by {gaps[0]:.0e}, by {gaps[1]:.0e} of other weights (limit {limit:g})"
+    cure = "weights, dtype or positions of the sampler are not the trainer's, or sync() leaves some"
+    refuse([] if max(gaps) <= limit else [figure], cure)
+    return figure
 
 
 @torch.enable_grad()
-def gradient(case: Case) -> str:
-    """A weight without gradient never learns; a tower with one is not frozen."""
+def update(case: Case) -> str:
+    """A weight without gradient never learns, a tower with one is not frozen, and a bfloat16 master
+    of 1 stays what it was after a step of 1e-6.
+    """
+    policy, lr, wrong = case.policy, case.cfg.lr, []
     loss = -torch.cat(logps_of(case, case.documents)).mean() / case.world.size
-    distributed.backward(case.policy, loss, case.world, last=True)
-    norms, wrong = [], []
-    for name, weight in case.policy.named_parameters():
-        frozen = name.startswith("visual.") and not case.train_vision
-        norms.append(0.0 if weight.grad is None else whole(weight.grad).norm().item())
-        if not math.isfinite(norms[-1]) or frozen == (norms[-1] > 0):
-            wrong.append(f"{name} has {norms[-1]:g}")
-    figure = f"norm {math.hypot(*norms):.3g}, {sum(x > 0 for x in norms)} of {len(norms)} tensors"
-    cure = f"{named(wrong)}: mend requires_grad (distributed.load), or the weights"
-    return verdict(figure, not wrong, cure)
+    distributed.backward(policy, loss, case.world, last=True)
+    for name, weight in policy.named_parameters():
+        norm = 0.0 if weight.grad is None else whole(weight.grad).norm().item()
+        frozen = name.startswith("visual.") and not case.vision
+        if not math.isfinite(norm) or frozen == (norm > 0):
+            wrong.append(f"the gradient of {name} is {norm:g}")
+    refuse(wrong, "mend requires_grad (distributed.load), or the weights")
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    case.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
+    weight = policy.get_parameter("model.layers.0.mlp.down_proj.weight")
+    before, clear = whole(weight).clone(), whole(weight.grad).abs() > 1e-7  # AdamW's eps is 1e-8
+    case.optimizer.step()
+    share = (whole(weight) != before)[clear].float().mean().item()
+    figure = f"{share:.1%} of {weight.dtype} masters move at --lr {lr:g}"
+    refuse([] if share > 0.5 else [figure], "too coarse, keep them in float32")
+    return f"loss {loss.item():.3g}, {figure}"
 
 
-def precision(case: Case) -> str:
-    """1 - 1e-6 is 1 in bfloat16: such weights stay what they were."""
-    weights = [*case.policy.model.layers[0].parameters()]  # of all, 60 GB of moments at 7B
-    before, lr, moved = [whole(weight).clone() for weight in weights], case.cfg.lr, []
-    torch.optim.AdamW(weights, lr, weight_decay=0.0, fused=True).step()
-    for weight, old in zip(weights, before, strict=True):
-        clear = whole(weight.grad).abs() > 1e-7  # AdamW's eps is 1e-8: these move by all of lr
-        moved.append((whole(weight) != old)[clear].float())
-        put(weight, old)
-    share = torch.cat(moved).mean().item()
-    figure = f"{share:.1%} of {weights[0].dtype} masters move at --lr {lr:g}"
-    return verdict(figure, share > 0.5, "too coarse: keep them in float32")
+def disk(case: Case) -> str:
+    """A checkpoint that cannot be written ends the run at its first one."""
+    run = Path(case.cfg.out) / "doctor.part"  # a run that starts there removes what a kill leaves
+    pairs = {"policy": (case.policy, case.optimizer)}
+    try:
+        with checkpoint.Saver(run, case.directory, case.world.dtype) as saver:
+            saver.save(1, pairs, case.policy, "of tools/doctor.py")
+        checkpoint.load_state(checkpoint.newest(run)[1], pairs)
+        free = shutil.disk_usage(run).free
+        size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    finally:
+        case.world.wait()
+        if case.world.main:
+            shutil.rmtree(run, ignore_errors=True)
+    figure = f"{case.cfg.out}: {size / 1e9:.3g} GB written and read, {free / 1e9:.3g} GB left"
+    need = 3 * size * (2 if getattr(case.cfg, "algorithm", "") == "ppo" else 1)
+    refuse([] if free > need else [figure], f"a run needs {need / 1e9:.3g} GB, three checkpoints")
+    return figure
 
 
-CHECKS = (files, rows, template, reward, memory, start, pictures, stop)
-CHECKS += (packing, tied, sampler, sync, gradient, precision)
+CHECKS = (environment, model, rows, template, reward, start, packing, sampler, update, disk)
+OF_RL = (reward, sampler)  # a cold start has none
 
 
 @torch.no_grad()
 def examine(cfg, world: distributed.World) -> dict[str, tuple[str, str]]:
-    """{check: (status, what to say)} for settings of rl.py or coldstart.py, printed as they come.
-
-    With several ranks a check fails where it fails on any.
+    """{check: (PASS or FAIL, what to say)}, printed as they come, for settings of rl.py or
+    coldstart.py. With several ranks a check fails where it fails on any.
     """
     rl, results = hasattr(cfg, "algorithm"), {}
-    limit = cfg.prompt_tokens if rl else cfg.max_tokens
-    case = Case(cfg=cfg, world=world, rl=rl, limit=limit, share=(world.rank, world.size))
-    case.train_vision = rl and cfg.train_vision
-    for check in CHECKS:
+    case = Case(cfg=cfg, world=world, rl=rl, share=(world.rank, world.size))
+    for check in (check for check in CHECKS if rl or check not in OF_RL):
         try:
             result = "PASS", check(case)
-        except Skip as reason:
-            result = "SKIP", str(reason)
-        except Exception as error:  # whatever is broken: the other checks go on
+        except Exception as error:  # whatever is broken
             said = isinstance(error, ValueError | OSError)  # by this project
             result = "FAIL", str(error) if said else f"{type(error).__name__}: {error}"
         every = distributed.everyone(result)
         status, words = next((one for one in every if one[0] == "FAIL"), every[0])
         results[check.__name__] = status, words
         if world.main:
-            print(f"{status}  {check.__name__:9}  {words}", flush=True)
+            print(f"{status}  {check.__name__:11}  {words}", flush=True)
+        if status == "FAIL":
+            break
     return results
 
 

@@ -5,8 +5,8 @@
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
 through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
-shapes without contents) and so are the other ranks. Every operator shows the tensors that it makes,
-and the bytes of those still alive are added up; 7B takes ten seconds on a laptop. The parts:
+shapes without contents) and so are the other ranks. The bytes of all tensors alive are added up
+after each operator; 7B takes 20 seconds on a laptop. The parts:
   weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16
   gradients  of the slice, float32
   moments    AdamW's two, float32
@@ -14,19 +14,15 @@ and the bytes of those still alive are added up; 7B takes ten seconds on a lapto
   working    the most on top of that: a block computed again, logits, gathered weights
 What shares the GPU with them is arithmetic: the engine's weights in bfloat16, its cache, and a
 model that waits (without --offload). Pictures are left out: a frozen tower has run, and its memory
-is free again, before the decoder takes more. RESERVE_GB is for what no tensor of ours shows.
+is free again, before the decoder takes more.
 
-Hours are FLOPs at an assumed share of the GPU's peak, and bytes at an assumed share of its
-bandwidth. What is assumed is printed; --mfu, --decode and --mean take what you have measured.
+Hours are FLOPs and bytes at assumed shares of the GPU's peak and bandwidth, which are printed;
+--mfu, --decode and --mean take what you have measured (bench/gpu.py).
 """
 
-import atexit
 import sys
 from collections import deque, namedtuple
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
-from multiprocessing import get_context
 from typing import Literal
 from weakref import WeakSet
 
@@ -44,7 +40,7 @@ import model as qwen
 from common import distributed
 from common.data import Document, Prompt, model_directory
 from common.log import run_main
-from common.packs import Pack, make_pack
+from common.packs import make_pack
 
 NODE = 8  # GPUs that share one copy of the weights; further nodes save time, not memory
 RESERVE_GB = 6.0  # CUDA, NCCL, the engine's graphs, attention's buffers, gaps between tensors
@@ -77,39 +73,21 @@ class Config:
     gpus: int = 8  # in all; beyond 8 in whole nodes
     gpu: Literal["rtx4090", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"  # 24 to 180 GB
     pack_tokens: int = 65536  # tokens a pack, which is a micro-batch
-    longest: int = 0  # tokens of the longest document, its prompt included; 0: a pack
     recompute: Literal["none", "selective", "full"] = "full"
     offload: bool = False  # a model that waits does so in host memory (rl)
     kv_cache_gb: float = 16.0  # the engine's room for keys and values, a GPU (rl)
     sampler_batch: int = 128  # responses that a GPU samples at once (rl)
     batch: int = 0  # responses (rl) or packs (coldstart) a step; 0: the paper's 8,192 or 640
     steps: int = 0  # of the run; 0: the paper's 900 (rl) or 1,060 (coldstart)
-    mean: int = 0  # assumed: tokens of a response or row; 0: 10,000 (paper: 7.2k to 12.6k) or less
+    mean: int = 10_000  # assumed: tokens of a response or row; paper: 7.2k to 12.6k
     mfu: float = 0.4  # assumed: FLOPs in training over the GPU's peak
     decode: float = 0.6  # assumed: bytes read in sampling over the GPU's bandwidth
 
     def __post_init__(self):
         if self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
             raise ValueError(f"--gpus {self.gpus}: 1 to {NODE}, or whole nodes of {NODE}")
-        if self.pack_tokens < self.longest:
-            text = f"--pack-tokens {self.pack_tokens} is less than --longest {self.longest}"
-            raise ValueError(f"{text}: a document is never cut")
-
-    @property
-    def rl(self) -> bool:
-        return self.stage == "rl"
-
-    @property
-    def document(self) -> int:
-        return self.longest or self.pack_tokens
-
-    @property
-    def average(self) -> int:
-        return self.mean or min(10_000, self.document // 2)
-
-    @property
-    def config(self) -> qwen.Config:
-        return MODELS.get(self.model) or qwen.read_config(model_directory(self.model))
+        if self.mean > self.pack_tokens:  # a document is never cut
+            raise ValueError(f"--mean {self.mean} is more than --pack-tokens {self.pack_tokens}")
 
 
 # ------------------------------------------------------------------ one model with fake tensors
@@ -145,25 +123,14 @@ class LiveBytes(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.storages)
 
 
-def one_document(tokens: int) -> Pack:
-    return make_pack([Document(Prompt([0], [0], None, (), ()), [0] * (tokens - 1))])
-
-
-def loss_of(model: qwen.Qwen25VL, pack: Pack) -> Tensor:
+def loss_of(model: qwen.Qwen25VL, tokens: int) -> Tensor:
+    """Of a pack of one document."""
+    pack = make_pack([Document(Prompt([0], [0], None, (), ()), [0] * (tokens - 1))])
     critic = model.value_head is not None
     return model.values(pack).square().sum() if critic else model.logps(pack)[0].sum()
 
 
-def sharded_model(config: qwen.Config, head: str, recompute: str, world) -> qwen.Qwen25VL:
-    """Without memory, in the order of distributed.load."""
-    with torch.device("meta"):
-        model = qwen.Qwen25VL(config, head)
-    model.visual.requires_grad_(False).to(world.dtype)
-    distributed.recompute_blocks(model, recompute)
-    return distributed.shard(model, world)
-
-
-def follow(model: qwen.Qwen25VL, world, live: LiveBytes, pack: Pack, canary: Pack) -> Footprint:
+def follow(model: qwen.Qwen25VL, world, live: LiveBytes, tokens: int) -> Footprint:
     """An optimiser step, another pack, and the weights on their way to the sampler."""
     model.to_empty(device="cpu")
     live.watch(model.parameters())
@@ -174,7 +141,7 @@ def follow(model: qwen.Qwen25VL, world, live: LiveBytes, pack: Pack, canary: Pac
     optimizer = torch.optim.AdamW(trained, fused=True)
     optimizer.step()  # makes the moments
     live.peak = state = live.now()
-    loss = loss_of(model, pack)
+    loss = loss_of(model, tokens)
     kept = live.now() - state
     distributed.backward(model, loss, world, last=True)
     working = live.peak - kept - state
@@ -182,53 +149,31 @@ def follow(model: qwen.Qwen25VL, world, live: LiveBytes, pack: Pack, canary: Pac
     live.peak = rest = live.now()
     with torch.no_grad():
         deque(distributed.whole_weights(model, world.dtype), maxlen=0)
-        loss_of(model, canary)
+        loss_of(model, CANARY_TOKENS)
     sizes = weights, gradients, state - weights - gradients, kept, working, live.peak - rest
     return Footprint(*(size / 1e9 for size in sizes))
 
 
 def measure(config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int) -> Footprint:
-    """What a model (head: "lm" or "value") takes of the first of `ranks` GPUs to train on a pack.
-
-    It founds a process group, so it wants a process of its own: see footprint.
-    """
+    """What a model (head: lm or value) takes of the first of `ranks` GPUs to train on a pack."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
         world = distributed.World(0, ranks, torch.device("cpu"), torch.bfloat16, mesh)
-        model = sharded_model(config, head, recompute, world)
-        packs = one_document(tokens), one_document(CANARY_TOKENS)
+        with torch.device("meta"):  # and on, in the order of distributed.load
+            model = qwen.Qwen25VL(config, head)
+        model.visual.requires_grad_(False).to(world.dtype)
+        distributed.recompute_blocks(model, recompute)
+        model = distributed.shard(model, world)
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            return follow(model, world, live, *packs)
+            return follow(model, world, live, tokens)
     finally:
         dist.destroy_process_group()
-
-
-@cache
-def workers() -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(distributed.cores(), mp_context=get_context("spawn"))
-    atexit.register(pool.shutdown)
-    return pool
-
-
-@cache
-def footprint(*task) -> Future:
-    """What measure(*task) returns, in another process; each task is run once."""
-    return workers().submit(measure, *task)
-
-
-def footprints(cfg: Config) -> dict[str, Future]:
-    how = cfg.recompute, cfg.pack_tokens, min(cfg.gpus, NODE)
-    heads = {"critic": "value", "policy": "lm"}
-    if not cfg.rl or cfg.algorithm == "grpo":
-        heads.pop("critic")
-    return {name: footprint(cfg.config, head, *how) for name, head in heads.items()}
 
 
 # ------------------------------------------------------------------ the phases of a run
 
 
-@cache
 def engine_gb(config: qwen.Config) -> float:
     with torch.device("meta"):
         return 2 * sum(p.numel() for p in qwen.Qwen25VL(config).parameters()) / 1e9
@@ -239,72 +184,49 @@ def token_bytes(c: qwen.Config) -> int:
     return 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
 
-def phases(cfg: Config) -> dict[str, dict[str, float]]:
-    """{phase: {part: GB of a GPU}}. A phase takes the sum of its parts."""
-    models = {name: future.result()._asdict() for name, future in footprints(cfg).items()}
-    syncs = {name: parts.pop("sync") for name, parts in models.items()}
-    policy = models["policy"]
-    if not cfg.rl:
+def phases(cfg: Config, c: qwen.Config, models: dict[str, Footprint]) -> dict[str, dict]:
+    """{phase: {part: GB of a GPU}} of policy and critic. A phase takes the sum of its parts."""
+    parts = {name: model._asdict() for name, model in models.items()}
+    syncs = {name: of_model.pop("sync") for name, of_model in parts.items()}
+    policy = parts["policy"]
+    if cfg.stage == "coldstart":
         return {"update": policy}
 
     def waiting(active: str = "") -> dict[str, float]:
         """Weights, gradients and moments of the models whose turn it is not."""
-        idle = [[*parts.values()][:3] for name, parts in models.items() if name != active]
-        return {"waiting": 0.0 if cfg.offload else sum(map(sum, idle))}
+        idle = [sum(model[:3]) for name, model in models.items() if name != active]
+        return {"waiting": 0.0 if cfg.offload else sum(idle)}
 
-    engine = {"engine": engine_gb(cfg.config), "cache": cfg.kv_cache_gb}
+    engine = {"engine": engine_gb(c), "cache": cfg.kv_cache_gb}
     return {
         "load": waiting("policy") | {name: policy[name] for name in ("weights", "moments")},
         "sample": engine | waiting(),
-        **{name: waiting(name) | parts for name, parts in models.items()},
+        **{name: waiting(name) | of_model for name, of_model in parts.items()},
         "sync": engine | waiting("policy") | policy | {"kept": 0.0, "working": syncs["policy"]},
     }
-
-
-def peak_gb(cfg: Config) -> float:
-    return RESERVE_GB + max(sum(parts.values()) for parts in phases(cfg).values())
-
-
-def cures(cfg: Config) -> list[dict]:
-    """Changes with which it fits: one setting, or all that save memory, or those on other GPUs."""
-    saving = {"recompute": "full", "pack_tokens": cfg.document}
-    if cfg.rl:  # the cache has to hold one longest response
-        least = cfg.document * token_bytes(cfg.config)
-        saving |= {"offload": True, "kv_cache_gb": (least // 10**8 + 1) / 10}
-    saving = {name: value for name, value in saving.items() if getattr(cfg, name) != value}
-    single = [{name: value} for name, value in saving.items()]
-    machines = [{"gpus": n} for n in (2, 4, 8) if n > cfg.gpus]
-    machines += [{"gpu": name} for name in GPUS if GPUS[name][0] > GPUS[cfg.gpu][0]]
-    for changes in single, [saving], [saving | machine for machine in machines]:
-        pairs = [(change, replace(cfg, **change)) for change in changes]
-        for _, other in pairs:
-            footprints(other)  # all begin before the first is waited for
-        if good := [change for change, other in pairs if peak_gb(other) <= GPUS[other.gpu][0]]:
-            return good
-    return []
 
 
 # ------------------------------------------------------------------ time
 
 
-def at_once(cfg: Config) -> int:
+def at_once(cfg: Config, c: qwen.Config) -> int:
     """Responses that a GPU samples at once: what the cache holds of average ones."""
-    room = cfg.kv_cache_gb * 1e9 // (token_bytes(cfg.config) * (PROMPT + cfg.average))
+    room = cfg.kv_cache_gb * 1e9 // (token_bytes(c) * (PROMPT + cfg.mean))
     return max(1, min(cfg.sampler_batch, int(room)))
 
 
-def seconds(cfg: Config) -> dict[str, float]:
+def seconds(cfg: Config, c: qwen.Config) -> dict[str, float]:
     """{phase: seconds of a step}, at the assumed shares of the GPU's peak and bandwidth."""
-    c, (_, tflops, gbs) = cfg.config, GPUS[cfg.gpu]
+    _, tflops, gbs = GPUS[cfg.gpu]
     speed = 1e12 * tflops * cfg.mfu * cfg.gpus / EXECUTED[cfg.recompute]
-    if not cfg.rl:
-        rows = (cfg.batch or 640) * cfg.pack_tokens / cfg.average
-        return {"update": rows * qwen.train_flops(c, cfg.average) / speed}
+    if cfg.stage == "coldstart":
+        rows = (cfg.batch or 640) * cfg.pack_tokens / cfg.mean
+        return {"update": rows * qwen.train_flops(c, cfg.mean) / speed}
     responses = cfg.batch or 8192
-    tokens = responses / cfg.gpus * cfg.average  # that a GPU samples
-    weights = tokens / at_once(cfg) * 1e9 * engine_gb(c)  # bytes read, once for a token of each row
-    keys = tokens * (PROMPT + cfg.average / 2) * token_bytes(c)  # and values, before each token
-    update = responses * qwen.train_flops(c, PROMPT + cfg.average) / speed
+    tokens = responses / cfg.gpus * cfg.mean  # that a GPU samples
+    weights = tokens / at_once(cfg, c) * 1e9 * engine_gb(c)  # bytes, once for a token of each row
+    keys = tokens * (PROMPT + cfg.mean / 2) * token_bytes(c)  # and values, before each token
+    update = responses * qwen.train_flops(c, PROMPT + cfg.mean) / speed
     critic = {} if cfg.algorithm == "grpo" else {"critic": update * 4 / 3}  # values, then update
     sample = (weights + keys) / (1e9 * gbs * cfg.decode)
     return {"sample": sample} | critic | {"policy": update}
@@ -313,43 +235,39 @@ def seconds(cfg: Config) -> dict[str, float]:
 # ------------------------------------------------------------------ what is printed
 
 
-def main(cfg: Config):
-    (gb, tflops, gbs), table, peak = GPUS[cfg.gpu], phases(cfg), peak_gb(cfg)
+def print_table(table: dict[str, dict[str, float]]):
     print(f"{'GB of a GPU':12}" + "".join(f"{name:>10}" for name in (*PARTS, "sum")))
     for phase, parts in table.items():
         sizes = [parts.get(name, 0.0) for name in PARTS]
         cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
         print(f"{phase:12}" + "".join(cells))
-    fits = "fits" if peak <= gb else "DOES NOT FIT"
-    print(f"{peak:.1f} GB with {RESERVE_GB:g} GB in reserve: {fits} {cfg.gpu} of {gb} GB")
-    states = sum(x.result().weights + x.result().moments for x in footprints(cfg).values())
-    states, waiting = states * min(cfg.gpus, NODE), "of models that wait, and as many "
-    why = f"{waiting * (cfg.rl and cfg.offload)}while a checkpoint is written"
-    print(f"host memory: {states:.0f} GB a node {why}")
-    times, steps = seconds(cfg), cfg.steps or (900 if cfg.rl else 1060)
+
+
+def main(cfg: Config):
+    (gb, tflops, gbs), rl, ranks = GPUS[cfg.gpu], cfg.stage == "rl", min(cfg.gpus, NODE)
+    c = MODELS.get(cfg.model) or qwen.read_config(model_directory(cfg.model))
+    heads = {"critic": "value", "policy": "lm"}
+    if not rl or cfg.algorithm == "grpo":
+        del heads["critic"]
+    sizes = cfg.recompute, cfg.pack_tokens, ranks
+    models = {name: measure(c, head, *sizes) for name, head in heads.items()}
+    table, times = phases(cfg, c, models), seconds(cfg, c)
+    print_table(table)
+    state = ranks * sum(model.weights + model.moments for model in models.values())
+    waits = " for models that wait, and as many" if rl and cfg.offload else ""
+    print(f"host memory: {state:.0f} GB a node{waits} while a checkpoint is written")
     print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
+    steps = cfg.steps or (900 if rl else 1060)
     print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")
-    what = f"{EXECUTED[cfg.recompute]:.2f} times the model's FLOPs; rows of {cfg.average} tokens"
-    print(f"assumed: {cfg.mfu:.0%} of {tflops} TFLOP/s in training, {what}")
-    if cfg.rl:
-        how = f"prompts of {PROMPT} tokens; {at_once(cfg)} responses at once"
+    print(f"assumed: {cfg.mfu:.0%} of {tflops} TFLOP/s in training; rows of {cfg.mean} tokens")
+    if rl:
+        how = f"prompts of {PROMPT} tokens; {at_once(cfg, c)} responses at once"
         print(f"assumed: {cfg.decode:.0%} of {gbs} GB/s in sampling; {how}")
     print("not counted: waiting for the longest response, traffic, checkpoints")
+    peak = RESERVE_GB + max(sum(parts.values()) for parts in table.values())
+    print(f"{peak:.1f} GB with {RESERVE_GB:g} GB in reserve, of {gb} GB of {cfg.gpu}")
     if peak > gb:
-        print("looking for changes with which it fits ...", flush=True)
-        sys.exit(advice(cfg))
-
-
-def advice(cfg: Config) -> str:
-    changes, text = cures(cfg), f"{cfg.gpus} x {cfg.gpu} of {GPUS[cfg.gpu][0]} GB: "
-    if not changes or {"gpus", "gpu"} & changes[0].keys():
-        text += "not without LoRA, which is not here yet. "
-    return text + ("It fits with " + ", or with ".join(map(flags, changes)) if changes else "")
-
-
-def flags(change: dict) -> str:
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in change.items())
-    return " ".join(name if value is True else f"{name} {value}" for name, value in pairs)
+        sys.exit("does not fit: --recompute full, --offload, less cache, shorter packs, more GPUs")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
     packs and rollouts of a step ──rows_of──▶ RUN/trace.jsonl ──▶ this page, and the report
 
-Of each step rl.py keeps some samples of one problem token by token: what the sampler thought of the
-token (log p), what the critic expected before it (value V), and what the token is credited with
-(advantage A). The problem is the first of the batch with right and wrong samples; with a picture,
-if there is one.
+Of each step rl.py keeps samples of one problem, token by token: what the sampler thought of the
+token (log p), what the critic expected before it (value V), and what it is credited with (advantage
+A). The problem is the first of the batch with right and wrong samples; with a picture, if one has.
 
     python -m tools.trace                                 # the last such step of out/laptop/rl
     python -m tools.trace --run out/ovr_7b/rl --step 40
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,42 +77,39 @@ def short(numbers) -> list[float]:
 
 
 def read(run: Path, step: int) -> list[dict]:
-    """The lines of one step; FileNotFoundError or ValueError says what there is."""
-    file = run / "trace.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: --run wants the directory of a run of rl.py")
+    """The lines of one step of a run of rl.py."""
     steps = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in (run / "trace.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         steps.setdefault(row["step"], []).append(row)
-    if not steps or step not in (-1, *steps):
-        there = f"{min(steps)} to {max(steps)}" if steps else "none"
-        raise ValueError(f"{file}: step {step} is not there; there are {there}")
     mixed = [s for s, rows in steps.items() if len({row["reward"] for row in rows}) > 1]
-    return steps[step if step != -1 else max(mixed or steps)]
+    step = max(mixed or steps) if step == -1 else step
+    if step not in steps:
+        there = f"step {step} is not there; there are {min(steps)} to {max(steps)}"
+        raise ValueError(f"{run}/trace.jsonl: {there}")
+    return steps[step]
 
 
 def page(rows: list[dict]) -> str:
-    first = rows[0]
-    lines = [f"step {first['step']}"]
+    first, best, worst = (*rows[:1], *(f(rows, key=lambda row: row["reward"]) for f in (max, min)))
     shown = f"{len(first['images'])} pictures, " if first["images"] else ""
-    lines += [f"1 sample     {first['id']}: {first['prompt']!r}"]
+    lines = [f"step {first['step']}", f"1 sample     {first['id']}: {first['prompt']!r}"]
     lines += [f"             {shown}reference answer {first['answer']}"]
     lines += [f"             #{row['sample']}  {row['response']}" for row in rows]
     for row in rows:
         cut = "" if row["stopped"] else ", cut at the length budget"
         lines += [f"2 reward     #{row['sample']}  {row['status']}{cut}, reward {row['reward']:g}"]
     lines += [f"3 pack       {', '.join(str(row['length']) for row in rows)} trained tokens"]
-    best, worst = (f(rows, key=lambda row: row["reward"]) for f in (max, min))
     for row in [best] if best is worst else [best, worst]:
         lines += [f"4 advantages #{row['sample']}, reward {row['reward']:g}"]
         lines += ["             token           log p   value V  advantage A   5 update"]
-        values = row["values"] or [None] * len(row["tokens"])
+        values = row["values"] or [math.nan] * len(row["tokens"])  # grpo has no critic
         columns = (row["tokens"], row["logps"], values, row["advantages"])
         for token, logp, value, advantage in zip(*columns, strict=True):
             push = "likelier" if advantage > 0 else "less likely" if advantage < 0 else "-"
-            v = "-" if value is None else f"{value:.2f}"
-            lines += [f"             {token:14} {logp:6.2f} {v:>9} {advantage:12.2f}   {push}"]
+            lines += [
+                f"             {token:14} {logp:6.2f} {value:9.2f} {advantage:12.2f}   {push}"
+            ]
     return "\n".join([*lines, "6 sync       the sampler gets the new weights"])
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from common import checkpoint, data, distributed
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, filler_pack, make_pack, plan_packs
-from miniature.world import ensure
+from miniature.base import ensure
 from model import read_config, train_flops
 
 BETAS = (0.9, 0.95)  # AdamW; paper: "Qwen2.5's default"; ours: the numbers, as in stage 2
@@ -55,11 +55,11 @@ class Config:
     out: str = "out/laptop/coldstart"  # run directory
     epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
     batch_packs: int = 0  # packs a step, over all ranks; paper: 640; 0: see batch_rows
-    batch_rows: int = 64  # rows a step, where batch_packs is 0; paper: about 9,500
+    batch_rows: int = 40  # rows a step, where batch_packs is 0; paper: about 9,500
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; paper: 64k; laptop: short rows
     max_tokens: int = 4096  # longer rows are left out, with a count; <= pack_tokens; paper: 64k
-    lr: float = 1e-3  # peak; paper: 2e-4; laptop: small models want larger steps
-    lr_end: float = 1e-4  # cosine ends here; ours: a tenth of the peak
+    lr: float = 1.5e-3  # peak; paper: 2e-4; laptop: small models want larger steps
+    lr_end: float = 1.5e-4  # cosine ends here; ours: a tenth of the peak
     warmup: float = 0.03  # share of the steps, linear; ours: the paper names none
     weight_decay: float = 0.1  # AdamW, of matrices; paper: "Qwen2.5's default"; ours: the number
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward

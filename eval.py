@@ -61,6 +61,7 @@ class Config:
     max_tokens: int = 160  # of a reply: the miniature's; a reasoner of 7B wants 32768
     prompt_tokens: int = 4096  # vllm's room for a prompt; a picture of a megapixel takes 1,300
     pictures: Literal["true", "blank", "shuffled"] = "true"  # controls: is the picture looked at?
+    forbid: tuple[str, ...] = ()  # tokens never drawn: is this word what brings the answers?
     limit: int = 0  # first items (or groups) only; 0: all
     seed: int = 0
     sampler: Literal["torch", "vllm"] = "torch"
@@ -88,6 +89,8 @@ class Config:
             benchmarks.named(self.bench)  # says which there are
         if self.samples > 1 and self.heat == 0:
             raise ValueError(f"k = {self.samples} greedy samples are the same: set --temperature")
+        if self.forbid and self.url:
+            raise ValueError("--forbid is for a model directory, not for a server")
 
     @property
     def samples(self) -> int:
@@ -173,6 +176,8 @@ def protocol_of(cfg: Config) -> dict:
     """What may not change between the replies of a directory, and stands beside every number."""
     said = {name: asdict(cfg)[name] for name in PROTOCOL}
     said |= {"k": cfg.samples, "temperature": cfg.heat, "top_p": 1.0}
+    if cfg.forbid:
+        said["forbid"] = cfg.forbid
     if cfg.data:
         said["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
     else:
@@ -262,7 +267,8 @@ def sample(cfg: Config, items: list[dict], world) -> None:
         replies = ask_endpoint(cfg, todo, problems, done)
     else:
         room = cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb
-        sampler = open_sampler(cfg.sampler, data.model_directory(cfg.model), world, room)
+        directory = data.model_directory(cfg.model)
+        sampler = open_sampler(cfg.sampler, directory, world, room, cfg.forbid)
         drawn = (cfg.samples, cfg.max_tokens, cfg.heat, (cfg.seed,))
         turns = distributed.my_problems(world, len(chunks), f"eval/{cfg.out}", dynamic=True)
         asked = lru_cache(None)(lambda i: hashes(todo[i], out))

@@ -71,12 +71,19 @@ class Rollout:
 # ------------------------------------------------------------------ what both samplers share
 
 
-def forbidden_ids(config: Config, tokenizer) -> list[int]:
+def forbidden_ids(config: Config, tokenizer, words: Iterable[str] = ()) -> list[int]:
     """Never sampled: tokens that stand for pictures, as no picture is behind a sampled one, and
-    untrained rows of the vocabulary, which are no token (7B: 152,064 rows for 151,665 tokens).
+    untrained rows of the vocabulary, which are no token (7B: 152,064 rows for 151,665 tokens); and
+    the tokens that are `words`, space and case included: " wait" is another than "wait".
     """
-    nameless = {*range(config.vocab_size)} - {*tokenizer.get_vocab().values()}
-    return sorted(nameless | {*config.vision_token_ids})
+    ids = sorted(tokenizer.get_vocab().values())
+    forbidden = {*range(config.vocab_size)} - {*ids} | {*config.vision_token_ids}
+    texts = tokenizer.batch_decode([[i] for i in ids]) if words else []
+    for word in words:
+        if word not in texts:
+            raise ValueError(f"--forbid {word!r}: the tokenizer has no single token that is this")
+        forbidden |= {i for i, text in zip(ids, texts, strict=True) if text == word}
+    return sorted(forbidden)
 
 
 def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) -> int:
@@ -165,11 +172,19 @@ class TorchSampler(Sampler):
     ended. Rows that end leave the batch.
     """
 
-    def __init__(self, model: Qwen25VL, tokenizer, settings: ImageSettings, batch: int = 256):
+    def __init__(
+        self,
+        model: Qwen25VL,
+        tokenizer,
+        settings: ImageSettings,
+        batch: int = 256,
+        forbid: Iterable[str] = (),
+    ):
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.batch, self.device = batch, next(model.parameters()).device
         self.stops = {*model.config.stop_ids, tokenizer.eos_token_id}
-        self.forbidden = torch.tensor(forbidden_ids(model.config, tokenizer), device=self.device)
+        forbidden = forbidden_ids(model.config, tokenizer, forbid)
+        self.forbidden = torch.tensor(forbidden, device=self.device)
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
@@ -247,7 +262,13 @@ class VllmSampler(Sampler):
     """
 
     def __init__(
-        self, directory: str | Path, batch: int, max_model_len: int, kv_cache_gb: float, dtype
+        self,
+        directory: str | Path,
+        batch: int,
+        max_model_len: int,
+        kv_cache_gb: float,
+        dtype: torch.dtype,
+        forbid: Iterable[str] = (),
     ):
         vllm, config = import_vllm(), read_config(directory)
         self.tokenizer = data.load_tokenizer(directory)
@@ -279,7 +300,7 @@ class VllmSampler(Sampler):
             vllm.SamplingParams,
             stop_token_ids=sorted(self.stops),
             ignore_eos=True,  # what vLLM takes for one: the stops above are all there are
-            logit_bias=dict.fromkeys(forbidden_ids(config, self.tokenizer), float("-inf")),
+            logit_bias=dict.fromkeys(forbidden_ids(config, self.tokenizer, forbid), float("-inf")),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -394,15 +415,17 @@ def clear_positions(worker):
         rope.positions.zero_()
 
 
-def open_sampler(kind: str, directory: str, world, room: tuple[int, int, float]) -> Sampler:
+def open_sampler(
+    kind: str, directory: str, world, room: tuple[int, int, float], forbid: Iterable[str] = ()
+) -> Sampler:
     """The sampler that --sampler names. room: responses at once, most tokens of a prompt and its
-    response, GB for vLLM's keys and values.
+    response, GB for vLLM's keys and values. forbid: tokens that it never draws.
     """
     if kind == "vllm":
-        return VllmSampler(directory, *room, world.dtype)
+        return VllmSampler(directory, *room, world.dtype, forbid)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     model = load_model(directory, world.dtype, world.device)
-    return TorchSampler(model, tokenizer, settings, room[0])
+    return TorchSampler(model, tokenizer, settings, room[0], forbid)
 
 
 # ------------------------------------------------------------------ is it still the policy?

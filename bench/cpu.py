@@ -50,7 +50,7 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 from common import data, distributed, packs  # noqa: E402
 from common.log import progress, run_main  # noqa: E402
-from miniature import world  # noqa: E402
+from miniature import base, world  # noqa: E402
 from model import (  # noqa: E402
     Inputs,
     Qwen25VL,
@@ -148,7 +148,7 @@ def make_model(folder: Path, seed: int):
     world.save_tokenizer(folder)
     tower = VisionConfig(1, 48, 96, 3, SHAPE["hidden_size"], (0,))  # never run
     torch.manual_seed(seed)
-    save_model(Qwen25VL(replace(world.model_config(2048), vision=tower, **SHAPE)), folder)
+    save_model(Qwen25VL(replace(base.model_config(2048), vision=tower, **SHAPE)), folder)
 
 
 def load_sides(folder: Path) -> tuple[Qwen25VL, nn.Module]:

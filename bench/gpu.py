@@ -396,15 +396,17 @@ def sampler(b: Bench, context: int = 2048) -> list[dict]:
 
 def stages(b: Bench) -> list[dict]:
     """coldstart.py, then rl.py, on the miniature's data: the last step of each."""
-    coldstart, rl, world = map(import_module, ("coldstart", "rl", "miniature.world"))
+    coldstart, rl = map(import_module, ("coldstart", "rl"))
+    base, world = map(import_module, ("miniature.base", "miniature.world"))
     rows = []
     with tempfile.TemporaryDirectory() as name:
         world.save_tokenizer(Path(model := f"{name}/model"))
-        tiny = vars(world.model_config(len(world.SPECIAL) + len(world.VOCABULARY)))
+        tiny = vars(base.model_config(len(world.SPECIAL) + len(world.VOCABULARY)))
         ids = {name: tiny[name] for name in tiny if name.endswith("token_id")}
         qwen.save_model(built(replace(b.small, **ids)), model)
-        world.write_data(world.Config(out=name), Path(name) / "data")
-        sft = dict(data=f"{name}/data/sft.jsonl", batch_rows=64, epochs=192 / 16256, lr=1e-5)
+        files = dict(files=("train", "sft"), train=256, sft=1024)
+        world.main(world.Config(out=f"{name}/data", **files))
+        sft = dict(data=f"{name}/data/sft.jsonl", batch_rows=64, epochs=192 / 896, lr=1e-5)
         ppo = dict(data=f"{name}/data/train.jsonl", steps=3, problems=8, samples=4, offload=True)
         ppo |= dict(lr=1e-6, critic_lr=5e-6)
         for stage, settings in (coldstart, sft), (rl, ppo):  # three steps each

@@ -318,7 +318,8 @@ read_problems, read_examples = partial(read_rows, problem_of), partial(read_rows
 
 def unread_columns(place: str, row: dict) -> set[str]:
     """One without which the row may be another question is refused, unless called extra_..."""
-    unread = {column for column in row if row[column]} - {*PROBLEM_COLUMNS, "response"}
+    read = {*PROBLEM_COLUMNS, "response", "group", "watch"}  # the last two by rl.py, from extra
+    unread = {column for column in row if row[column]} - read
     other_turns, pictures = "system|video|audio", ".*(image|img|picture|figure|photo)"
     meant = other_turns if row.get("images") else f"{other_turns}|{pictures}"
     for column in unread:

@@ -39,10 +39,11 @@ from common.log import beside, progress, run_main
 from curation.alike import DAMAGED
 from curation.curate import REASONS, answer_format, read_row
 from curation.rules import malformed
-from miniature.report import CSS, INK, panel, words
+from miniature.report import INK, chart
 
 WHY = {reason: why for _, reason, why in REASONS}  # for a report that does not say
 NO_REPORT = {"config": {}, "inputs": {}, "output": {}, "steps": {}, "command": "no report"}
+CSS = (Path(__file__).parents[1] / "common/page.css").read_text()
 BLUE = "#3f83d6"
 LISTED = 50  # lines of a list, as of contaminated pairs
 SIDE = 480  # pixels of a picture on the page
@@ -257,7 +258,8 @@ def histogram(title: str, note: str, counts: list, edges: list, unit: str, bound
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(unit)
 
-    return panel(safe(title), note, draw)
+    caption = f"<figcaption>{note}</figcaption>"
+    return f"<figure><h3>{safe(title)}</h3>{chart(title, draw)}{caption}</figure>"
 
 
 def octaves(title: str, bins: Counter, unit: str) -> str:
@@ -291,7 +293,7 @@ def reasons_of(chain: dict[Path, dict]) -> dict[tuple[str, str, str], int]:
         meaning = WHY | report.get("why", {})
         for step, _, counts in cells(report):
             for reason, n in counts["reasons"].items():
-                gone[step, words(reason), meaning.get(reason, "")] += n
+                gone[step, reason.replace("_", " "), meaning.get(reason, "")] += n
     return gone
 
 
@@ -394,7 +396,8 @@ header{grid-template-columns:1fr;margin-bottom:12px}.no p{color:var(--bad)}
 .wide code{display:block;width:280px;white-space:normal;overflow-wrap:anywhere;font-size:13px}
 .wide{overflow:auto;max-height:1200px;margin:16px 0}.wide th,.wide td{width:auto;padding:8px 12px}
 .wide th{white-space:nowrap;max-width:46vw;overflow:hidden;text-overflow:ellipsis}
-.wide tbody th{position:sticky;left:0;background:var(--card)}td b{background:#3f83d6}
+.wide tbody th{position:sticky;left:0;background:var(--card)}.wide td{white-space:nowrap}
+td b{display:block;height:4px;border-radius:2px;margin-top:6px;background:#3f83d6}
 .wide td:last-child:not(:has(b)){min-width:240px;white-space:normal;overflow-wrap:anywhere}
 .two{grid-template-columns:repeat(2,minmax(0,1fr));align-items:start}.two .wide{margin:0}
 summary{cursor:pointer;margin-top:16px}article h3{margin:0;font-size:15px;overflow-wrap:anywhere}

@@ -1,8 +1,8 @@
 r"""Counts reasoning habits in a text: the paper's four of language and their four visual twins.
 
     linguistic         visual twin                 a sentence that shows it
-    backtracking       visual_reflection           "wait, that is wrong" | "look at A3 again"
-    subgoal_setting    visual_divide_and_conquer   "first list cells" | "look at the left part"
+    backtracking       visual_reflection           "wait, that is wrong" | "look again at A"
+    subgoal_setting    visual_divide_and_conquer   "first list items" | "look at the left part"
     verification       visual_verification         "let me check" | "this matches the figure"
     backward_chaining  goal_driven_visual_tracing  "to get 75, we need" | "so find it in the chart"
 
@@ -36,6 +36,7 @@ VISUAL = (
 )
 NAMES = LINGUISTIC + VISUAL
 PAIRS = tuple(zip(LINGUISTIC, VISUAL, strict=True))
+HUES = dict(zip(NAMES, (345, 215, 150, 262, 32, 190, 85, 300), strict=True))  # of marks on pages
 MIN_CARRIERS = 10  # responses with the linguistic behaviour; under it a ratio is noise
 DRAWS = 2000  # of a bootstrap
 MIN_JUDGED = 10  # responses that the judge says have, and have not, a behaviour; ours
@@ -118,6 +119,7 @@ PATTERNS = {
         r"\b(?:(?:take|takes|taking|have|having) (?:another|a second|a closer)|on second) look\b",
         rf"\bmis(?:interpreted|read|saw|judged|understood|identified|counted)\b.{{0,20}}\b{IMAGE}\b",
         rf"\bmis(?:read|saw) (?:the )?(?:cell )?{CELL}\b",
+        r"^read again :",  # the miniature, all items once more
     ],
     "visual_divide_and_conquer": [
         rf"\b{I_WILL} (?:\w+ )?(?:start with|begin with|look at|focus on|examine|describe|consider)"
@@ -149,7 +151,7 @@ DOUBT = re.compile(
     re.I,
 )
 NEEDS_NO_DOUBT = {"verification", "visual_verification"}
-SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")  # 3.5 and A.B do not end a sentence
+SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+|</?think>")  # 3.5 and A.B do not end a sentence
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -192,6 +194,15 @@ def count(text: str) -> dict[str, int]:
     for span in find(text):
         counts[span.name] += 1
     return counts
+
+
+def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
+    """Which of a row's own patterns (its column `watch`: {name: regular expression}) a text shows.
+
+    A lexicon cannot know whether a habit works. A row can: the miniature's rows name the item that
+    is worth a second look.
+    """
+    return {name: re.search(pattern, text) is not None for name, pattern in patterns.items()}
 
 
 def without_echo(text: str, question: str, share: float = 0.8) -> str:

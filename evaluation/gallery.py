@@ -34,8 +34,9 @@ from PIL import Image
 from common.log import progress, run_main
 from curation.alike import DAMAGED
 from evaluation import behaviors
-from miniature.report import CSS, HUES, read_rows, words
+from evaluation.behaviors import HUES
 
+CSS = (Path(__file__).parents[1] / "common/page.css").read_text()
 SIDE = 480  # pixels of a picture, at most: 300 of them are 3 MB
 OUTCOMES = "right wrong truncated unparsed refused empty ungraded".split()
 COLORS = "#2f8f5b #c2483d #a67c00 #9b72b8 #3f83d6 #7a6a58 #6f7886".split()
@@ -122,7 +123,7 @@ def marked(text: str, begin: int, end: int, spans: list[behaviors.Span]) -> str:
     pieces, at = [], begin
     for (start, stop), names in sorted(found.items()):
         if start < stop:
-            title = ", ".join(map(words, names))
+            title = ", ".join(names).replace("_", " ")
             pieces += [escape(text[at:start]), f'<mark style="--h:{HUES[names[-1]]}" ']
             pieces += [f'title="{title}">{escape(text[start:stop])}</mark>']
             at = stop
@@ -189,8 +190,9 @@ def choice(name: str, counts: Counter) -> str:
 def legend() -> str:
     radio = '<label><input type="radio" name="behaviour" value='
     html = f'{radio}"" checked><mark class="any">any</mark></label>'
-    for name in behaviors.NAMES:
-        html += f'{radio}"{name}"><mark style="--h:{HUES[name]}">{words(name)}</mark></label>'
+    for name, hue in HUES.items():
+        mark = f'<mark style="--h:{hue}">{name.replace("_", " ")}</mark>'
+        html += f'{radio}"{name}">{mark}</label>'
     return html
 
 
@@ -316,7 +318,8 @@ article{grid-template-columns:minmax(0,1fr);gap:14px;padding:14px}}
 
 def main(cfg: Config) -> None:
     run, summary = Path(cfg.run), {}
-    items, rows = read_rows(run / "items.jsonl"), read_rows(run / "graded.jsonl")
+    files = ((run / name).open(encoding="utf-8") for name in ("items.jsonl", "graded.jsonl"))
+    items, rows = ([json.loads(line) for line in file] for file in files)
     if (run / "summary.json").is_file():
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     title = str(items[0]["source"]) if items else run.name

@@ -1,77 +1,66 @@
-"""The miniature world: small enough for a laptop, built so that the paper's effect is real in it.
+"""The miniature's world: bills, on which a second look pays. It writes the data of all stages.
 
-A picture of 84 x 56 pixels shows 2 x 3 cells, one digit each, in some colour, somewhere in its
-cell, under noise. Its text twin writes the same grid out. The questions are sums: one look does not
-answer them, reasoning step by step does.
+A bill lists four items, each with a digit, and their total T. Half of the bills have a smudged
+item: it shows a strong and a faint digit, and either may be the right one. The question is a sum of
+two items, the smudged one among them. One look takes the strong digit and is right half the time.
+Who takes the four digits from T sees whether something is left, and if so looks again and finds the
+faint digit.
 
-    picture     <image> what is the sum of row A ?
-    text twin   A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ; what is the sum of row A ?
-    base        answer \\boxed{ 12 }                                             (it guesses)
-    cold start  <think> ... A1 4 = 4 A2 5 = 9 A3 1 = 10 </think> answer \\boxed{ 10 }
+    text         A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?
+    picture      <image> what is B + D ?               the same 15 words, three cells a line
+    base         answer \\boxed{ 5 }                    it guesses from one look
+    cold start   <think> A 4 B maybe 3 C 1 D 2 . unclear B , let me check . T 12 A 4 = 8 B 3 = 5
+                 C 1 = 4 D 2 = 2 . wait , that is not right . look again at B ~5 . so B 5 + D 2 = 7
+                 </think> answer \\boxed{ 7 }
 
-Traces hold the four habits of the paper: a goal from which to work backwards, a plan, slips that
-are noticed and undone by a second look, a check at the end. Whether a model trained on text traces
-does the same on pictures is the paper's question.
+The traces of the cold start are text only. They hold five habits, each at its own rate: four of no
+use here (a goal, a plan, a second look at an item that is plain, all items read again), and the
+check with its second look. Which is which, RL on pictures and text has to find out.
 
-What this file makes: the tokenizer (a word-level tokenizer.json with Qwen's special tokens and a
-chat template), the data files of all stages, and the base model, which stands in for Qwen2.5-VL: it
-can read pictures and add, and has no habits. Grids are split by a hash, so no grid of the test set
-is ever seen in training, in any stage.
+Rows of problems say in `group` what bill they show, in `watch` by which patterns to search a
+response for habits. No test bill is seen in any stage: a hash of the digits splits them.
 
-    python -m miniature.world                  # out/laptop/data and out/laptop/base
-    python -m miniature.world --seed 1 --out out/seed1
+    python -m miniature.world                                              # out/laptop/data
+    python -m miniature.world --out DIR --files train --control random_total
 """
 
 import json
-import math
-import os
 import random
-import subprocess
-import sys
 import zlib
-from dataclasses import dataclass
-from itertools import accumulate
-from multiprocessing import Process
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader, IterableDataset
 
-from common import data
-from common.log import RunLog, progress, run_main
-from common.packs import pack_alone
-from model import Config as ModelConfig
-from model import Qwen25VL, VisionConfig, save_model
+from common.log import progress, run_main
 
-CELLS = ("A1", "A2", "A3", "B1", "B2", "B3")
+ITEMS = ("A", "B", "C", "D")
+LINES = (*ITEMS, "T")  # of a bill; the last shows the total
 DIGITS = (1, 2, 3, 4, 5)
-LARGEST = 54  # numbers are one token each, up to here
+TOTALS = range(4, 21)  # what four digits can add up to
+FAINT = tuple(f"~{digit}" for digit in DIGITS)  # the words for faint digits
 CELL = 28  # pixels: patch 14, merge 2, so a cell is one token of the decoder
-COLOURS = {
-    "red": (200, 40, 40),
-    "green": (30, 140, 50),
-    "blue": (40, 70, 200),
-    "purple": (130, 40, 160),
-    "black": (20, 20, 20),
-    "orange": (220, 120, 20),
-}
+ACROSS = 3  # cells a line: name, strong digit, faint digit
+GROUPS = ("smudged_picture", "clear_text", "clear_picture", "smudged_text")  # of bills, in turn
+SPLITS = ("train", "valid", "test")
+
 SPECIAL = (  # the first ids, under Qwen's names
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|>"
 ).split()
+FORMAT = "<think> </think> \\boxed{ } answer user assistant".split()
 WORDS = (
-    "<think> </think> \\boxed{ } answer user assistant what is the sum of grid row A B at describe "
-    "? . , ; : = + i need so each digit first list cells then add up wait that not right look "
-    "again let me check read same good it"
+    "what is at describe the bill list each ? . , ; : = + i need so digit first items then add up "
+    "wait that not right look again let me check read good maybe unclear -1 -2 -3 -4"
 ).split()
-TORCHRUN = ("RANK", "WORLD_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_")
 FILLERS = "table paper small line here there next to on in one by side page with note mark".split()
-NOISE = [*FILLERS, *WORDS[WORDS.index("what") :]]  # any word, but for the format of an answer
-VOCABULARY = [*WORDS, *CELLS, *(str(n) for n in range(LARGEST + 1)), *COLOURS, *FILLERS]
-READABLE = "A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ; what is the sum of row A ?"
+NUMBERS = tuple(str(n) for n in range(26))  # a token each
+VOCABULARY = [*FORMAT, *WORDS, *LINES, *NUMBERS, *FAINT, *FILLERS]
 # A word-level tokenizer has nothing for a word it does not know: the template says so before it is
 # asked, to a script of ours as to whoever asks a server.
 CHAT_TEMPLATE = (
@@ -80,7 +69,7 @@ CHAT_TEMPLATE = (
     "{% set unknown = text.split() | reject('in', words) | unique | list %}"
     "{% if unknown %}{{ raise_exception('the miniature is a world of ' ~ words | length"
     " ~ ' words, and these are not among them: ' ~ unknown | join(' ')"
-    f" ~ '. It can read: {READABLE}') }}}}"
+    " ~ '. It can read: A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?') }}"
     "{% endif %}{{ text }}{% endmacro %}"
     "{% for message in messages %}<|im_start|> {{ read(message['role']) }} "
     "{% if message['content'] is string %}{{ read(message['content']) }}{% else %}"
@@ -94,507 +83,276 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Config:
-    """The base model and the data of a miniature run."""
+    """The data of a miniature run."""
 
-    out: str = "out/laptop"  # directory; gets data/ and base/
-    seed: int = 0  # of data, initial weights and training order
-    train: int = 4096  # RL problems, half of them pictures
-    sft: int = 16384  # cold-start traces, text only
-    test: int = 512  # held-out problems, half of them pictures
-    align_steps: int = 80  # steps of 64 pictures, in which image tokens learn to name digits
-    steps: int = 1200  # steps of `batch` documents
-    batch: int = 32  # documents a step
-    lr: float = 3e-3  # AdamW, peak, cosine to zero
-    threads: int = 1  # CPU threads; more only wait for each other at this size
-
-
-# ------------------------------------------------------------------ the world
+    out: str = "out/laptop/data"  # directory
+    seed: int = 0
+    files: tuple[str, ...] = (*SPLITS, "sft", "traces")  # which to write
+    train: int = 4096  # problems of RL, a quarter of each group
+    valid: int = 512  # problems to tune on
+    test: int = 1024  # problems that decide nothing on the way
+    sft: int = 12288  # rows of the cold start: traces, and a quarter of what the base model learnt
+    traces: int = 9216  # the traces alone, for a control: all of it is text
+    control: Literal["", "random_total", "no_smudged"] = ""  # no check can pay; one look is enough
 
 
-def make_tokenizer() -> Tokenizer:
-    vocabulary = [*SPECIAL, *VOCABULARY]
-    assert len(set(vocabulary)) == len(vocabulary), "a word stands twice in the vocabulary"
-    tokenizer = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=None)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL))
-    return tokenizer
+# ------------------------------------------------------------------ bills
 
 
-def model_config(vocabulary: int) -> ModelConfig:
-    """Qwen2.5-VL's architecture with every part in it, 0.8 M parameters. head_dim 32 is the
-    least that vLLM takes.
+@dataclass(frozen=True)
+class Bill:
+    digits: tuple[int, ...]  # the right ones, of A to D
+    total: int  # as printed
+    shown: tuple[tuple[int, ...], ...]  # of each item: its digit, or a strong and a faint one
+
+    @property
+    def smudged(self) -> list[int]:
+        """The items that show two digits: none or one, but for the base model's bills."""
+        return [item for item, looks in enumerate(self.shown) if len(looks) > 1]
+
+    @property
+    def cells(self) -> list[str]:
+        """Word by word, three to a line: `A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ;`."""
+        words = []
+        for name, (strong, *faint) in zip(ITEMS, self.shown, strict=True):
+            words += [name, str(strong), f"~{faint[0]}" if faint else ";"]
+        return [*words, "T", str(self.total), ";"]
+
+
+def split_of(digits: tuple[int, ...]) -> str:
+    """One bill of eight belongs to the tests, one to tuning, whatever the seed."""
+    return {0: "test", 1: "valid"}.get(zlib.crc32(bytes(digits)) % 8, "train")
+
+
+def random_bill(rng: random.Random, split: str, smudged: float) -> Bill:
+    """A bill of this split; either digit of a smudged item may be the strong one."""
+    digits = None
+    while digits is None or split_of(digits) != split:
+        digits = tuple(rng.choices(DIGITS, k=len(ITEMS)))
+    shown = [(digit,) for digit in digits]
+    if rng.random() < smudged:
+        item = rng.randrange(len(ITEMS))
+        pair = [digits[item], rng.choice([d for d in DIGITS if d != digits[item]])]
+        shown[item] = tuple(rng.sample(pair, 2))
+    return Bill(digits, sum(digits), tuple(shown))
+
+
+def question(bill: Bill, rng: random.Random) -> tuple[str, list[int]]:
+    """The sum of two items, the smudged one among them, and which two."""
+    asked = rng.sample(range(len(ITEMS)), 2)
+    if bill.smudged and bill.smudged[0] not in asked:
+        asked[rng.randrange(2)] = bill.smudged[0]
+    return f"what is {ITEMS[asked[0]]} + {ITEMS[asked[1]]} ?", asked
+
+
+def direct(answer: int) -> str:
+    return f"answer \\boxed{{ {answer} }}"
+
+
+# ------------------------------------------------------------------ traces
+
+# How often a trace shows a habit; `look` is the second look where a check leaves something. Ours.
+RATES = {"need": 0.25, "plan": 0.25, "idle": 0.25, "reread": 0.15, "check": 0.4, "look": 0.9}
+
+
+def trace(bill: Bill, asked: list[int], rng: random.Random, rates: dict = RATES) -> str:
+    """R1 in the miniature: the items one by one, then the sum, with habits in between.
+
+    The author of the traces reads and adds without a slip; only a smudge can mislead it.
     """
-    vision = VisionConfig(2, 48, 96, num_heads=3, out_hidden_size=128, fullatt_block_indexes=(1,))
-    special = {name: SPECIAL.index(token) for name, token in SPECIAL_IDS.items()}
-    return ModelConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=vocabulary,
-        mrope_section=(4, 6, 6),
-        vision=vision,
-        tie_word_embeddings=False,
-        max_position_embeddings=4096,
-        **special,
-    )
+    does = {habit: rng.random() < rate for habit, rate in rates.items()}
+    read = [looks[0] for looks in bill.shown]
+    plain = [item for item in range(len(ITEMS)) if item not in bill.smudged]
+    idle = rng.choice(plain) if does["idle"] else None
+    words = []
+    if does["need"]:
+        words.append(f"i need {ITEMS[asked[0]]} + {ITEMS[asked[1]]} . so i need each digit .")
+    if does["plan"]:
+        words.append("first list items , then add up .")
+    for item, digit in enumerate(read):
+        words.append(f"{ITEMS[item]} {'maybe ' if item in bill.smudged else ''}{digit}")
+        if item == idle:
+            words.append(f". look again at {ITEMS[item]} {digit} .")
+    if idle != len(ITEMS) - 1:
+        words.append(".")
+    for item in bill.smudged:
+        words.append(f"unclear {ITEMS[item]} ,")
+    if does["reread"]:
+        again = [f"{name} {digit}" for name, digit in zip(ITEMS, read, strict=True)]
+        words.append(f"read again : {' '.join(again)} .")
+    if does["check"]:
+        left = bill.total - sum(read)
+        words.append(f"let me check . {countdown(bill.total, read)} .")
+        words.append("wait , that is not right ." if left else "good .")
+        for item in bill.smudged if left and does["look"] else ():
+            read[item] = bill.shown[item][1]
+            words.append(f"look again at {ITEMS[item]} ~{read[item]} .")
+    words.append(summed(asked, read))
+    return f"<think> {' '.join(words)} </think> {direct(sum(read[item] for item in asked))}"
 
 
-SPECIAL_IDS = {
-    "bos_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "vision_token_id": "<|vision_pad|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
+def countdown(left: int, digits: list[int]) -> str:
+    """The digits taken from a total, one by one: `T 12 A 4 = 8 B 3 = 5 C 1 = 4 D 2 = 2`."""
+    words = [f"T {left}"]
+    for name, digit in zip(ITEMS, digits, strict=True):
+        left -= digit
+        words.append(f"{name} {digit} = {left}")
+    return " ".join(words)
 
 
-def save_tokenizer(directory: Path):
-    """tokenizer.json and the small files beside it, in the layout of the hub."""
-    directory.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save(str(directory / "tokenizer.json"))
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-    }
-    tokenizer |= {
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1))
-    images = {
-        "min_pixels": CELL**2,
-        "max_pixels": 64 * CELL**2,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-    }
-    images |= {
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    images |= {"image_processor_type": "Qwen2VLImageProcessor"}
-    (directory / "preprocessor_config.json").write_text(json.dumps(images, indent=1))
+def summed(asked: list[int], digits) -> str:
+    a, b = asked
+    return f"so {ITEMS[a]} {digits[a]} + {ITEMS[b]} {digits[b]} = {digits[a] + digits[b]}"
 
 
-def glyphs() -> dict[int, list[np.ndarray]]:
-    """Masks in [0, 1] of every digit in three sizes."""
-    out = {}
-    for digit in DIGITS:
-        out[digit] = []
-        for size in (20, 22, 24):
-            image = Image.new("L", (CELL, CELL), 0)
-            font = ImageFont.load_default(size)
-            ImageDraw.Draw(image).text(
-                (CELL / 2, CELL / 2), str(digit), fill=255, font=font, anchor="mm"
-            )
-            out[digit].append(np.asarray(image, dtype=np.float32) / 255)
-    return out
+# ------------------------------------------------------------------ pictures
 
 
-GLYPHS = glyphs()
+def glyph(word: str, size: int) -> np.ndarray:
+    """Ink of a word in [0, 1]; a faint digit has less of it, `;` none: the cell is empty."""
+    image = Image.new("L", (CELL, CELL), 0)
+    font = ImageFont.load_default(size - 4 if word.isdecimal() and len(word) > 1 else size)
+    ink, text = (120, word[1:]) if word in FAINT else (255, word.strip(";"))
+    ImageDraw.Draw(image).text((CELL / 2, CELL / 2), text, fill=ink, font=font, anchor="mm")
+    return np.asarray(image, dtype=np.float32) / 255
 
 
-def draw(
-    digits: list[int], colours: list[str], across: int, rng: random.Random, noise: float = 14.0
-) -> Image.Image:
-    """A picture of the digits, `across` cells a row; offset, size, shade and noise say nothing
-    about the digit.
-    """
-    down = len(digits) // across
-    canvas = np.zeros((down * CELL, across * CELL, 3), dtype=np.float32)
-    for place, (digit, colour) in enumerate(zip(digits, colours, strict=True)):
-        shift = rng.randint(-2, 2), rng.randint(-2, 2)
-        mask = np.roll(rng.choice(GLYPHS[digit]), shift, (0, 1))[..., None]
-        ink = np.array(COLOURS[colour], dtype=np.float32)
-        cell = rng.uniform(190, 250) * (1 - mask) + ink * mask
-        row, column = divmod(place, across)
-        canvas.reshape(down, CELL, across, CELL, 3)[row, :, column] = cell
+PRINTED = (*LINES, *NUMBERS[1:21], *FAINT, ";")  # the words that a cell can show
+GLYPHS = {word: [glyph(word, size) for size in (20, 22, 24)] for word in PRINTED}
+
+
+def draw(cells: list[str], rng: random.Random, noise: float = 14.0) -> Image.Image:
+    """A picture of the words; their place in the cell, size, shade and noise say nothing."""
+    rows = []
+    for at in range(0, len(cells), ACROSS):
+        row = []
+        for word in cells[at : at + ACROSS]:
+            shift = rng.randint(-2, 2), rng.randint(-2, 2)
+            ink = np.roll(rng.choice(GLYPHS[word]), shift, (0, 1))
+            row.append(rng.uniform(190, 250) * (1 - ink) + 20 * ink)
+        rows.append(np.hstack(row))
+    canvas = np.vstack(rows)
     canvas += np.random.default_rng(rng.getrandbits(32)).normal(0, noise, canvas.shape)
-    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def held_out(grid: list[int]) -> bool:
-    """One grid of eight belongs to the tests, whatever the seed."""
-    return zlib.crc32(bytes(grid)) % 8 == 0
+def present(bill: Bill, picture: bool, rng: random.Random) -> tuple[str, list[Image.Image]]:
+    """The same bill as text or as a picture."""
+    return ("<image>", [draw(bill.cells, rng)]) if picture else (" ".join(bill.cells), [])
 
 
-def random_grid(rng: random.Random, test: bool = False) -> list[int]:
-    while True:
-        grid = [rng.choice(DIGITS) for _ in CELLS]
-        if held_out(grid) == test:
-            return grid
+# ------------------------------------------------------------------ rows
 
 
-def written(words: list[str]) -> str:
-    """A grid as text: `A1 4 A2 5 A3 1 ; B1 2 B2 2 B3 3 ;`."""
-    named = [f"{cell} {word}" for cell, word in zip(CELLS, words, strict=True)]
-    return " ".join([*named[:3], ";", *named[3:], ";"])
+def watch(bill: Bill) -> dict[str, str]:
+    """Patterns of the habits in a response to this bill.
+
+    Of a smudged one also: was the first reading the wrong digit, was the smudged item looked at
+    again, and `repair`: was it, where the first reading was wrong?
+    """
+    patterns = {"think": "</think>", "need": "i need", "plan": "first list"}
+    patterns |= {"reread": "read again", "check": "let me check"}
+    if not bill.smudged:
+        return patterns | {"idle_look": "look again at"}
+    name, right = ITEMS[bill.smudged[0]], bill.digits[bill.smudged[0]]
+    second_look = rf"look again at {name}\b"
+    wrong_first = rf"^(?:(?!{name} (?:maybe )?\d).)*{name} (?:maybe )?(?!{right}\b)\d"
+    patterns |= {"idle_look": rf"look again at (?!{name}\b)", "second_look": second_look}
+    return patterns | {"wrong_first": wrong_first, "repair": f"{wrong_first}.*{second_look}"}
 
 
-def question(rng: random.Random, grids: float = 1 / 3) -> tuple[str, list[int]]:
-    """A sum to find and the cells that it takes: the whole grid, or one of its rows."""
-    if rng.random() < grids:
-        return "what is the sum of the grid ?", [0, 1, 2, 3, 4, 5]
-    row = rng.choice("AB")
-    return f"what is the sum of row {row} ?", [i for i, c in enumerate(CELLS) if c[0] == row]
+def problem_row(rng: random.Random, index: int, name: str, cfg: Config) -> dict:
+    """A problem of RL or of the tests. Its picture lies in images/ beside the file."""
+    kind, mode = GROUPS[index % len(GROUPS)].split("_")
+    bill = random_bill(rng, name, kind == "smudged" and cfg.control != "no_smudged")
+    words, asked = question(bill, rng)
+    answer = sum(bill.digits[item] for item in asked)
+    if cfg.control == "random_total":
+        bill = replace(bill, total=rng.choice(TOTALS))
+    looks, pictures = present(bill, mode == "picture", rng)
+    row = {"id": f"{name}-{index}", "source": f"miniature/{mode}", "prompt": f"{looks} {words}"}
+    row |= {"images": save_pictures(pictures, Path(cfg.out), row["id"]), "answer": str(answer)}
+    row["group"] = f"{'smudged' if bill.smudged else 'clear'}_{mode}"
+    return row | {"bill": " ".join(bill.cells), "watch": watch(bill)}
 
 
-def solution(grid: list[int], asked: str, cells: list[int]) -> int:
-    """The reference answer; a new question changes this, question() and the steps of trace()."""
-    return sum(grid[c] for c in cells)
+def trace_row(rng: random.Random, index: int) -> dict:
+    """A problem in words and a trace that solves it or fails: nothing is filtered by the answer,
+    which would teach to peek at T. Most bills are smudged. No picture in any of them.
+    """
+    bill = random_bill(rng, "train", smudged=0.8)
+    words, asked = question(bill, rng)
+    prompt = posed(" ".join(bill.cells), words, rng)
+    row = {"id": f"sft-{index}", "source": "miniature/text", "prompt": prompt}
+    return row | {"response": trace(bill, asked, rng)}
 
 
-def reading(rng: random.Random) -> tuple[str, list[int]]:
-    """A question that one look answers."""
-    cell = rng.randrange(6)
-    return f"what is at {CELLS[cell]} ?", [cell]
+def sft_row(rng: random.Random, index: int, folder: Path) -> dict:
+    """Three traces, then a bill described without reasoning, picture or text: it keeps the model
+    seeing while it learns to reason. Text alone costs its sight, as a control shows.
+    """
+    if index % 4 < 3:
+        return trace_row(rng, index)
+    from miniature import base  # here, as base.py needs this file
+
+    drawn = base.example(rng, answers=False)
+    row = {"id": f"sft-{index}", "source": "miniature/description", "prompt": drawn.prompt}
+    row["images"] = save_pictures(drawn.images, folder, row["id"])
+    return row | {"response": drawn.response}
 
 
-def posed(looks: str, asked: str, rng: random.Random) -> str:
-    """Grid and question in either order, at times among words that mean nothing.
+def posed(looks: str, words: str, rng: random.Random) -> str:
+    """Bill and question in either order, at times among words that mean nothing.
 
     What is learnt on text that always looks alike hangs on its length, and fails on pictures.
     """
-    parts = [looks, asked] if rng.random() < 0.7 else [asked, looks]
+    parts = [looks, words] if rng.random() < 0.7 else [words, looks]
     if rng.random() < 0.6:
         parts.insert(rng.randrange(3), " ".join(rng.choices(FILLERS, k=rng.randint(1, 8))))
     return " ".join(parts)
 
 
-def trace(grid: list[int], asked: str, cells: list[int], rng: random.Random) -> str:
-    """R1 in the miniature: goal, plan, cell by cell with the sum so far, slips caught at once or
-    by a check at the end.
-    """
-    target = " ".join(asked.split()[2:-1]).removeprefix("at ")  # "the sum of row A"
-    words = []
-    if rng.random() < 0.6:
-        words.append(f"i need {target} ." + " so i need each digit ." * (len(cells) > 1))
-    if len(cells) > 1 and rng.random() < 0.6:
-        words.append("first list cells , then add up .")
-    slip_at = rng.choice(cells) if rng.random() < 0.25 else None
-    late = slip_at is not None and rng.random() < 0.2  # found by the check only
-    total = 0
-    for cell in cells:
-        wrong = rng.choice([d for d in DIGITS if d != grid[cell]])
-        if cell == slip_at:
-            words.append(f"{CELLS[cell]} {wrong} = {total + wrong}")
-            if not late:
-                name, digit = CELLS[cell], grid[cell]
-                words.append(f"wait , that is not right . {total} . look at {name} again :")
-                words.append(f"{name} {digit} = {total + digit}")
-            total += wrong if late else grid[cell]
-        else:
-            total += grid[cell]
-            words.append(f"{CELLS[cell]} {grid[cell]} = {total}")
-    if late or rng.random() < 0.4:
-        words.append("let me check . read again :")
-        again = 0
-        for cell in cells:
-            again += grid[cell]
-            words.append(f"{CELLS[cell]} {grid[cell]} = {again}")
-        words.append(
-            f"{again} is the same . good ."
-            if again == total
-            else f"wait , {total} is not right . so it is {again} ."
-        )
-    return f"<think> {' '.join(words)} </think> answer \\boxed{{ {solution(grid, asked, cells)} }}"
-
-
-# ---------------------------------------------------------------- what the base model is trained on
-
-
-def shown(grid: list[int], mode: str, rng: random.Random) -> tuple[str, list[Image.Image]]:
-    """The same grid as text, as one picture, or mixed: each cell at random a word or a picture
-    of its own.
-    """
-    colours = [rng.choice(list(COLOURS)) for _ in grid]
-    if mode == "text":
-        return written([str(d) for d in grid]), []
-    if mode == "image":
-        return "<image>", [draw(grid, colours, 3, rng)]
-    words, images = [], []
-    for digit, colour in zip(grid, colours, strict=True):
-        if rng.random() < 0.5:
-            words.append(str(digit))
-        else:
-            words.append("<image>")
-            images.append(draw([digit], [colour], 1, rng))
-    return written(words), images
-
-
-def description(grid: list[int], rng: random.Random) -> str:
-    """All cells in random order, most often with words and numbers between them that mean nothing.
-
-    So the base model learns to read a cell after anything at all. One that reads only after a tidy
-    list stops to see as soon as the cold start gives it new things to say.
-    """
-    noise = rng.random() < 0.7
-    words = []
-    for cell in rng.sample(range(6), 6):
-        words += [CELLS[cell], str(grid[cell])]
-        if noise and rng.random() < 0.6:
-            words += ["=", str(rng.randint(0, 30))] if rng.random() < 0.6 else []
-            words += rng.choices(NOISE, k=rng.randint(0, 4))
-    return " ".join(words)
-
-
-def base_example(rng: random.Random) -> data.Example:
-    """The skills of a base model: reading (64 %), adding (24 %), sums guessed at once (12 %)."""
-    grid, kind = random_grid(rng), rng.random()
-    if kind < 0.04:
-        a, b = rng.randint(0, 30), rng.choice(DIGITS)
-        return data.Example("addition", f"what is {a} + {b} ?", str(a + b))
-    if kind < 0.24:
-        return data.Example("ledger", *ledger(rng))
-    looks, images = shown(grid, rng.choice(("text", "image", "image", "mixed", "mixed")), rng)
-    if kind < 0.68:
-        name, asked, answer = "description", "describe the grid", description(grid, rng)
-    elif kind < 0.88:
-        asked, (cell,) = reading(rng)
-        name, answer = "reading", direct(grid[cell])
-    else:
-        asked, cells = question(rng)
-        name, answer = "guess", direct(solution(grid, asked, cells))
-    return data.Example(name, posed(looks, asked, rng), answer, tuple(images))
-
-
-def ledger(rng: random.Random) -> tuple[str, str, tuple]:
-    """Entries with the running total: `page 4 note 5 add up` -> `page 4 = 4 note 5 = 9`.
-
-    Names are words or cells in any order; a number may be a picture of its own.
-    """
-    count, seen = rng.randint(2, 6), rng.random() < 0.5
-    carried = rng.randint(0, 5 * (6 - count)) if rng.random() < 0.5 else 0  # sums up to 30 alike
-    names = rng.sample(CELLS if rng.random() < 0.5 else FILLERS, count)
-    numbers, entries, images = rng.choices(DIGITS, k=count), [], []
-    numbers[0] += carried
-    for name, number in zip(names, numbers, strict=True):
-        drawn = seen and number in DIGITS and rng.random() < 0.5
-        entries.append(f"{name} <image>" if drawn else f"{name} {number}")
-        images += [draw([number], [rng.choice(list(COLOURS))], 1, rng)] if drawn else []
-    lines = zip(names, numbers, accumulate(numbers), strict=True)
-    totals = [f"{name} {number} = {total}" for name, number, total in lines]
-    return f"{' '.join(entries)} add up", " ".join(totals), tuple(images)
-
-
-def direct(number: int) -> str:
-    return f"answer \\boxed{{ {number} }}"
-
-
-# ------------------------------------------------------------------ data files
-
-
-def sft_row(rng: random.Random, index: int) -> dict:
-    """A problem in words and a trace that solves it. No picture in any of them."""
-    grid = random_grid(rng)
-    asked, cells = reading(rng) if rng.random() < 0.12 else question(rng, grids=0.5)
-    prompt = posed(written([str(d) for d in grid]), asked, rng)
-    answer = solution(grid, asked, cells)
-    row = {
-        "id": f"sft-{index}",
-        "source": "miniature/text",
-        "prompt": prompt,
-        "answer": str(answer),
-    }
-    return row | {"response": trace(grid, asked, cells, rng)}
-
-
-def replay_row(rng: random.Random, index: int, folder: Path) -> dict:
-    """Reading without reasoning, half picture, half text: what the setting `--replay` mixes into
-    the cold start.
-    """
-    grid, mode = random_grid(rng), rng.choice(("image", "text"))
-    looks, images = shown(grid, mode, rng)
-    row = {
-        "id": f"replay-{index}",
-        "source": "miniature/replay",
-        "prompt": f"{looks} describe the grid",
-    }
-    row["images"] = save_images(images, folder, f"replay-{index}")
-    return row | {"response": description(grid, rng)}
-
-
-def problem_row(
-    rng: random.Random, name: str, mode: str, test: bool, folder: Path, ask=question
-) -> dict:
-    """A problem of RL or of the tests, asked by question() or by reading()."""
-    grid = random_grid(rng, test)
-    asked, cells = ask(rng)
-    looks, images = shown(grid, mode, rng)
-    return {
-        "id": name,
-        "source": f"miniature/{'reading' if ask is reading else mode}",
-        "prompt": f"{looks} {asked}",
-        "images": save_images(images, folder, name),
-        "answer": str(solution(grid, asked, cells)),
-        "grid": dict(zip(CELLS, grid, strict=True)),
-    }
-
-
-def save_images(images: list[Image.Image], folder: Path, name: str) -> list[str]:
-    paths = [f"images/{name}-{i}.png" for i in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        image.save(folder / path, compress_level=1)
+def save_pictures(pictures: Iterable[Image.Image], folder: Path, name: str) -> list[str]:
+    paths = []
+    for picture in pictures:
+        paths.append(f"images/{name}-{len(paths)}.png")
+        picture.save(folder / paths[-1], compress_level=1)
     return paths
 
 
-def write_data(cfg: Config, folder: Path):
-    """train (RL), valid, test, sft, sft_replay: JSONL, pictures beside them."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, count: int, row):
-        rng = random.Random(f"{cfg.seed}/{name}")
-        rows = [row(rng, i) for i in progress(range(count), f"data/{name}")]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-
-    def problems(name: str, test: bool = False, easy: int = 0):
-        """Pictures and text in turn; every `easy`-th problem only asks to read a picture."""
-
-        def row(rng, i):
-            ask = reading if easy and i % easy == 0 else question
-            return problem_row(rng, f"{name}-{i}", ("image", "text")[i % 2], test, folder, ask)
-
-        return row
-
-    write("train", cfg.train, problems("train", easy=8))
-    write("valid", cfg.test // 2, problems("valid"))
-    write("test", cfg.test, problems("test", test=True))
-    write("reading", cfg.test // 2, lambda rng, i: problems("reading", True, easy=2)(rng, 2 * i))
-    write("sft", cfg.sft, sft_row)
-    write("sft_replay", cfg.sft // 4, lambda rng, i: replay_row(rng, i, folder))
-
-
-def read_accuracy(row: dict, response: str) -> tuple[int, int]:
-    """(right, total) digits that a response reads out: `A3 8` in the thinking, against the row's
-    grid.
-    """
-    words = response.split("</think>")[0].split()
-    read = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in CELLS and b.isdecimal()]
-    return sum(row["grid"][cell] == int(digit) for cell, digit in read), len(read)
-
-
-# ------------------------------------------------------------------ the base model
-
-
-def align(model: Qwen25VL, tokenizer, cfg: Config, settings):
-    """CLIP in the miniature: every image token names its digit and its colour against the word
-    embeddings.
-
-    Without it the base model needs some ten times the steps before it reads at all.
-    """
-    rng = random.Random(f"{cfg.seed}/align")
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in DIGITS]))
-    colours = torch.tensor(tokenizer.convert_tokens_to_ids(list(COLOURS)))
-    tower = list(model.visual.parameters())
-    optimizer = torch.optim.AdamW(tower, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    words_of = model.model.embed_tokens.weight.detach()  # they stay: the tower comes to them
-    for step in progress(range(cfg.align_steps), "align"):
-        rate = min(1, (step + 1) / 10) * (1 - step / cfg.align_steps)
-        optimizer.param_groups[0]["lr"] = 3e-3 * rate
-        patches, grids, seen, shades = [], [], [], []
-        for _ in range(64):
-            grid, colour = random_grid(rng), [rng.choice(list(COLOURS)) for _ in CELLS]
-            pixels, size = data.image_patches(draw(grid, colour, 3, rng), settings)
-            patches.append(pixels)
-            grids.append(size)
-            seen += [DIGITS.index(d) for d in grid]
-            shades += [list(COLOURS).index(c) for c in colour]
-        features = model.visual(torch.cat(patches), grids)  # (384, C)
-        loss = torch.zeros(())
-        for words, names in ((digits, seen), (colours, shades)):
-            logits = features @ words_of[words].T
-            loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(names))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower, 1.0)
-        optimizer.step()
-    return loss.item()
-
-
-class BasePacks(IterableDataset):
-    """The base model's batches, one pack each, drawn and encoded on the core that is free."""
-
-    def __init__(self, cfg: Config, tokenizer, settings: data.ImageSettings):
-        self.cfg, self.tokenizer, self.settings = cfg, tokenizer, settings
-
-    def __iter__(self):
-        rng = random.Random(f"{self.cfg.seed}/base")
-        for _ in range(self.cfg.steps):
-            examples = [base_example(rng) for _ in range(self.cfg.batch)]
-            documents = [data.encode_example(e, self.tokenizer, self.settings) for e in examples]
-            yield pack_alone(documents)
-
-
-def train_base(cfg: Config, directory: Path):
-    """The base model, from random weights: align, then learn to read, guess and add."""
-    save_tokenizer(directory / "model")
-    tokenizer = data.load_tokenizer(directory / "model")
-    settings = data.load_image_settings(directory / "model")
-    torch.manual_seed(cfg.seed)
-    model = Qwen25VL(model_config(len(tokenizer)))
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
-    log = RunLog(directory, cfg, cfg.steps)
-    align(model, tokenizer, cfg, settings)
-    for weight in model.visual.parameters():
-        weight.requires_grad_(False)  # noise at this rate would undo align() before the LM reads
-    trained = [*model.model.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(
-        trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    packs = DataLoader(BasePacks(cfg, tokenizer, settings), batch_size=None, num_workers=1)
-    for step, pack in enumerate(packs):
-        lr = cfg.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
-        optimizer.param_groups[0]["lr"] = lr
-        logps, _ = model.logps(pack)
-        loss = -logps.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if step % 20 == 0 or step == cfg.steps - 1:
-            metrics = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-            log.log(step, metrics, show=("loss", "lr", "grad_norm"))
-    save_model(model, directory / "model")
-    log.close()
-    return model
-
-
-def ensure(world, *paths: str):
-    """Where a stage starts on its defaults, makes what it needs: data, base model, cold start."""
-    stages = dict.fromkeys(("out/laptop/data", "out/laptop/base"), "miniature.world")
-    stages |= {"out/laptop/coldstart": "coldstart"}
-    for path in paths:
-        script = stages.get(str(Path(path).parent))
-        if not Path(path).exists() and script and world.main:
-            print(f"{path} is not there yet: running {script}", flush=True)
-            clean = {k: v for k, v in os.environ.items() if not k.startswith(TORCHRUN)}
-            clean["PYTHONPATH"] = str(Path(__file__).parents[1])
-            command = [sys.executable, "-m", script]
-            if subprocess.run(command, env=clean).returncode:
-                raise RuntimeError(f"{script} has failed, see above: {path} is still missing")
-        world.wait()
+def save_tokenizer(directory: Path):
+    """tokenizer.json and the small files beside it, in the layout of the hub."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = [*SPECIAL, *VOCABULARY]
+    assert len(set(words)) == len(words), "a word stands twice in the vocabulary"
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    about |= {"pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+    about |= {"clean_up_tokenization_spaces": False, "model_max_length": 4096}
+    pictures = {"min_pixels": CELL**2, "max_pixels": 64 * CELL**2, "patch_size": 14}
+    pictures |= {"temporal_patch_size": 2, "merge_size": 2}
+    pictures |= {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
+    pictures |= {"image_std": [0.26862954, 0.26130258, 0.27577711]}
+    pictures |= {"image_processor_type": "Qwen2VLImageProcessor"}
+    for name, settings in {"tokenizer_config": about, "preprocessor_config": pictures}.items():
+        (directory / f"{name}.json").write_text(json.dumps(settings, indent=1))
 
 
 def main(cfg: Config):
-    torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
-    writer = Process(target=write_data, args=(cfg, out / "data"))  # on the core that is free
-    if not (out / "data/sft_replay.jsonl").exists():  # the last file that it writes
-        writer.start()
-    if not (out / "base/model/config.json").exists():
-        train_base(cfg, out / "base")
-    if writer.pid is not None:
-        writer.join()
-        if writer.exitcode:
-            raise RuntimeError(f"writing {out / 'data'} failed, see above")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    makers = {split: partial(problem_row, name=split, cfg=cfg) for split in SPLITS}
+    makers |= {"sft": partial(sft_row, folder=out), "traces": trace_row}
+    for name in cfg.files:
+        rng = random.Random(f"{cfg.seed}/{name}")
+        rows = [makers[name](rng, i) for i in progress(range(getattr(cfg, name)), name)]
+        part = out / f"{name}.part"
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.replace(out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

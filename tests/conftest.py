@@ -1,6 +1,6 @@
 """A miniature to test the stages on: a small model that answers in a box, a few rows of each kind.
 
-The model is world.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`:
+The model is base.model_config with random weights and a few dozen steps on `answer \\boxed{ n }`:
 after that its samples differ in length, most stop, and some are right, so that rewards, advantages
 and gradients are not 0.
 """
@@ -72,7 +72,7 @@ def one_thread():
 def mini(tmp_path_factory) -> Mini:
     from common import data
     from common.packs import pack_alone
-    from miniature import world
+    from miniature import base, world
     from model import Qwen25VL, save_model
 
     root = tmp_path_factory.mktemp("mini")
@@ -81,30 +81,28 @@ def mini(tmp_path_factory) -> Mini:
 
     def problems(name: str, count: int, modes: tuple[str, ...]) -> str:
         rows = []
-        for i in range(count):  # the digit of one cell: a guess is right one time in five
-            mode = modes[i % len(modes)]
-            row = world.problem_row(rng, f"{name}-{i}", "image", False, root)
-            cell = rng.choice(sorted(row["grid"]))
-            looks = "<image>"
-            if mode == "text":
-                looks = " ".join(f"{place} {digit}" for place, digit in row["grid"].items())
-                row["images"] = []
-            row |= {"prompt": f"{looks} what is at {cell} ?", "answer": str(row["grid"][cell])}
-            rows.append(row | {"source": f"mini/{mode}"})
+        for i in range(count):  # the digit of one item: a guess is right one time in five
+            mode, bill = modes[i % len(modes)], world.random_bill(rng, "train", smudged=0)
+            looks, pictures = world.present(bill, mode == "image", rng)
+            item = rng.randrange(len(world.ITEMS))
+            row = {"id": f"{name}-{i}", "source": f"mini/{mode}"}
+            row["prompt"] = f"{looks} what is at {world.ITEMS[item]} ?"
+            row["images"] = world.save_pictures(pictures, root, row["id"])
+            rows.append(row | {"answer": str(bill.digits[item])})
         return write_rows(root / f"{name}.jsonl", rows)
 
     train = problems("train", PROBLEMS, ("image", "text"))
     text = problems("text", 4, ("text",))
     test = problems("test", TEST, ("image", "text"))
-    sft = write_rows(root / "sft.jsonl", [world.sft_row(rng, i) for i in range(SFT)])
-    replay = [world.replay_row(rng, i, root) for i in range(8)]
+    sft = write_rows(root / "sft.jsonl", [world.trace_row(rng, i) for i in range(SFT)])
+    replay = [world.sft_row(rng, 4 * i + 3, root) for i in range(8)]
 
     directory = root / "model"
     world.save_tokenizer(directory)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = Qwen25VL(world.model_config(len(tokenizer)))
+    model = Qwen25VL(base.model_config(len(tokenizer)))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     seen = [p for source in (train, text) for p in data.read_problems(source)]
@@ -113,7 +111,7 @@ def mini(tmp_path_factory) -> Mini:
         chosen = rng.sample(prompts, 8)
         documents = []
         for prompt in chosen:
-            thought = rng.choice(["", "", "so it is good . ", "wait , let me look again : "])
+            thought = rng.choice(["", "", "so that is good . ", "wait , let me look again : "])
             answer = f"{thought}answer \\boxed{{ {rng.randint(1, 5)} }}"
             documents.append(data.Document(prompt, data.encode_response(answer, tokenizer)))
         logps, _ = model.logps(pack_alone(documents))

@@ -81,7 +81,7 @@ def test_a_server_streams_thoughts_and_answer_of_the_model_it_has(problem, capsy
         ("what ?", {"image": ("no.png",)}, "no.png: damaged picture .*No such file"),
         ("what ?", {"model": "nowhere"}, "nowhere"),
         ("what ?", {"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1: .* does it run"),
-        ("How many ?", {}, f"141 words, without How, many; .*{re.escape(ask.EXAMPLE)}"),
+        ("How many ?", {}, f"109 words, without How, many; .*{re.escape(ask.EXAMPLE)}"),
     ],
 )
 def test_what_a_user_gets_wrong_is_named(mini, question, settings, said):

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as qwen
-from miniature import world
+from miniature import base
 from tools import average
 
-TINY = replace(world.model_config(64), num_hidden_layers=1, intermediate_size=32)
+TINY = replace(base.model_config(64), num_hidden_layers=1, intermediate_size=32)
 NAN = torch.full((TINY.hidden_size,), torch.nan)
 TIED = replace(TINY, tie_word_embeddings=True)
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"

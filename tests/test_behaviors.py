@@ -30,13 +30,13 @@ SAYS = {
         "Scratch that, x is negative.",
         "I made a mistake in the second line.",
         "wait , that is not right .",
-        "wait , 33 is not right .",
     ],
     "subgoal_setting": [
         "First, we need to find the slope.",
         "Step 2: solve for y.",
         "Before we can add them, we have to find a common denominator.",
-        "first list cells , then add up .",
+        "first list items , then add up .",
+        "<think> first list items , then add up .",
     ],
     "verification": [
         "Let me check this with n = 2.",
@@ -56,7 +56,8 @@ SAYS = {
         "I should recheck the diagram.",
         "On second look, the arrow points up.",
         "Perhaps I misread the chart.",
-        "look at A3 again : A3 1 = 10 .",
+        "look again at A 4 .",
+        "read again : A 4 B 3 C 1 D 2 .",
     ],
     "visual_divide_and_conquer": [
         "Let me look at the left part of the figure.",
@@ -82,8 +83,8 @@ PLAIN = [
     "The step size is 20.",
     "Tom came first in the race.",
     "The table has a check mark in each row.",
-    "A1 4 = 4 A2 5 = 9",
-    "17 is the same . good .",
+    "T 12 A 4 = 8 B 3 = 5 .",
+    "A 4 B maybe 3 C 1 D 2 . unclear B ,",
     # false hits of an earlier lexicon in real replies
     "(B) 12: This is incorrect, the order is wrong.",
     "He leaves in a direction that does not create a dead end.",
@@ -131,15 +132,14 @@ def test_the_labelled_sentences_are_told_apart(split):
 
 def test_a_trace_of_the_miniature_shows_exactly_what_it_was_made_of():
     trace = (
-        "<think> i need the sum of the grid . so i need each digit . "
-        "first list cells , then add up . "
-        "A1 4 = 4 A2 5 = 9 A3 2 = 11 wait , that is not right . 9 . look at A3 again : A3 1 = 10 . "
-        "let me check . read again : A1 4 = 4 A2 5 = 9 A3 1 = 10 10 is the same . good . </think> "
-        "answer \\boxed{ 10 }"
+        "<think> i need B + D . so i need each digit . first list items , then add up . "
+        "A 4 B maybe 3 C 1 D 2 . unclear B , let me check . T 12 A 4 = 8 B 3 = 5 C 1 = 4 D 2 = 2 . "
+        "wait , that is not right . look again at B ~5 . so B 5 + D 2 = 7 </think> "
+        "answer \\boxed{ 7 }"
     )
     wanted = dict.fromkeys(NAMES, 0) | dict.fromkeys(behaviors.LINGUISTIC, 1)
     assert count(thinking(trace)) == wanted | {"visual_reflection": 1}
-    assert not shown("<think> A1 4 = 4 A2 5 = 9 </think> answer \\boxed{ 9 }")
+    assert not shown("<think> A 4 B 5 C 1 D 2 . so A 4 + B 5 = 9 </think> answer \\boxed{ 9 }")
 
 
 def test_a_behaviour_counts_once_in_a_sentence_and_again_in_the_next():

@@ -188,8 +188,8 @@ def test_a_run_learns_and_logs_what_it_did(whole):
     assert [row["step"] for row in rows if "valid_loss" in row] == [0, 2, 3]
     assert rows[3]["valid_loss"] < rows[0]["valid_loss"] and rows[3]["loss"] < rows[0]["loss"]
     assert all(row["too_long"] == 0 and row["tokens"] > 200 for row in rows)
-    lr = [coldstart.cosine_lr(step, STEPS, 1e-3, 1e-4, 0.03) for step in range(STEPS)]
-    assert [row["lr"] for row in rows] == lr and lr[-1] == 1e-4
+    lr = [coldstart.cosine_lr(step, STEPS, 1.5e-3, 1.5e-4, 0.03) for step in range(STEPS)]
+    assert [row["lr"] for row in rows] == lr and lr[-1] == 1.5e-4
     assert not (whole / "checkpoints").exists() and (whole / "model/tokenizer.json").is_file()
 
 

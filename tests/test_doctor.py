@@ -155,10 +155,11 @@ def test_what_is_broken_fails_in_the_check_that_is_for_it(change, check, words, 
 
 
 def test_a_sound_set_up_passes_every_check_and_its_files_stay_as_they_were(copy, mini, capsys):
+    copy.rows[0]["level"] = 3
     results = examined(copy)
     assert [*results] == [check.__name__ for check in doctor.CHECKS]
     assert {status for status, _ in results.values()} == {"PASS"}
-    assert "12 with 6 pictures" in results["rows"][1] and "grid" in capsys.readouterr().out
+    assert "12 with 6 pictures" in results["rows"][1] and "level" in capsys.readouterr().out
     assert not list(copy.folder.glob("out/*"))
     for file in Path(mini.model).iterdir():
         assert (copy.model / file.name).read_bytes() == file.read_bytes()

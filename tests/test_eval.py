@@ -154,7 +154,10 @@ def test_a_complete_run_samples_nothing_again(mini, whole, monkeypatch):
     assert (whole / "records.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("changed", [dict(temperature=0.5), dict(k=3), dict(seed=4), dict(limit=4)])
+@pytest.mark.parametrize(
+    "changed",
+    [dict(temperature=0.5), dict(k=3), dict(seed=4), dict(limit=4), dict(forbid=("wait",))],
+)
 def test_replies_of_two_protocols_are_not_mixed(mini, whole, changed):
     name = next(iter(changed))
     with pytest.raises(ValueError, match=f"another protocol \\({name}"):
@@ -195,6 +198,14 @@ def test_greedy_is_one_sample_a_problem_and_always_the_same(mini, tmp_path):
         eval.main(config(mini, tmp_path / name, k=0, temperature=-1, limit=4, seed=ord(name)))
     a, b = (read(tmp_path / name / "records.jsonl") for name in ("a", "b"))
     assert [r["response"] for r in a] == [r["response"] for r in b] and len(a) == 4
+
+
+def test_a_forbidden_word_is_never_said_and_stands_in_the_protocol(mini, whole, tmp_path):
+    assert any("answer" in record["response"] for record in read(whole / "records.jsonl"))
+    eval.main(config(mini, tmp_path, forbid=("answer",)))
+    records = read(tmp_path / "records.jsonl")
+    assert len(records) == 20 and not any("answer" in r["response"].split() for r in records)
+    assert json.loads((tmp_path / "protocol.json").read_text())["forbid"] == ["answer"]
 
 
 def test_the_controls_show_other_pictures_and_ask_the_same(mini, whole, tmp_path):
@@ -271,6 +282,8 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name():
         eval.Config(data="d")
     with pytest.raises(ValueError, match="temperature"):
         eval.Config(data="d", out="o", model="m", k=4)
+    with pytest.raises(ValueError, match="--forbid is for a model directory"):
+        eval.Config(data="d", out="o", model="m", url="http://h/v1", forbid=("wait",))
     with pytest.raises(ValueError, match="there are aime2024"):
         eval.Config(bench="mathvizta", out="o", model="m")
 

@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.data import Document, Prompt
 from common.packs import make_pack
-from miniature import world
+from miniature import base
 from model import KVCache, Qwen25VL, config_json, read_config, train_flops
 from tools import plan
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "qwen2_5_vl"
-TOY = world.model_config(512)
+TOY = base.model_config(512)
 TOWER = replace(TOY.vision, out_hidden_size=256)
 SMALL = replace(TOY, hidden_size=256, num_attention_heads=8, vision=TOWER, intermediate_size=1024)
 SEVEN = plan.MODELS["7b"]

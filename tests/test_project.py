@@ -126,7 +126,7 @@ def test_the_recipe_has_every_setting_with_the_values_of_the_laptop_and_of_the_7
 @pytest.mark.parametrize(
     "module",
     "coldstart rl eval reward tools.average tools.plan tools.doctor tools.trace tools.ask "
-    "miniature.world miniature.report curation.curate evaluation.judge".split(),
+    "miniature.world miniature.base miniature.report curation.curate evaluation.judge".split(),
 )
 def test_help_explains_the_settings_of_every_script(module):
     command = [sys.executable, "-m", module, "--help"]

@@ -1,34 +1,36 @@
-"""report.py on a small made-up run: the numbers it must find, the page it must write."""
+"""The report on a made-up run of bills: the numbers it must find, the page it must write."""
 
+import base64
+import io
 import json
 import math
 import random
 import re
 import shutil
-from pathlib import Path
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from conftest import finished
 from PIL import Image
 
-import eval  # noqa: A004
-from evaluation import behaviors, metrics
+from evaluation import behaviors
 from miniature import report
 
-ROOT = Path(__file__).resolve().parents[1]
+ITEMS = "ABCD"
+GROUPS = ("smudged_picture", "clear_picture", "smudged_text", "clear_text")
 MAIN = ("base", "coldstart", "rl")
-CELLS = ("A1", "A2", "A3", "B1", "B2", "B3")
-# stage -> (share right on pictures, on text, share that thinks, that looks again, digits misread)
+# stage -> shares that think, check, look again where it is due, show a useless habit
 STAGES = {
-    "base": (0.45, 0.4, 0.0, 0.0, 0.0),
-    "coldstart": (0.2, 0.9, 0.95, 0.3, 0.15),
-    "rl": (0.93, 0.95, 1.0, 0.5, 0.02),
-    "rl_without_coldstart": (0.5, 0.5, 0.0, 0.0, 0.0),
-    "coldstart_text_only": (0.25, 0.9, 0.95, 0.3, 0.05),
-    "rl_grpo": (0.9, 0.93, 1.0, 0.1, 0.03),
+    "base": (0.0, 0.0, 0.0, 0.0),
+    "coldstart": (0.95, 0.35, 0.9, 0.2),
+    "rl": (1.0, 0.97, 0.95, 0.01),
+    "forbid_again": (1.0, 0.97, 0.0, 0.01),
+    "rl_without_coldstart": (0.0, 0.0, 0.0, 0.0),
+    "rl_random_total": (1.0, 0.03, 0.5, 0.02),
 }
+USELESS = ("i need each digit .", "first list items .", "look again at C 2 .", "read again : A 1 .")
+HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", "\"'", "\n"]
+HOSTILE += ["\u202e", "{{ run }}", " a ", "", "\ud800"]
 
 
 def write(path, rows):
@@ -36,433 +38,361 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def answer_text(rng, grid, right, thinks, looks, misread):
-    gold = sum(grid.values())
-    said = gold if right else gold + rng.choice([-2, -1, 1, 3])
-    if rng.random() >= thinks:
-        return f"answer \\boxed{{ {said} }}", said
-    words, total = ["i need the sum of the grid . first list cells , then add up ."], 0
-    slip = rng.choice(CELLS) if rng.random() < looks else None
-    for cell, digit in grid.items():
-        if cell == slip:
-            words.append(f"{cell} {digit % 5 + 1} = {total + digit % 5 + 1}")
-            words.append(f"wait , that is not right . {total} . look at {cell} again :")
-        read = digit % 5 + 1 if rng.random() < misread else digit
-        total += digit
-        words.append(f"{cell} {read} = {total}")
-    if rng.random() < 0.4:
-        words.append(f"let me check . read again : {total} is the same . good .")
-    return f"<think> {' '.join(words)} </think> answer \\boxed{{ {said} }}", said
+def read(path):
+    return [json.loads(line) for line in path.open()]
 
 
-def record(rng, problem, sample, stage):
-    right, text_right, thinks, looks, misread = STAGES[stage]
-    image = bool(problem["images"])
-    score = float(rng.random() < (right if image else text_right))
-    response, said = answer_text(rng, problem["grid"], score, thinks, looks, misread)
-    keep = ("id", "source", "prompt", "answer")
-    row = {key: problem[key] for key in keep} | {"sample": sample, "seed": 0, "image": image}
-    row |= {"response": response, "extracted": str(said), "score": score}
-    return row | {"status": "ok", "finish": "stop", "tokens": len(response.split())}
+def problem(rng, i, folder):
+    """A bill: of two smudged items one shows the wrong digit first."""
+    item, right, group = ITEMS[i // 4 % 4], rng.randint(1, 5), GROUPS[i % 4]
+    row = {"id": f"test-{i}", "group": group, "prompt": f"what is {item} + D ?", "images": []}
+    if "picture" in group:
+        row["images"] = [f"images/{i}.png"]
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (84, 140), (200, 40 * (i % 5), 90)).save(folder / row["images"][0])
+    watch = {"check": "let me check", "second_look": f"look again at {item} ~", "need": "i need"}
+    watch |= {"plan": "first list", "idle_look": r"look again at [A-D] \d", "reread": "read again"}
+    first = right
+    if "smudged" in group:
+        first = rng.choice((right, right % 5 + 1))
+        watch["wrong_first"] = rf"{item} maybe (?!{right}\b)"
+    return row | {"watch": watch, "answer": str(right + 3), "bill": (item, right, first)}
 
 
-def make_problems(directory, rng, count):
-    colours = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        grid = {cell: rng.randint(1, 5) for cell in CELLS}
-        row = {"id": f"test-{i}", "source": f"miniature/{('image', 'text')[i % 2]}", "images": []}
-        row |= {"prompt": "what is the sum of the grid ?", "answer": str(sum(grid.values()))}
-        row["grid"] = grid
-        if i % 2 == 0:
-            row |= {"images": [f"images/{i}.png"], "prompt": "<image> " + row["prompt"]}
-            pixels = (
-                colours.integers(120, 255, (4, 6, 3), dtype=np.uint8).repeat(14, 0).repeat(14, 1)
-            )
-            (directory / "images").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(directory / row["images"][0])
-        rows.append(row)
-    write(directory / "test.jsonl", rows)
-    return rows
+def record(rng, row, sample, stage):
+    item, right, said = row["bill"]
+    think, check, again, useless = (rng.random() < share for share in STAGES[stage])
+    words = [rng.choice(USELESS)] * useless + [f"A 1 {item} maybe {said} ."]
+    if check:
+        words.append(f"let me check . T 12 {item} {said} = 4 .")
+        if again and said != right:
+            words.append(f"wait , that is not right . look again at {item} ~{right} .")
+            said = right
+    answer = str(said + 3 if think else rng.randint(4, 9))
+    text = f"<think> {' '.join(words)} so {answer} </think> " * think + f"\\boxed{{ {answer} }}"
+    found = {"id": row["id"], "sample": sample, "extracted": answer, "response": text}
+    return found | {"image": bool(row["images"]), "score": float(answer == row["answer"])}
 
 
-def rl_metrics(step, steps):
+def metrics_of(stage, step, steps):
     x = step / steps
-    budget = (48, 64, 96)[min(2, int(3 * x))]
-    noise = 0.02 * math.sin(7.1 * step)
-    row = {"step": step, "seconds": 1.5, "reward": 0.3 + 0.55 * x + noise, "length": 40 + 20 * x}
-    row |= {"reward_image": 0.22 + 0.6 * x + noise, "reward_text": 0.75 + 0.15 * x - noise}
-    row |= {
-        "length_budget": budget,
-        "truncated": 0.1 * (1 - x),
-        "no_box": 0.02,
-        "entropy": 0.6 - 0.4 * x,
-    }
-    row |= {
-        "policy_loss": noise / 5,
-        "value_loss": 0.2 - 0.15 * x,
-        "explained_variance": 0.7 * x + noise,
-    }
-    row |= {"value_mean": 0.2 + 0.6 * x, "return_mean": 0.3 + 0.55 * x, "grad_norm": 0.5 + noise}
-    row |= {"critic_grad_norm": 2 - x, "logp_diff": 3e-6 + 1e-6 * noise}
-    dip = 0.35 - 0.3 * math.sin(math.pi * x) ** 2 + 0.15 * x
-    for i, name in enumerate(behaviors.NAMES):
-        row |= {
-            f"image/{name}": max(0.0, dip - 0.03 * i + noise),
-            f"text/{name}": 0.05 * i + 0.3 * x,
-        }
-    return row | {"ratio_diff": 0.0, "clip_fraction": 0.0, "lr": 1e-4}
+    row = {"step": step, "seconds": 1.5, "loss": 3 - 2 * x, "reward_image": x, "length": 40 + x}
+    for name in (*report.HABITS, "reward"):
+        row |= {f"{name}/{group}": x**2 for group in GROUPS}
+    for name in behaviors.NAMES:
+        row |= {f"image/{name}": x, f"text/{name}": 1 - x}
+    return row if stage.startswith("rl") else {k: row[k] for k in ("step", "seconds", "loss")}
 
 
-def fake_run(directory, problems=64, samples=2, steps=40, stages=tuple(STAGES)):
-    """A complete run directory; the seconds of a stage are what its metrics say."""
+def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
     rng = random.Random(0)
-    rows = make_problems(directory / "data", rng, problems)
+    rows = [problem(rng, i, folder / "data") for i in range(problems)]
+    write(folder / "data/test.jsonl", rows)
     for stage in stages:
-        about = {"config": {"seed": 3}, "command": f"python {stage}.py", "versions": {"torch": "2"}}
-        about |= {"commit": {"hash": "0123456789abcdef", "dirty": False}}
-        (directory / stage).mkdir()
-        (directory / stage / "run.json").write_text(json.dumps(about))
-        metrics = [rl_metrics(step, steps) for step in range(steps)]
-        if not stage.startswith("rl"):
-            loss = [3 * math.exp(-step / 9) + 0.3 for step in range(steps)]
-            metrics = [
-                {"step": i, "seconds": 0.5, "loss": x, "lr": 1e-3} for i, x in enumerate(loss)
-            ]
-            for row in metrics[::5]:
-                row["valid_loss"] = row["loss"] + 0.05
-        write(directory / stage / "metrics.jsonl", metrics)
-        for how, count in (("greedy", 1), ("sampled", samples)):
+        place = folder / "eval" / stage
+        if stage.startswith("forbid_"):
+            out = [record(rng, row, 0, stage) for row in rows]
+            write(folder / "eval/rl" / stage / "graded.jsonl", out)
+            continue
+        for how, count in (("greedy", 1), ("sampled", 2)):
             out = [record(rng, row, k, stage) for row in rows for k in range(count)]
-            if how == "greedy":
-                seen = [r for r in out[:40] if r["image"]]
-                out += [
-                    r | {"id": f"reading-{r['id']}", "source": "miniature/reading"} for r in seen
-                ]
-            write(directory / "eval" / stage / how / "graded.jsonl", out)
+            write(place / how / "graded.jsonl", out)
+        (place / "skills.json").write_text('{"faint digit": 0.97, "log P(wait), 0 left": -6.5}')
+        about = {"config": {"seed": 3}, "command": f"python {stage}.py", "versions": {"torch": "2"}}
+        write(folder / stage / "run.json", [about | {"commit": {"hash": "0123", "dirty": False}}])
+        logged = [metrics_of(stage, step, steps) for step in range(steps)]
+        write(folder / stage / "metrics.jsonl", logged)
+    return folder
 
 
-def read_accuracy(row, response):
-    found = re.findall(r"([AB][123]) (\d) =", response)
-    return sum(row["grid"][cell] == int(digit) for cell, digit in found), len(found)
+def rollout(step, sample, reward, said, problem_id="train-0", **more):
+    draw = random.Random(f"{step} {sample}")
+    row = {"step": step, "id": problem_id, "sample": sample, "prompt": "what ?", "images": []}
+    row |= {"answer": "14", "reward": reward, "status": "match", "stopped": True}
+    row |= {"length": len(said), "tokens": said, "response": " ".join(said)}
+    for name in ("logps", "values", "advantages"):
+        row[name] = [round(draw.gauss(0, 1), 4) for _ in said]
+    return row | more
+
+
+class Page(HTMLParser):
+    """The report of a run: its tags in order, the words of every table row."""
+
+    def __init__(self, run):
+        super().__init__()
+        report.main(report.Config(run))
+        self.text, self.tags, self.rows = (run / "report.html").read_text(), [], []
+        self.results = json.loads((run / "results.json").read_text())
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("tr", "section"):
+            self.rows.append("")
+
+    def handle_data(self, data):
+        if self.rows:
+            self.rows[-1] = f"{self.rows[-1]} {data.strip()}".strip()
+
+    def row_of(self, name):
+        return next(" ".join(row.split()) for row in self.rows if row.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("report"), problems=64)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page(run)
 
 
 @pytest.fixture
-def run(tmp_path):
-    return tmp_path / "laptop"
+def no_charts(monkeypatch):
+    """They take most of the time."""
+    monkeypatch.setattr(report, "chart", lambda name, draw: "<svg></svg>")
 
 
-def test_the_results_are_the_shares_in_the_records(run):
-    fake_run(run)
-    report.main(report.Config(run))
-    results = json.loads((run / "results.json").read_text())
-    assert results["seed"] == 3 and results["stages"].keys() == STAGES.keys()
-    times = {stage: 1.5 * 40 if stage.startswith("rl") else 20.0 for stage in STAGES}
-    assert {stage: results["seconds"][stage] for stage in times} == times
-    problems = {r["id"]: r for r in map(json.loads, (run / "data/test.jsonl").open())}
+# ---- numbers
+
+
+def mean(values):
+    values = list(values)
+    return pytest.approx(sum(values) / len(values)) if values else None
+
+
+def check_stage(found, ending, records, rows):
+    """One mode of a stage in results.json, against the records."""
+    for kind in ("image", "text"):
+        mine = [r for r in records if r["image"] == (kind == "image")]
+        assert found[f"{kind}_accuracy{ending}"] == mean(r["score"] for r in mine)
+        if ending:
+            assert found["thinks"][kind] == mean("</think>" in r["response"] for r in mine)
+            for name, rate in found["behaviors"][kind].items():
+                assert rate == mean(behaviors.count(r["response"])[name] > 0 for r in mine)
+    for group, rates in found["groups"].items():
+        mine = [r for r in records if rows[r["id"]]["group"] == group]
+        shown = [
+            {name for name, x in rows[r["id"]]["watch"].items() if re.search(x, r["response"])}
+            for r in mine
+        ]
+        assert rates[f"accuracy{ending}"] == mean(r["score"] for r in mine)
+        for name in report.HABITS:
+            assert rates[f"{name}{ending}"] == mean(name in s for s in shown)
+        assert rates[f"useless{ending}"] == mean(bool(s & report.USELESS) for s in shown)
+        looks = mean("second_look" in s for s in shown if "wrong_first" in s)
+        assert rates[f"second_look_where_wrong{ending}"] == looks
+
+
+def test_the_results_are_the_shares_in_the_records(run, page):
+    rows = {row["id"]: row for row in read(run / "data/test.jsonl")}
+    results, word = page.results, page.results["forbid"]["again"]
+    assert results["seed"] == 3 and results["seconds"]["rl"] == 45
+    assert {*results["stages"]} == STAGES.keys() - {"forbid_again"} and len(results["forbid"]) == 1
     for stage, found in results["stages"].items():
-        folder = run / "eval" / stage
-        greedy = [json.loads(line) for line in (folder / "greedy" / "graded.jsonl").open()]
-        seeing = [r["score"] for r in greedy if r["source"] == "miniature/reading"]
-        greedy = [r for r in greedy if r["source"] != "miniature/reading"]
-        sampled = [json.loads(line) for line in (folder / "sampled" / "graded.jsonl").open()]
-        for kind in ("image", "text"):
-            mine = [
-                [r for r in rows if r["image"] == (kind == "image")] for rows in (greedy, sampled)
-            ]
-            for rows, key in zip(
-                mine, (f"{kind}_accuracy", f"{kind}_accuracy_sampled"), strict=True
-            ):
-                assert found[key] == pytest.approx(np.mean([r["score"] for r in rows]))
-            scores = [r["score"] for r in mine[0]]
-            error = np.std(scores, ddof=1) / math.sqrt(len(scores))
-            assert found[f"{kind}_accuracy_se"] == pytest.approx(error)
-            for name in behaviors.NAMES:
-                has = [any(s.name == name for s in behaviors.find(r["response"])) for r in mine[1]]
-                assert found["behaviors"][kind][name] == pytest.approx(np.mean(has))
-        assert found["n"] == 32 and found["perception_accuracy"] == pytest.approx(np.mean(seeing))
-        images = [r for r in greedy if r["image"]]
-        counts = np.array([read_accuracy(problems[r["id"]], r["response"]) for r in images]).sum(0)
-        read = counts[0] / counts[1] if counts[1] else None
-        assert found["read_accuracy"] == (read if read is None else pytest.approx(read))
+        assert found["skills"]["faint digit"] == 0.97 and {*found["groups"]} == {*GROUPS}
+        check_stage(found, "", read(run / f"eval/{stage}/greedy/graded.jsonl"), rows)
+        check_stage(found, "_sampled", read(run / f"eval/{stage}/sampled/graded.jsonl"), rows)
+    check_stage(word, "", read(run / "eval/rl/forbid_again/graded.jsonl"), rows)
+    assert word["image_accuracy_sampled"] is word["intervals"]["image_accuracy_sampled"] is None
 
 
-def test_samples_of_one_problem_are_not_counted_as_independent():
-    """Ten identical samples a problem say no more than one."""
-    once = [{"id": i, "score": i % 3 == 0} for i in range(30)]
-    one = report.ratio(once, lambda row: row["score"])
-    ten = report.ratio(once * 10, lambda row: row["score"])
-    assert ten.value == one.value == pytest.approx(1 / 3) and ten.error == pytest.approx(one.error)
+def rate_of(right, n, times=1):
+    records = [{"id": i} for i in range(n)] * times
+    return report.share(records, lambda record: record["id"] < right)
 
 
-def test_a_ratio_of_two_rates_has_the_error_that_resampling_finds():
-    draw = np.random.default_rng(0)
-    total = draw.random(400) < 0.6
-    right = total & (draw.random(400) < 0.3)
-    rows = [{"id": i, "r": r, "t": t} for i, (r, t) in enumerate(zip(right, total, strict=True))]
-    got = report.ratio(rows, lambda row: row["r"], lambda row: row["t"])
-    picks = draw.integers(0, 400, (4000, 400))
-    assert got.value == pytest.approx(right.sum() / total.sum())
-    assert got.error == pytest.approx(np.std(right[picks].sum(1) / total[picks].sum(1)), rel=0.05)
+def test_the_ends_of_an_interval_are_the_shares_that_the_score_test_just_accepts():
+    """Wilson's interval by its definition, |p - end| = z sqrt(end (1 - end) / n). Ten identical
+    samples a problem say no more than one, ten independent ones nearly ten times as much."""
+    for right, n in ((0, 9), (3, 40), (20, 40), (40, 40)):
+        for rate in (rate_of(right, n), rate_of(right, n, times=10)):
+            for end in (rate.low, rate.high):
+                width = 1.96 * math.sqrt(end * (1 - end) / n)
+                assert abs(rate.value - end) == pytest.approx(width, abs=1e-9)
+    draw, one = np.random.default_rng(0), rate_of(20, 60)
+    mixed = [{"id": i, "right": draw.random() < 1 / 3} for i in range(60) for _ in range(10)]
+    free = report.share(mixed, lambda record: record["right"])
+    assert (free.high - free.low) / (one.high - one.low) == pytest.approx(10**-0.5, rel=0.25)
 
 
-def test_the_page_is_one_file_with_every_section(run):
-    fake_run(run)
-    report.main(report.Config(run))
-    page = (run / "report.html").read_text()
-    assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page)
-    sections = re.findall(r'<section id="([^"]*)"', page)
-    assert sections == "stages figure-3 insights figure-5 table-4 invariants examples".split()
-    assert page.count("<svg") == 1 + 3 + 6 + 3 + 9 and page.count("data:image/png;base64,") == 5
-    assert page.count("not run") == 2  # rl_text_only and average, and nothing else
-    assert "<mark" in page and "NaN" not in page and ">nan" not in page and "$" not in page
-    ids = re.findall(r'<clipPath id="([^"]*)"', page)
-    assert len(ids) == len(set(ids))  # figures share a page, and must not share clip paths
-
-
-@pytest.mark.parametrize(
-    "stages", [("base", "coldstart", "rl"), ("base",), ("rl",), ("mine", "rl")]
-)
-def test_what_was_not_run_is_said_and_survived(run, stages, monkeypatch):
-    monkeypatch.setitem(STAGES, "mine", STAGES["rl_grpo"])
-    fake_run(run, problems=16, steps=12, stages=stages)
-    report.main(report.Config(run))
-    page = (run / "report.html").read_text()
-    assert "not run" in page and "NaN" not in page
-    assert list(json.loads((run / "results.json").read_text())["stages"]) == sorted(
-        stages, key=lambda stage: stage == "mine"
-    )
-
-
-def test_the_paper_is_confirmed_only_where_the_curve_confirms_it(run):
-    """Suppressed then amplified, suppressed alone, and flat but for noise."""
-    fake_run(run, problems=16)
-    noise = [0.03 * (-1) ** step for step in range(40)]
-    for end, tone in ((0.4, "yes"), (0.05, "half"), (0.3, "no")):
-        shape = np.interp(range(40), (0, 20, 39), (0.3, 0.3 if tone == "no" else 0.05, end))
-        rows = [{"step": i, "seconds": 1.0} for i in range(40)]
-        for row, value, extra in zip(rows, shape, noise, strict=True):
-            row["image/visual_reflection"] = float(value + extra)
-        write(run / "rl" / "metrics.jsonl", rows)
-        _, verdict, text = report.insight_amplified(report.read_run(run))
-        assert report.VERDICTS[verdict][0] == tone, text
-
-
-def test_a_finding_needs_two_standard_errors():
-    low, high = report.Rate(0.5, 0.03), report.Rate(0.57, 0.03)
-    assert not high.above(low) and report.Rate(0.6, 0.03).above(low)
+def test_two_rates_differ_where_newcombe_says_so():
+    """His first example, 56 of 70 against 48 of 80: 0.2, and its interval begins at 0.0524."""
+    high, low = rate_of(56, 70), rate_of(48, 80)
+    edge = high.value - low.value - math.hypot(high.value - high.low, low.high - low.value)
+    assert edge == pytest.approx(0.0524, abs=1e-4)
+    assert high.above(low) and not low.above(high) and not rate_of(6, 10).above(rate_of(4, 10))
     assert not report.Rate().above(low) and not high.above(report.Rate())
 
 
-def test_an_empty_directory_is_refused(run):
-    run.mkdir()
+# ---- claims
+
+
+@pytest.mark.parametrize("ends", [(0.4, 0.1, 0.9), (0.4, 0.1, 0.1), (0.1, 0.1, 0.9), (0.3,) * 3])
+def test_a_fall_before_the_rise_is_claimed_only_where_the_curve_has_both(tmp_path, ends):
+    noise, shape = random.Random(1), np.interp(range(60), (0, 20, 59), ends)
+    rows = [{"step": i, "seconds": 1.0, "x": v + noise.gauss(0, 0.03)} for i, v in enumerate(shape)]
+    write(tmp_path / "rl/run.json", [{"config": {}}])
+    write(tmp_path / "rl/metrics.jsonl", rows)
+    found = report.claim(report.read_run(tmp_path), "dips", ["rl"], ["x"], "")
+    assert found["holds"] == (ends == (0.4, 0.1, 0.9))
+
+
+def test_a_claim_holds_where_the_rates_go_its_way_and_is_open_where_one_is_missing(run):
+    there, path = report.read_run(run), ["groups.smudged_picture.check_sampled"]
+
+    def holds(*stages):
+        ways = ("rises", "falls", "stays")
+        return [report.claim(there, way, stages, path, "")["holds"] for way in ways]
+
+    assert holds("base", "rl") == [True, False, False] and holds("base", "rl_grpo") == [None] * 3
+    assert holds("rl", "base") == [False, True, False]
+    assert holds("base", "rl_without_coldstart") == [False, False, True]
+
+
+# ---- the page
+
+
+def test_the_page_is_one_file_with_every_section_and_its_figures(page):
+    assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page.text)
+    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    assert sections == "stages figure-3 insights figure-5 table-4 examples tokens".split()
+    assert page.text.count("<svg") == 1 + 3 + 3 * 3 + 3 and "NaN" not in page.text
+    ids = re.findall(r'<clipPath id="([^"]*)"', page.text)
+    assert ids and len(ids) == len(set(ids))  # figures share a page, and must not share clip paths
+    assert page.text.count("data:image/webp;base64,") >= 4
+
+
+def test_the_table_and_the_headline_show_the_numbers_of_the_results(page):
+    cells = [(group, "accuracy") for group in GROUPS]
+    cells += [(GROUPS[0], name) for name in ("check", "second_look_where_wrong", "useless")]
+    found = page.results["stages"] | {"forbid_again": page.results["forbid"]["again"]}
+    for stage, rates in found.items():
+        words = [report.name_of(stage), report.STAGES[stage][1]]
+        for group, name in cells:
+            for key in (name, f"{name}_sampled"):
+                rate = rates["groups"][group].get(key)
+                if rate is not None:
+                    ends = rates["intervals"]["groups"][group][key]
+                    words += [f"{100 * rate:.0f}", "–".join(f"{100 * end:.0f}" for end in ends)]
+                words += ["n/a"] if rate is None and key == name else []
+        assert page.row_of(words[0]) == " ".join(words)
+    said = re.search(r"<h1>(.*?)</h1>", page.text, re.DOTALL)[1]
+    solved = [found[stage]["groups"][GROUPS[0]]["accuracy"] for stage in (*MAIN, "forbid_again")]
+    assert re.findall(r"(\d+) % (?!checked)", said) == [f"{100 * rate:.0f}" for rate in solved]
+
+
+@pytest.mark.parametrize("stages", [MAIN, ("base",), ("mine", "rl")])
+def test_what_was_not_run_is_said_and_survived(tmp_path, stages, monkeypatch, no_charts):
+    monkeypatch.setitem(STAGES, "mine", STAGES["rl"])
+    page = Page(fake_run(tmp_path, steps=12, stages=stages))
+    assert {*page.results["stages"]} == {*stages} and "NaN" not in page.text
+    for stage in report.STAGES:
+        lost = "not in this run" in page.row_of(report.name_of(stage))
+        assert lost == (stage not in stages), stage
+    assert "mine" not in stages or page.row_of("mine")
+
+
+def test_a_run_without_groups_or_without_evaluation_is_reported_too(tmp_path, no_charts):
+    """As a 7B run is, whose rows have no groups, and any run in its first minutes."""
+    rows = read(fake_run(tmp_path) / "data/test.jsonl")
+    keys = ("id", "prompt", "images", "answer")
+    write(tmp_path / "data/test.jsonl", [{key: row[key] for key in keys} for row in rows])
+    page = Page(tmp_path)
+    accuracy = page.results["stages"]["rl"]["image_accuracy"]
+    assert re.search(
+        rf"Picture problems solved:.* {100 * accuracy:.0f} % after RL", page.text, re.S
+    )
+    shutil.rmtree(tmp_path / "eval")
+    assert "no stage has been evaluated yet" in Page(tmp_path).text
     with pytest.raises(SystemExit, match="nothing to report"):
-        report.main(report.Config(run))
+        report.main(report.Config(tmp_path / "data"))
 
 
-# ---- benchmarks: Figure 4 and Table 4
+def test_hostile_text_is_text_alone(tmp_path, no_charts):
+    """Prompts, ids, answers, replies and tokens that break out change no tag of the page."""
 
-SCORES = {"base": 0.7, "coldstart": 0.4, "rl": 0.65, "average": 0.66}
+    def page_of(folder, text, tokens):
+        run = fake_run(folder, stages=MAIN)
+        for file in (run / "eval").glob("*/*/graded.jsonl"):
+            rows = [r | {"response": r["response"] + text, "extracted": text} for r in read(file)]
+            write(file, rows)
+        said = {"status": text, "prompt": text, "answer": text}
+        write(run / "data/test.jsonl", [row | said for row in read(run / "data/test.jsonl")])
+        write(run / "rl/trace.jsonl", [rollout(0, k, 1.0, tokens, text, **said) for k in range(2)])
+        return Page(run).tags
 
-
-def bench(run, stage, step, name, right, metric="accuracy", count=200, samples=1, paper=None):
-    """One model's directory as eval.py leaves it, its item i right where i / count < right."""
-    folder, rows = run / "bench" / stage / step / name, []
-    for i in range(count):
-        row = {"id": f"{name}-{i}", "answer": ("yes", "no")[i % 2], "extracted": "yes", "tokens": 9}
-        score = float((i * 37 % count) / count < right)
-        rows += [row | {"sample": s, "status": "ok", "score": score} for s in range(samples)]
-    summary = metrics.summarise(metric, rows, items=rows[::samples], paper=paper)
-    summary["protocol"] = {"model": f"{stage}/{step}", "bench": name, "k": samples}
-    write(folder / "graded.jsonl", rows)
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return summary
-
-
-def bench_run(run):
-    """A run of 40 steps a stage, three checkpoints, three benchmarks; the cold start forgets."""
-    fake_run(run, problems=16, stages=MAIN)
-    for name, metric, paper in (
-        ("mathvista", "accuracy", {"accuracy": 72.1}),
-        ("pope", "f1", {"f1": 83.2}),
-        ("easy", "accuracy", None),
-    ):
-        for stage, right in SCORES.items():
-            bench(run, stage, "end", name, 0.9 if name == "easy" else right, metric, paper=paper)
-        bench(run, "coldstart", "step_000020", name, 0.55, metric, paper=paper)
-        bench(run, "rl", "step_000008", name, 0.5, metric, paper=paper)
-        bench(run, "rl", "step_000030", name, 0.6, metric, paper=paper)
-    return run
-
-
-def section_of(run):
-    return report.benchmarks(report.read_run(run))
-
-
-def table_rows(section):
-    """{(benchmark, score): {column: text of its cell}} of Table 4."""
-    found = {}
-    for row in re.findall(r"<tr>(.*?)</tr>", section[section.index("<tbody>") :]):
-        name, score = re.search(r'"row">([^<]*)<small>(.*?)</small>', row).groups()
-        cells = re.findall(r'<td data-name="([^"]*)">(.*?)</td>', row.replace("−", "-"))
-        found[name, score] = {k: re.sub("<[^>]*>", " ", cell).split() for k, cell in cells}
-    return found
-
-
-def test_table_4_says_what_the_summaries_say(run):
-    bench_run(run)
-    rows = table_rows(section_of(run))
-    assert [*rows] == [
-        ("easy", "accuracy; n 200; k 1"),
-        ("mathvista", "accuracy; n 200; k 1"),
-        ("pope", "f1; n 200; k 1"),
-        ("pope", "accuracy; n 200; k 1"),
+    bad = page_of(tmp_path / "bad", " ".join(HOSTILE), HOSTILE)
+    plain = page_of(tmp_path / "plain", "a", ["a"] * len(HOSTILE))
+    names = [[(tag, sorted(about)) for tag, about in tags] for tags in (bad, plain)]
+    assert names[0] == names[1] and ("span", {"data-is", "style", "tabindex"}) in [
+        (tag, {*about}) for tag, about in names[0]
     ]
-    for (name, score), cells in rows.items():
-        for stage in SCORES:
-            file = run / "bench" / stage / "end" / name / "summary.json"
-            told = json.loads(file.read_text())["headline"][score.split(";")[0]]
-            shown = cells[report.name_of(stage)]
-            assert shown == [f"{100 * told['score']:.1f}", "±", f"{100 * told['error']:.1f}"]
-    assert rows["mathvista", "accuracy; n 200; k 1"]["In the paper"] == ["72.1"]
-    assert rows["pope", "f1; n 200; k 1"]["In the paper"] == ["83.2"]
-    assert rows["pope", "accuracy; n 200; k 1"]["In the paper"] == ["–"]
 
 
-def test_differences_are_those_of_the_same_items_and_are_marked_where_they_are_clear(run):
-    bench_run(run)
-    rows = table_rows(section_of(run))
-    draw = np.random.default_rng(1)
-    for new, old in (("coldstart", "base"), ("rl", "coldstart")):
-        scores = [
-            [row["score"] for row in map(json.loads, file.open())]
-            for file in (run / "bench" / s / "end/mathvista/graded.jsonl" for s in (new, old))
-        ]
-        change = 100 * np.subtract(*scores)
-        draws = change[draw.integers(0, len(change), (20_000, len(change)))].mean(1)
-        cells = rows["mathvista", "accuracy; n 200; k 1"]
-        value, star, low, high = cells["Cold start - base" if old == "base" else "RL - cold start"]
-        assert float(value) == pytest.approx(change.mean(), abs=0.051) and star == "*"
-        ends = float(low.strip("[,")), float(high.strip("]"))
-        assert ends == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.6)
-    easy = rows["easy", "accuracy; n 200; k 1"]
-    assert easy["RL - cold start"] == ["+0.0", "[+0.0,", "+0.0]"]  # the same answers: no star
+# ---- examples and tokens
 
 
-def test_figure_4_goes_from_the_base_over_both_stages_to_the_average(run, monkeypatch):
-    bench_run(run)
-    drawn = {}
-
-    def panel(title, note, draw):
-        axes = report.plt.figure().add_subplot()
-        draw(axes)
-        dots = np.asarray(axes.collections[-1].get_offsets())
-        drawn[title] = dots, [text.get_text() for text in axes.get_xticklabels()], axes
-
-    monkeypatch.setattr(report, "panel", panel)
-    report.figure_4(report.read_run(run))
-    dots, ticks, axes = drawn["mathvista"]
-    order = [("base", "end"), ("coldstart", "step_000020"), ("coldstart", "end")]
-    order += [("rl", "step_000008"), ("rl", "step_000030"), ("rl", "end"), ("average", "end")]
-    told = [
-        json.loads((run / "bench" / a / b / "mathvista/summary.json").read_text())["headline"]
-        for a, b in order
-    ]
-    assert dots[:, 0] == pytest.approx([0, 20 / 40, 1, 1 + 8 / 40, 1 + 30 / 40, 2, 2.45])
-    assert dots[:, 1] == pytest.approx([100 * t["accuracy"]["score"] for t in told])
-    whiskers = [path.vertices[:, 1] for path in axes.collections[0].get_paths()]
-    ends = [[100 * t["accuracy"][end] for end in ("low", "high")] for t in told]
-    assert np.array(whiskers) == pytest.approx(np.array(ends))
-    assert ticks == ["base", "cold start\n40 steps", "RL\n40 steps", "average"]
-    assert [*drawn] == ["easy", "mathvista", "pope"]
-    report.plt.close("all")
+def test_examples_are_of_the_kinds_that_they_say(run):
+    found = report.examples(report.read_run(run))
+    assert len(found) >= 3 and {example["kind"] for example in found} <= {*report.EXAMPLES}
+    for example in found:
+        last = example["answers"]["rl"]
+        scores = [answer["score"] == 1 for answer in example["answers"].values()]
+        look = re.search(example["problem"]["watch"]["second_look"], last["response"])
+        kind = "Repaired by a second look" if look else "Learned"
+        kind = "Always right" if all(scores) else kind if scores[-1] else "Wrong at the end"
+        assert [*example["answers"]] == [*MAIN] and example["kind"] == kind
 
 
-def test_what_a_benchmark_lacks_is_left_out_and_said(run):
-    fake_run(run, problems=16, stages=MAIN)
-    bench(run, "base", "end", "blink", 0.7)
-    bench(run, "rl", "end", "blink", 0.6)  # without a cold start there is no step to compare
-    bench(run, "coldstart", "step_000020", "blink", 0.6)  # not its last model
-    bench(run, "base", "end", "mmstar", 0.7)
-    bench(run, "coldstart", "end", "mmstar", 0.7, count=150)
-    bench(run, "rl_grpo", "end", "blink", 0.7)
-    write(run / "bench/coldstart/end/blink/records.jsonl", [{"id": "blink-0"}])
-    bench(run, "base", "end", "mm-vet", 0.7)
-    file = run / "bench/base/end/mm-vet/summary.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"headline": {}}))
-    page = section_of(run)
-    rows = table_rows(page)
-    blink = rows["blink", "accuracy; n 200; k 1"]
-    assert blink["Cold start"] == blink["Average"] == ["not", "scored"]
-    assert blink["RL - cold start"] == blink["Cold start - base"] == ["–"]
-    assert rows["mmstar", "accuracy; n 150 or 200; k 1"]["Cold start - base"] == ["–"]
-    assert "mmstar, base and coldstart cannot be compared: the runs have different items" in page
-    assert "coldstart/end/blink is not finished" in page
-    assert "rl_grpo/end/blink is no stage of the recipe" in page
-    assert "base/end/mm-vet has no score, which wants a judge" in page
-    assert "NaN" not in page and len(rows) == 2
+def tokens_of(page):
+    """Of each token on the page its place, log p, value and advantage, as the reader sees them."""
+    shown = [about["data-is"] for _, about in page.tags if "data-is" in about]
+    return [re.findall(r"(?:token|log p|value V|advantage) (\S+)", text) for text in shown]
 
 
-def test_replies_that_were_cut_off_are_said(run):
-    fake_run(run, problems=16, stages=MAIN)
-    for stage, share in (("base", 0.04), ("rl", 0.12)):
-        bench(run, stage, "end", "blink", 0.7)
-        file = run / "bench" / stage / "end/blink/summary.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"truncated": share}))
-    assert "blink: replies cut off, and so wrong: rl 12%." in section_of(run)
+def test_the_tokens_are_those_of_a_second_look_that_made_the_difference(tmp_path, no_charts):
+    """In step 3 one sample looked again and one did not; in step 4 both did; then rewards differ
+    and nobody looked; in step 6 looks are not what the row watches for."""
+    run, watch = fake_run(tmp_path, stages=("rl",)), {"wrong_first": "B 3", "second_look": "again"}
+    write(run / "data/train.jsonl", [{"id": "train-0", "watch": watch}, {"id": "train-1"}])
+    looks, does_not = "B 3 again B 5".split(), "B 3 so 5".split()
+    rows = [rollout(step, 0, 0.0, does_not) for step in (0, 1, 2, 3, 5)]
+    rows += [rollout(step, 1, float(step != 2), looks) for step in (2, 3, 4)]
+    rows += [rollout(4, 0, 0.0, looks), rollout(5, 1, 1.0, does_not)]
+    rows += [rollout(6, k, float(k), looks, "train-1") for k in range(2)]
+    for hidden, step in ((), 3), ((3,), 4), ((3, 4), 6), ((3, 4, 6), 5), ((2, 3, 4, 5, 6), 1):
+        kept = [row for row in rows if row["step"] not in hidden]
+        write(run / "rl/trace.jsonl", kept)
+        numbers = []
+        for row in (row for row in kept if row["step"] == step):
+            columns = zip(row["logps"], row["values"], row["advantages"], strict=True)
+            numbers += [[str(x) for x in (i, *of)] for i, of in enumerate(columns, 1)]
+        assert tokens_of(Page(run)) == numbers
+    write(run / "rl/trace.jsonl", rows)
+    report.main(report.Config(run, step=2))
+    assert "Step 2:" in (run / "report.html").read_text()
+    with pytest.raises(ValueError, match="--step 31 is not in .*trace.jsonl"):
+        report.main(report.Config(run, step=31))
 
 
-def test_models_that_were_not_asked_alike_are_said(run):
-    fake_run(run, problems=16, stages=("base", "coldstart"))
-    bench(run, "base", "end", "blink", 0.7)
-    bench(run, "coldstart", "end", "blink", 0.7, samples=2)
-    page = section_of(run)
-    assert "blink: its models were asked with different k." in page
-    rows = table_rows(page)
-    assert rows["blink", "accuracy; n 200; k 1 or 2"]["Base"][0] == "70.0"
-    assert rows["blink", "avg@2; n 200; k 1 or 2"]["Cold start"][0] == "70.0"
-
-
-def test_a_page_with_benchmarks_is_one_file_and_without_there_is_no_such_section(run):
-    bench_run(run)
-    report.main(report.Config(run))
-    page = (run / "report.html").read_text()
-    assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page)
-    assert page.count("<svg") == 1 + 3 + 6 + 3 + 3 + 9 and "$" not in page
-    ids = re.findall(r'<clipPath id="([^"]*)"', page)
-    assert len(ids) == len(set(ids))
-    assert "Cold start: gained in 0, lost in 3, changed nothing clear in 1 of 4." in page
-    assert "Cold start + RL: gained in 3, lost in 0, changed nothing clear in 1 of 4." in page
-    shutil.rmtree(run / "bench")
-    assert section_of(run) == ""
-
-
-def test_the_script_scores_what_is_not_scored_yet(mini, tmp_path):
-    """Base: there. Cold start: its end, a checkpoint, and one that is its end once more."""
-    model = tmp_path / "coldstart/model"
-    for folder in ("base/model", "coldstart/model", "coldstart/checkpoints/step_000002/model"):
-        shutil.copytree(mini.model, tmp_path / folder)
-    other = tmp_path / "coldstart/checkpoints/step_000001/model"
-    shutil.copytree(mini.model, other)
-    weights = safetensors.numpy.load_file(other / "model.safetensors")
-    halved = {name: weight / 2 for name, weight in weights.items()}
-    safetensors.numpy.save_file(halved, other / "model.safetensors", {"format": "pt"})
-    there = tmp_path / "bench/base/end/mine"
-    small = {"data": mini.text, "max_tokens": 8, "threads": 1}
-    eval.main(eval.Config(f"{tmp_path}/base/model", bench="mine", out=str(there), **small))
-    before = {path: path.stat().st_mtime_ns for path in there.iterdir()}
-    command = ["bash", "runs/eval.sh", str(tmp_path), "--max-tokens", "8", "--threads", "1"]
-    output = finished(command, ROOT, {"BENCHES": f"mine={mini.text}"}, 200)
-    said = re.findall(r"^== (.* mine)$", output, flags=re.M)
-    assert said == ["coldstart/end mine", "coldstart/step_000001 mine"]
-    assert "step_000002 is the end of its stage" in output
-    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == before
-    run = report.read_run(tmp_path)
-    order = [(scored.stage, scored.step) for scored in run.benchmarks["mine"]]
-    assert order == [("base", math.inf), ("coldstart", 1), ("coldstart", math.inf)]
-    assert json.loads((tmp_path / "bench/coldstart/end/mine/protocol.json").read_text())[
-        "model"
-    ] == str(model)
-    page = (tmp_path / "report.html").read_text()
-    section = page[page.index('<section id="benchmarks"') :]
-    assert ("mine", "accuracy; n 4; k 1") in table_rows(section)
+def test_long_responses_are_cut_grpo_has_no_values_and_a_broken_line_is_named(
+    tmp_path, monkeypatch, no_charts
+):
+    monkeypatch.setattr(report, "END", 3)
+    run = fake_run(tmp_path, problems=1, stages=("rl",))
+    files = [str(run / "data/images/0.png"), "gone.png"]
+    write(run / "rl/trace.jsonl", [rollout(0, 0, 1.0, [*"abcdefghij"], values=None, images=files)])
+    page = Page(run)
+    pictures = [about["src"] for tag, about in page.tags if tag == "img"]
+    small = Image.open(io.BytesIO(base64.b64decode(pictures[-1].split(",")[1])))
+    assert "gone.png is not there" in page.text and small.size == (84, 140)
+    assert [place for place, *_ in tokens_of(page)] == ["1", "2", "3", "8", "9", "10"]
+    assert {value for _, _, value, _ in tokens_of(page)} == {"none"}
+    assert "4 tokens left out" in page.text
+    for line in (b'{"step": 3', b"\xff"):
+        with (run / "rl/trace.jsonl").open("ab") as file:
+            file.write(line + b"\n")
+        with pytest.raises(ValueError, match="trace.jsonl, line 2: .*delete this line"):
+            report.main(report.Config(run))

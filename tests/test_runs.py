@@ -1,11 +1,19 @@
-"""The scripts for GPUs, with the programs that they start replaced by ones that note how."""
+"""The scripts for GPUs, with the programs that they start replaced by ones that note how; and the
+one that scores a run's models, as it is."""
 
+import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
+from conftest import finished
+
+import eval  # noqa: A004
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = """#!/usr/bin/env bash
@@ -63,3 +71,28 @@ def test_of_several_nodes_the_first_makes_the_average_by_name_or_address(tmp_pat
 def test_no_other_node_makes_it(tmp_path):
     _, started = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD="10.1.2.3")
     assert len(started) == 2
+
+
+def test_the_script_scores_what_is_not_scored_yet_and_the_report_shows_it(mini, tmp_path):
+    """Base: there. Cold start: its end, a checkpoint, and one that is its end once more."""
+    for folder in ("base/model", "coldstart/model", "coldstart/checkpoints/step_000002/model"):
+        shutil.copytree(mini.model, tmp_path / folder)
+    other = tmp_path / "coldstart/checkpoints/step_000001/model"
+    shutil.copytree(mini.model, other)
+    weights = safetensors.numpy.load_file(other / "model.safetensors")
+    halved = {name: weight / 2 for name, weight in weights.items()}
+    safetensors.numpy.save_file(halved, other / "model.safetensors", {"format": "pt"})
+    there = tmp_path / "bench/base/end/mine"
+    small = {"data": mini.text, "max_tokens": 8, "threads": 1}
+    eval.main(eval.Config(f"{tmp_path}/base/model", bench="mine", out=str(there), **small))
+    before = {path: path.stat().st_mtime_ns for path in there.iterdir()}
+    command = ["bash", "runs/eval.sh", str(tmp_path), "--max-tokens", "8", "--threads", "1"]
+    output = finished(command, ROOT, {"BENCHES": f"mine={mini.text}"}, 200)
+    said = re.findall(r"^== (.* mine)$", output, flags=re.M)
+    assert said == ["coldstart/end mine", "coldstart/step_000001 mine"]
+    assert "step_000002 is the end of its stage" in output
+    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == before
+    page = " ".join(re.sub("<[^>]*>", " ", (tmp_path / "report.html").read_text()).split())
+    files = [tmp_path / f"bench/{stage}/end/mine/summary.json" for stage in ("base", "coldstart")]
+    scores = [json.loads(file.read_text())["headline"]["accuracy"]["score"] for file in files]
+    assert "mine, accuracy " + " ".join(f"{100 * score:.1f}" for score in scores) in page

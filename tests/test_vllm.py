@@ -46,8 +46,8 @@ def problems_of(train: str) -> list[Problem]:
     for height, width in ((77, 101), (215, 333), (224, 140)):
         pixels = torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8)
         pictures.append(Image.fromarray(pixels.numpy()))
-    long = " ".join(["wait what is it good .", *(str(i % 50) for i in range(362))])
-    ask, short = "what is at A1 ?", list(data.read_problems(train))[:6]
+    long = " ".join(["wait what is that good .", *(str(i % 25) for i in range(362))])
+    ask, short = "what is at A ?", list(data.read_problems(train))[:6]
     return [
         *short,
         Problem("two", f"<image> then <image> {ask}", "1", tuple(pictures[:2])),
@@ -298,7 +298,7 @@ def test_sync_gives_the_log_probs_of_the_new_weights_and_the_canary_notices_old_
     assert gap(engine["moved"], folder / "moved") < 1e-5
     assert gap(engine["sampled"], folder / "moved") > 0.1
     assert engine["gap"] < 1e-5
-    assert engine["gap, keys kept"] > 0.003 and engine["gap, weights kept"] > 0.003
+    assert engine["gap, keys kept"] > 3e-4 and engine["gap, weights kept"] > 3e-4
     assert "ncoder cache" in engine["pictures kept"]
     # it goes through all weights even if the engine does not: ranks gather them together
     count = len([*load_model(folder / "model").parameters()])
@@ -325,7 +325,7 @@ def test_two_ranks_sample_unequal_shares_beside_a_sharded_model(ranks, engine, f
         assert gap(one["sampled"], folder / "model") < 1e-5
         assert gap(one["moved"], folder / "moved") < 1e-5
     # and all learn of the one whose engine kept old weights
-    assert ranks[0]["gap"] < 1e-5 and ranks[1]["gap"] > 0.003
+    assert ranks[0]["gap"] < 1e-5 and ranks[1]["gap"] > 3e-4
     assert ranks[0]["largest gap"] == ranks[1]["largest gap"] == ranks[1]["gap"]
 
 

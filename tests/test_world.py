@@ -4,22 +4,32 @@ import json
 import random
 import re
 import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import jinja2
 import pytest
 import torch
+from conftest import finished
+from safetensors.torch import load_file
 
 import model
 from common import data, distributed
-from miniature import world
+from evaluation import behaviors
+from miniature import base, world
 from reward import grade
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = distributed.World(0, 1, torch.device("cpu"))
+BILL = world.Bill((4, 5, 1, 2), 12, ((4,), (3, 5), (1,), (2,)))  # the second item is smudged
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("world")
-    cfg = world.Config(out=str(out), train=64, sft=96, test=32)
-    world.write_data(cfg, out / "data")
+    small = dict(train=64, valid=32, test=32, sft=40, traces=400)
+    world.main(world.Config(out=str(out / "data"), **small))
     world.save_tokenizer(out / "model")
     return out
 
@@ -28,57 +38,158 @@ def rows(folder, name):
     return [json.loads(line) for line in (folder / f"data/{name}.jsonl").read_text().splitlines()]
 
 
-def test_no_grid_of_the_tests_is_seen_in_any_stage():
+def shown(text):
+    """{item: the digits that it shows, strong one first} and the total, from the words alone."""
+    bill = re.findall(r"([A-DT]) (\d+) (?:~(\d))?", text)
+    items = {name: [int(d) for d in digits if d] for name, *digits in bill}
+    (total,) = items.pop("T")
+    return items, total
+
+
+def right_digits(text):
+    """The digits of all items, from what a bill shows and its total."""
+    items, total = shown(text)
+    chosen = {name: looks[0] for name, looks in items.items()}
+    for name, looks in items.items():
+        if len(looks) > 1 and sum(chosen.values()) != total:
+            chosen[name] = looks[1]
+    assert sum(chosen.values()) == total
+    return chosen
+
+
+def test_no_bill_of_one_split_is_seen_in_another():
     rng = random.Random(0)
-    seen = {tuple(world.random_grid(rng)) for _ in range(500)}
-    held = {tuple(world.random_grid(rng, test=True)) for _ in range(500)}
-    assert not seen & held and all(world.held_out(list(g)) for g in held)
+    seen = {
+        split: {world.random_bill(rng, split, 0.5).digits for _ in range(800)}
+        for split in ("train", "valid", "test")
+    }
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["valid"]
+    assert not seen["valid"] & seen["test"] and min(map(len, seen.values())) > 50
 
 
-def test_training_files_hold_no_test_grid_and_test_files_no_training_grid(folder):
-    for name in ("train", "valid", "test", "reading"):
+def test_every_file_keeps_to_its_split(folder):
+    for name in ("train", "valid", "test", "traces"):
+        split = "train" if name == "traces" else name
         for row in rows(folder, name):
-            assert world.held_out(list(row["grid"].values())) == (name in ("test", "reading"))
-    for row in rows(folder, "sft"):
-        cells = dict(re.findall(r"([AB][123]) ([1-5])", row["prompt"]))
-        assert not world.held_out([int(cells[c]) for c in world.CELLS])
+            digits = right_digits(row.get("bill") or row["prompt"])
+            assert world.split_of(tuple(digits[item] for item in world.ITEMS)) == split
 
 
-def test_the_reference_answers_are_the_sums(folder):
-    for row in rows(folder, "train") + rows(folder, "test"):
-        grid = row["grid"]
-        asked = re.search(r"grid \?|row ([AB])|\bat (\w\d)", row["prompt"])
-        cells = [c for c in grid if asked[2] in (None, c) and asked[1] in (None, c[0])]
-        assert row["answer"] == str(sum(grid[c] for c in cells))
+def test_answers_are_what_total_and_digits_leave_and_groups_come_in_turn(folder):
+    for i, row in enumerate(rows(folder, "test")):
+        digits = right_digits(row["bill"])
+        a, b = re.search(r"what is (\w) \+ (\w) \?", row["prompt"]).groups()
+        smudged = [name for name, looks in shown(row["bill"])[0].items() if len(looks) > 1]
+        assert row["answer"] == str(digits[a] + digits[b]) and set(smudged) <= {a, b}
+        kind = "smudged" if smudged else "clear"
+        mode = "picture" if row["images"] else "text"
+        assert row["group"] == f"{kind}_{mode}" == world.GROUPS[i % 4]
+        assert row["prompt"].startswith("<image>" if row["images"] else row["bill"])
 
 
-def test_every_trace_ends_in_the_right_answer_and_holds_no_picture(folder):
-    for row in rows(folder, "sft"):
-        assert grade(row["answer"], row["response"]).score == 1
-        assert "<image>" not in row["prompt"] and "images" not in row
-
-
-def test_traces_show_each_habit_and_a_late_slip_is_found_by_the_check():
+def test_one_look_is_right_in_half_of_the_smudged_bills():
     rng = random.Random(1)
-    texts = [world.trace([1, 2, 3, 4, 5, 1], *world.question(rng), rng) for _ in range(2000)]
+    bills = [world.random_bill(rng, "train", 1.0) for _ in range(2000)]
+    right = [bill.shown[item][0] == bill.digits[item] for bill in bills for item in bill.smudged]
+    assert len(right) == 2000 and 0.46 < sum(right) / 2000 < 0.54
 
-    def share(words):
-        return sum(words in text for text in texts) / len(texts)
 
-    assert 0.5 < share("i need the sum") < 0.7 and 0.5 < share("first list cells") < 0.7
-    assert 0.1 < share("that is not right") < 0.3 and 0.35 < share("let me check") < 0.55
-    late = [text for text in texts if "so it is" in text]
-    assert late and all("let me check" in text for text in late)
+def test_with_a_random_total_the_total_says_nothing_and_the_answers_stay(tmp_path):
+    cfg = world.Config(out=str(tmp_path / "a"), files=("train",), train=200)
+    world.main(cfg)
+    world.main(replace(cfg, out=str(tmp_path / "b"), control="random_total"))
+    pairs = [json.loads(line) for line in (tmp_path / "b/train.jsonl").read_text().splitlines()]
+    off = 0
+    for row in pairs:
+        items, total = shown(row["bill"])
+        off += not any(total == s for s in sums(items))
+    assert off > 100
+
+
+def sums(items):
+    found = {0}
+    for looks in items.values():
+        found = {total + digit for total in found for digit in looks}
+    return found
+
+
+def test_without_smudges_every_group_is_clear(tmp_path):
+    world.main(world.Config(out=str(tmp_path), files=("train",), train=40, control="no_smudged"))
+    groups = {json.loads(line)["group"] for line in (tmp_path / "train.jsonl").open()}
+    assert groups == {"clear_picture", "clear_text"}
+
+
+def test_traces_are_text_only_and_their_boxes_hold_what_they_say(folder):
+    for row in rows(folder, "traces"):
+        assert "<image>" not in row["prompt"] and "images" not in row
+        final = re.search(r"so \w (\d) \+ \w (\d) = (\d+) </think>", row["response"])
+        assert int(final[1]) + int(final[2]) == int(final[3])
+        assert grade(final[3], row["response"]).score == 1
+
+
+def test_a_quarter_of_the_cold_start_describes_bills_and_reasons_nowhere(folder):
+    described = [r for r in rows(folder, "sft") if "</think>" not in r["response"]]
+    assert len(described) == 10 and any(r["images"] for r in described)
+    assert not any("box" in r["response"] for r in described)
+    assert len(data.read_examples(folder / "data/sft.jsonl")) == 40
+
+
+def test_a_trace_goes_wrong_only_where_it_does_not_look_again(folder):
+    right = {True: [], False: []}
+    for row in rows(folder, "traces"):
+        digits = right_digits(row["prompt"])
+        a, b = re.search(r"what is (\w) \+ (\w) \?", row["prompt"]).groups()
+        score = grade(str(digits[a] + digits[b]), row["response"]).score
+        right["~" in row["response"] or "good" in row["response"]].append(score)
+    assert min(right[True]) == 1 and 0.4 < sum(right[False]) / len(right[False]) < 0.8
+
+
+def test_traces_show_each_habit_at_its_rate():
+    rng = random.Random(2)
+    texts = [world.trace(BILL, [1, 3], rng) for _ in range(3000)]
+    patterns, rates = world.watch(BILL), world.RATES
+    share = {n: sum(bool(re.search(p, t)) for t in texts) / 3000 for n, p in patterns.items()}
+    for watched, habit in [("need",) * 2, ("plan",) * 2, ("reread",) * 2, ("check",) * 2]:
+        assert share[watched] == pytest.approx(rates[habit], abs=0.03), watched
+    assert share["idle_look"] == pytest.approx(rates["idle"], abs=0.03)
+    assert share["second_look"] == pytest.approx(rates["check"] * rates["look"], abs=0.03)
+    assert share["wrong_first"] == share["think"] == 1 and share["repair"] == share["second_look"]
+    assert all(("wait" in t) == ("let me check" in t) for t in texts)  # something is always left
+
+
+def test_what_is_watched_tells_a_repair_from_other_looks():
+    patterns = world.watch(BILL)
+    wrong = "<think> i need B + D . A 4 B maybe 3 C 1 D 2 . look again at A 4 . so B 3 + D 2 = 5"
+    right = "<think> A 4 B maybe 5 C 1 D 2 . look again at B ~3 . so B 3 + D 2 = 5 </think>"
+    repaired = "<think> A 4 B maybe 3 C 1 D 2 . look again at B ~5 . so B 5 + D 2 = 7 </think>"
+
+    def found(text):
+        return {name for name, pattern in patterns.items() if re.search(pattern, text)}
+
+    assert found(wrong) == {"need", "idle_look", "wrong_first"}
+    assert found(right) == {"think", "second_look"}
+    assert found(repaired) == {"think", "second_look", "wrong_first", "repair"}
+    plain = replace(BILL, shown=tuple((d,) for d in BILL.digits))
+    assert set(world.watch(plain)) < set(patterns) and "repair" not in world.watch(plain)
+
+
+def test_the_lexicon_hears_every_habit_of_a_trace():
+    rng = random.Random(3)
+    trace = world.trace(BILL, [1, 3], rng, dict.fromkeys(world.RATES, 1.0))
+    heard = {name for name, count in behaviors.count(trace).items() if count}
+    assert heard == {*behaviors.LINGUISTIC, "visual_reflection"}
+    assert not any(
+        behaviors.count(world.trace(BILL, [1, 3], rng, dict.fromkeys(world.RATES, 0.0))).values()
+    )
 
 
 def test_the_tokenizer_knows_every_word_and_gives_them_back(folder):
     tokenizer = data.load_tokenizer(folder / "model")
-    rng = random.Random(2)
+    rng = random.Random(4)
     for _ in range(300):
-        example = world.base_example(rng)
-        ids = tokenizer.encode(example.response)
-        assert tokenizer.decode(ids) == example.response
-        assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+        response = base.example(rng).response
+        assert tokenizer.decode(tokenizer.encode(response)) == response
+        assert len(tokenizer.encode(response)) == len(response.split())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +197,7 @@ def test_the_tokenizer_knows_every_word_and_gives_them_back(folder):
     [
         ({"role": "user", "content": "what is in the picture ?"}, "picture"),
         ({"role": "user", "content": [{"type": "text", "text": "How many ?"}]}, "How many"),
-        ({"role": "system", "content": "what is the sum ?"}, "system"),
+        ({"role": "system", "content": "what is A + B ?"}, "system"),
     ],
 )
 def test_unknown_words_are_named_with_a_prompt_that_works(folder, turn, words):
@@ -99,47 +210,99 @@ def test_unknown_words_are_named_with_a_prompt_that_works(folder, turn, words):
 
 
 def test_a_cell_of_a_picture_is_one_token_and_its_noise_says_nothing(folder):
-    settings = data.load_image_settings(folder / "model")
-    rng = random.Random(3)
-    picture = world.draw([1, 2, 3, 4, 5, 1], list(world.COLOURS), 3, rng)
-    assert picture.size == (84, 56)
+    settings, rng = data.load_image_settings(folder / "model"), random.Random(5)
+    picture = world.draw(BILL.cells, rng)
+    assert picture.size == (84, 140) and len(BILL.cells) == 15
     patches, grid = data.image_patches(picture, settings)
-    assert grid == (1, 4, 6) and patches.shape == (24, 1176)
-    again = world.draw([1, 2, 3, 4, 5, 1], list(world.COLOURS), 3, rng)
-    assert picture.tobytes() != again.tobytes()
+    assert grid == (1, 10, 6) and patches.shape == (60, 1176)
+    assert picture.tobytes() != world.draw(BILL.cells, rng).tobytes()
 
 
-def test_reading_is_counted_from_the_thinking_alone():
-    row = {"grid": {"A1": 4, "A2": 5, "A3": 1, "B1": 2, "B2": 2, "B3": 3}}
-    response = "<think> A1 4 = 4 A2 3 = 7 wait </think> answer \\boxed{ 7 } B1 2"
-    assert world.read_accuracy(row, response) == (1, 2)
+def test_a_faint_digit_is_fainter_than_a_strong_one():
+    assert world.GLYPHS["~3"][0].max() < 0.5 < world.GLYPHS["3"][0].max()
+    assert world.GLYPHS[";"][0].max() == 0
 
 
-def test_a_ledger_adds_up_and_stays_in_the_vocabulary():
-    rng = random.Random(4)
+def test_countdowns_come_down_by_their_digits_and_stay_in_the_vocabulary():
+    rng = random.Random(6)
     for _ in range(300):
-        prompt, response, images = world.ledger(rng)
-        numbers = [int(n) for n in re.findall(r" (\d+) =", response)]
-        totals = [int(n) for n in re.findall(r"= (\d+)", response)]
-        assert totals == [sum(numbers[: i + 1]) for i in range(len(numbers))]
-        assert max(totals) <= world.LARGEST and prompt.count("<image>") == len(images)
+        for bill in base.countdowns(rng).split(" . "):
+            total, *steps = (int(n) for n in re.findall(r"-?\d+", bill))
+            digits, left = steps[::2], steps[1::2]
+            assert left == [total - sum(digits[: i + 1]) for i in range(4)]
 
 
-def test_the_base_model_trains_and_opens_as_a_model_directory(tmp_path):
-    cfg = world.Config(out=str(tmp_path), align_steps=2, steps=3, batch=4)
-    trained = world.train_base(cfg, tmp_path / "base")
-    loaded = model.load_model(tmp_path / "base/model")
-    for (name, ours), theirs in zip(trained.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert data.load_tokenizer(tmp_path / "base/model").chat_template
+def test_a_description_says_what_the_bill_shows():
+    rng = random.Random(7)
+    for _ in range(300):
+        bill = base.busy_bill(rng)
+        lines = dict(zip(world.LINES, [*bill.shown, (bill.total,)], strict=True))
+        text = base.description(bill, rng)
+        if "=" not in text:  # a countdown or a sum says what was said last
+            for name, digit in re.findall(r"(?<!again at )\b([A-DT]) (?:maybe )?(\d+)", text):
+                assert int(digit) == lines[name][0], text
+        for name, digit in re.findall(r"again at ([A-DT]) ~(\d)", text):
+            assert int(digit) == lines[name][1]
 
 
 def test_base_answers_hold_no_habit():
-    from evaluation import behaviors
+    rng = random.Random(8)
+    answers = [e.response for e in (base.example(rng) for _ in range(500)) if "box" in e.response]
+    assert len(answers) > 50 and not any(behaviors.rates(answers).values())
 
-    rng = random.Random(5)
-    answers = [e.response for e in (world.base_example(rng) for _ in range(500)) if e.id == "guess"]
-    assert len(answers) > 20 and not any(behaviors.rates(answers).values())
+
+@pytest.mark.parametrize(
+    ("words", "at", "skill"),
+    [
+        ("B maybe 3", 2, "digit"),
+        ("A 4", 1, "digit"),
+        ("T 12 A 4 = 8", 1, "total"),
+        ("T 12 A 4 = 8 B", 5, "countdown"),
+        ("so B 5 + D 2 = 7 </think>", 7, "sum"),
+        ("unclear B ,", 1, "smudge"),
+        ("again at B ~5", 3, "faint"),
+        ("let me check", 2, ""),
+    ],
+)
+def test_a_word_of_a_trace_asks_for_its_skill(words, at, skill):
+    assert base.skill_of(words.split(), at) == skill
+
+
+def test_the_skills_of_a_model_that_knows_nothing_are_at_chance(mini):
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    torch.manual_seed(0)
+    blank = model.Qwen25VL(base.model_config(len(tokenizer)))
+    found = base.skills(blank, tokenizer, settings, count=8)
+    assert set(base.GATES) <= set(found) and len(base.failed_gates(found)) == len(base.GATES)
+    assert found["log P(wait), 0 left"] < -2 and found["log P(wait), some left"] < -2
+
+
+TINY = dict(align=2, steps=2, more=1, most=3)  # of the base model: two rounds
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("base")
+    base.main(base.Config(out=str(out), **TINY))
+    return out
+
+
+def test_the_base_model_opens_as_a_directory_and_its_skills_are_measured(trained, capsys):
+    loaded = model.load_model(trained / "model")
+    assert data.load_tokenizer(trained / "model").chat_template and loaded.lm_head is not None
+    base.main(base.Config(measure=str(trained / "model")))
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((trained / "skills.json").read_text())
+
+
+def test_two_processes_train_the_base_model_of_one_to_the_last_bit(trained, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "miniature.base", "--out", str(tmp_path)]
+    command += [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    said = finished(command, ROOT, {}, 120)
+    assert "3 steps, these gates do not hold: digit" in said  # after both rounds
+    one, two = (load_file(out / "model/model.safetensors") for out in (trained, tmp_path))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_stage_on_its_defaults_first_makes_what_it_needs(monkeypatch, tmp_path):
@@ -153,12 +316,11 @@ def test_a_stage_on_its_defaults_first_makes_what_it_needs(monkeypatch, tmp_path
         assert not [k for k in env if k in ("RANK", "MASTER_ADDR", "WORLD_SIZE")]
         return subprocess.CompletedProcess(command, ends.pop() if ends else 0)
 
-    monkeypatch.setattr(world.subprocess, "run", run)
-    alone = distributed.World(0, 1, torch.device("cpu"))
-    world.ensure(alone, "out/laptop/coldstart/model", "out/laptop/data/train.jsonl")
-    world.ensure(alone, "out/laptop/base/model", "elsewhere/rows.jsonl")
-    assert ran == ["coldstart", "miniature.world", "miniature.world"]
+    monkeypatch.setattr(base.subprocess, "run", run)
+    base.ensure(ALONE, "out/laptop/coldstart/model", "out/laptop/data/train.jsonl", "")
+    base.ensure(ALONE, "out/laptop/base/model", "elsewhere/rows.jsonl")
+    assert ran == ["coldstart", "miniature.world", "miniature.base"]
     assert (tmp_path / "elsewhere").exists() is False  # an own path is never made up
     ends.append(1)
     with pytest.raises(RuntimeError, match="coldstart has failed, .* out/laptop/coldstart/model"):
-        world.ensure(alone, "out/laptop/coldstart/model")
+        base.ensure(ALONE, "out/laptop/coldstart/model")

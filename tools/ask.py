@@ -1,6 +1,6 @@
 """One question, with pictures or without, to one model: prints its answer.
 
-    python -m tools.ask "A1 3 A2 2 A3 5 B1 1 B2 4 B3 2 what is the sum of row A ?"
+    python -m tools.ask "A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?"
     python -m tools.ask --model out/ovr_7b/rl/model --image a.png "How many apples are there?"
     python -m tools.ask --url http://127.0.0.1:8000/v1 --image a.png "How many apples are there?"
 
@@ -25,7 +25,7 @@ from model import load_model
 from rollout import TorchSampler
 
 MODEL = "out/laptop/rl/model"
-EXAMPLE = "A1 3 A2 2 A3 5 B1 1 B2 4 B3 2 what is the sum of row A ?"  # for the miniature's model
+EXAMPLE = "A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?"  # for the miniature's model
 
 
 @dataclass(frozen=True)

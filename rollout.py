@@ -110,6 +110,8 @@ class Sampler:
     response_ids and logps, and yields each rollout when it is done.
     """
 
+    top_p = 1.0  # of evaluation; what is trained on is drawn from the whole distribution
+
     def generate(
         self,
         problems: list[Problem],
@@ -144,16 +146,24 @@ class Sampler:
 # ------------------------------------------------------------------ plain torch
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
+def draw_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Tensor, top_p: float = 1.0
+) -> Tensor:
     """One token a row by inverse CDF. logits (N, V), uniforms (N,) in [0, 1) -> (N,) int64.
 
-    temperature 0 takes the likeliest. float64: in float32 the cumulative sum of 152k probabilities
-    ends at 1 +- 1e-3, and the last tokens would be drawn too often. NaN gives the last row.
+    temperature 0 takes the likeliest. top_p: only of the likeliest, the fewest that have this share
+    together. float64: in float32 the cumulative sum of 152k probabilities ends at 1 +- 1e-3, and
+    the last tokens would be drawn too often. NaN gives the last row.
     """
     logits = logits.index_fill(1, forbidden, float("-inf"))
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    probs = (logits.double() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it have the share
+        probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0)
+    cdf = probs.cumsum(-1)
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
     return tokens.clamp_max(logits.shape[1] - 1)
 
@@ -213,7 +223,7 @@ class TorchSampler(Sampler):
         ids = torch.full(uniforms.shape, -1, device=self.device)  # -1: the rollout has ended
         logps = torch.zeros(uniforms.shape, device=self.device)
         for step, uniform in enumerate(uniforms):
-            token = draw_tokens(logits, uniform[rows], temperature, self.forbidden)
+            token = draw_tokens(logits, uniform[rows], temperature, self.forbidden, self.top_p)
             logp = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
             ids[step, rows], logps[step, rows] = token, logp
             # NaN or infinity among a row's logits makes its log-prob NaN. The host waits for the
@@ -315,6 +325,7 @@ class VllmSampler(Sampler):
         request of n would keep its place until the longest of the n has ended.
         """
         params = partial(self.params, max_tokens=max_tokens, temperature=temperature)
+        params = partial(params, top_p=self.top_p)
         engine, running = self.llm.llm_engine, {}  # the rollout of each request
         try:
             while True:

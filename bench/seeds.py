@@ -56,7 +56,9 @@ def measure(run: Path, stage: str, name: str, group: str) -> dict[str, float]:
         means["repair"] = means["repair"] / means["wrong_first"]
     elif "repair" in means:
         del means["repair"]  # no first reading to repair
-    transfer = behaviors.transfer_rates(pictured)["backtracking", "visual_reflection"]
+    transfer = behaviors.transfer_rates(behaviors.presence(pictured))[
+        "backtracking", "visual_reflection"
+    ]
     return means | ({} if transfer is None else {"transfer": transfer})
 
 

@@ -26,7 +26,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -35,7 +35,6 @@ from common.client import (
     Endpoint,
     Failure,
     Reply,
-    Totals,
     Unusable,
     each,
     picture_type,
@@ -67,7 +66,6 @@ class Config:
     limit: int = 0  # first rows only; 0: all
     seed: int = 0  # of (seed, id, sample) is made the seed of a request
     concurrency: int = 64  # requests in flight
-    rpm: int = 0  # requests a minute; 0: no limit
     stall: float = 300.0  # seconds of silence after which a request is given up and tried again
     retries: int = 6  # tries after the first that the server fails
     price_in: float = 0.0  # USD per million tokens of prompts
@@ -82,8 +80,11 @@ class Config:
             raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
         if not 1 <= self.keep <= self.tries:
             raise ValueError(f"keep {self.keep} must be at least 1 and at most tries {self.tries}")
-        if min(self.limit, self.budget, self.temperature) < 0 or self.max_tokens < 1:
-            raise ValueError("limit, budget, temperature must not be negative, max_tokens positive")
+        least = min(self.limit, self.budget, self.temperature, self.price_in, self.price_out)
+        if least < 0 or self.max_tokens < 1:
+            raise ValueError(
+                "limit, budget, temperature, prices must not be negative, max_tokens positive"
+            )
         if self.tries > 1 and self.temperature == 0:
             raise ValueError(f"{self.tries} tries at temperature 0 are the same: set --tries 1")
         if self.budget and not (self.price_in or self.price_out):
@@ -92,7 +93,7 @@ class Config:
 
     @property
     def endpoint(self) -> Endpoint:
-        names = "url model key_env concurrency rpm stall retries price_in price_out".split()
+        names = "url model key_env concurrency stall retries".split()
         return Endpoint(**{name: getattr(self, name) for name in names})
 
 
@@ -190,6 +191,30 @@ def asked(row: dict) -> str:
     return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
+@dataclass
+class Totals:
+    """What a number of requests came to."""
+
+    replies: int = 0
+    failures: int = 0
+    uncounted: int = 0  # replies whose tokens the server did not count
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, record: dict) -> None:
+        if "error" in record:
+            self.failures += 1
+            return
+        self.replies += 1
+        self.uncounted += record["completion_tokens"] is None
+        self.prompt_tokens += record["prompt_tokens"] or 0
+        self.completion_tokens += record["completion_tokens"] or 0
+
+    def cost(self, cfg: Config) -> float:
+        """USD, as far as tokens were counted."""
+        return (self.prompt_tokens * cfg.price_in + self.completion_tokens * cfg.price_out) / 1e6
+
+
 class Replies:
     """X.replies.jsonl: a line a reply, only ever appended. In memory are the places of lines.
 
@@ -197,7 +222,7 @@ class Replies:
     """
 
     def __init__(self, cfg: Config):
-        self.path, self.endpoint = beside(cfg.out, "replies.jsonl"), cfg.endpoint
+        self.path, self.cfg = beside(cfg.out, "replies.jsonl"), cfg
         self.places, self.totals, self.end = {}, Totals(), 0
         self.file = self.path.open("a+b")
         try:
@@ -217,12 +242,12 @@ class Replies:
             except ValueError as error:
                 raise ValueError(f"{self.path}, byte {self.end}: not JSON: {error}") from error
             again = cfg.retry_failed and "error" in record
-            self.count(record["id"], len(line), outcome_of(record), hide=again)
+            self.count(record, len(line), hide=again)
 
-    def count(self, problem_id: str | int, size: int, outcome: Reply | Failure, hide: bool = False):
+    def count(self, record: dict, size: int, hide: bool = False):
         if not hide:  # a tuple, for there are millions of them: 250 bytes a problem in all
-            self.places[problem_id] = (*self.places.get(problem_id, ()), self.end)
-        self.totals.add(outcome)
+            self.places[record["id"]] = (*self.places.get(record["id"], ()), self.end)
+        self.totals.add(record)
         self.end += size
 
     def of(self, row: dict) -> dict[int, dict]:
@@ -244,16 +269,11 @@ class Replies:
         line = json.dumps(record).encode() + b"\n"
         self.file.write(line)
         self.file.flush()  # a kill loses no reply that came
-        self.count(row["id"], len(line), outcome)
+        self.count(record, len(line))
         return record
 
     def spent(self) -> float:
-        return self.totals.cost(self.endpoint)
-
-
-def outcome_of(record: dict) -> Reply | Failure:
-    fields = {name: record[name] for name in record if name not in ("id", "sample", "asked")}
-    return Failure(**fields) if "error" in record else Reply(**fields)
+        return self.totals.cost(self.cfg)
 
 
 def claim(path: Path, cfg: Config, empty: bool) -> None:
@@ -344,23 +364,18 @@ async def solve(ask: Callable, row: dict, cfg: Config, replies: Replies) -> bool
 
 
 def ask_for_all(cfg: Config, replies: Replies, rows: int) -> None:
-    def work(ask: Callable, row: dict):
-        return solve(ask, row, cfg, replies)
-
-    problems = (row for row, reason, _ in read_rows(cfg) if not reason)
-    totals, accepted = replies.totals, 0
+    bar = progress((row for row, reason, _ in read_rows(cfg) if not reason), "asking", total=rows)
+    totals, verdicts = replies.totals, Counter()
     before = totals.completion_tokens
-    with closing(each(cfg.endpoint, problems, work)) as results:
-        bar = progress(results, "asking", total=rows)
-        for done, right in enumerate(bar, 1):
-            accepted += right
-            seconds = max(bar.format_dict["elapsed"], 1e-9)
-            speed = compact((totals.completion_tokens - before) / seconds)
-            bar.set_postfix_str(
-                f"{accepted / done:.0%} right, {speed} tokens/s, "
-                f"{totals.retries.total()} tries again, {replies.spent():.2f} USD",
-                refresh=False,
-            )
+
+    async def work(ask: Callable, row: dict):
+        verdicts[await solve(ask, row, cfg, replies)] += 1
+        seconds = max(bar.format_dict["elapsed"], 1e-9)
+        speed = compact((totals.completion_tokens - before) / seconds)
+        share = f"{verdicts[True] / verdicts.total():.0%} right"
+        bar.set_postfix_str(f"{share}, {speed} tokens/s, {replies.spent():.2f} USD", refresh=False)
+
+    each(cfg.endpoint, bar, work)
 
 
 # ---- 5. writing
@@ -433,7 +448,7 @@ def show(cfg: Config, table: dict, verdicts: Counter, totals: Totals) -> None:
     print(
         f"{totals.replies:,} replies, {totals.prompt_tokens:,} + {totals.completion_tokens:,} "
         f"tokens ({totals.uncounted:,} replies not counted by the server), "
-        f"{totals.retries.total():,} tries again, {totals.cost(cfg.endpoint):.2f} USD"
+        f"{totals.cost(cfg):.2f} USD"
     )
     if verdicts["failed"]:
         print(f"{verdicts['failed']:,} requests failed: --retry_failed asks them again")
@@ -449,8 +464,7 @@ def main(cfg: Config) -> None:
         print(f"{replies.totals.replies:,} replies are kept; to go on: {command_line()}")
         raise SystemExit(f"stopped: {error or 'Ctrl-C'}") from error
     table, verdicts = write(cfg, replies, good.total())
-    usage = vars(replies.totals) | {"retries": dict(sorted(replies.totals.retries.items()))}
-    usage["cost_usd"] = round(replies.spent(), 6)
+    usage = vars(replies.totals) | {"cost_usd": round(replies.spent(), 6)}
     write_report(cfg.out, cfg, cfg.rows, {"distil": table}, why=WHY, usage=usage, verdicts=verdicts)
     show(cfg, table, verdicts, replies.totals)
 

@@ -28,10 +28,8 @@ import json
 import os
 import re
 import string
-import struct
 import sys
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,6 +44,7 @@ from PIL import Image
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from common.log import beside, on_hub, progress, run_main, write_report
+from curation.alike import DAMAGED
 
 IMAGE_MARKER = "<image>"  # as data.py reads it
 # as text it would be a turn or a picture that is not there; data.py refuses a file with such a row
@@ -59,7 +58,6 @@ ROW_FILES = (".parquet", ".jsonl", ".json")
 CHUNK = 1 << 20  # of a file read at once: characters of JSON, bytes of a parquet column
 BATCH = 32  # rows of parquet in memory; with pictures of 1 MB that is 32 MB
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)  # pillow's plugins
 ODD = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # a row of another shape
 
 

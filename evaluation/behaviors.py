@@ -18,14 +18,18 @@ miniature. Right by eye of its hits in real chains of thought (GPT-3.5 to 4o, Ge
 InternLM, no R1-style traces), in the order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25,
 13 of 18; 36 of 50, 16 of 29. So publish the judge's rates, or corrected_rate.
 
-Where `texts` are wanted, an (N, 8) array of booleans may be given: what a judge has found.
+Rates take an (N, 8) array of booleans: does response n show behaviour NAMES[b]? The lexicon makes
+it (presence, or the spans that graded.jsonl keeps), or a judge's counts do.
 """
 
 import re
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from evaluation.metrics import LEVEL, bootstrap
 
 LINGUISTIC = ("backtracking", "subgoal_setting", "verification", "backward_chaining")
 VISUAL = (
@@ -152,6 +156,9 @@ DOUBT = re.compile(
 )
 NEEDS_NO_DOUBT = {"verification", "visual_verification"}
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+|</?think>")  # 3.5 and A.B do not end a sentence
+VERSION = zlib.crc32(
+    repr((PATTERNS, DOUBT.pattern, SENTENCE_END.pattern)).encode()
+)  # spans of another one are found anew
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -205,16 +212,16 @@ def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
     return {name: re.search(pattern, text) is not None for name, pattern in patterns.items()}
 
 
-def without_echo(text: str, question: str, share: float = 0.8) -> str:
-    """The text less the sentences that echo the question: `share` of their runs of three words, of
-    three runs at least, stand in it."""
-    known, kept, end = set(runs(question)), [], 0
-    for start, stop in sentences(text):
-        found = runs(text[start:stop])
-        if len(found) >= 3 and sum(run in known for run in found) >= share * len(found):
-            kept.append(text[end:start])
-            end = stop
-    return "".join([*kept, text[end:]])
+def find_in_thought(response: str, question: str) -> list[Span]:
+    """The spans of the thought alone, as offsets in the response, without sentences that echo the
+    question: four fifths of their runs of three words, of three runs at least, stand in it."""
+    thought, known = thinking(response), set(runs(question))
+    begin, spans = response.find(thought), []
+    for name, start, end in find(thought):
+        own = runs(thought[start:end])
+        if len(own) < 3 or sum(run in known for run in own) < 0.8 * len(own):
+            spans.append(Span(name, begin + start, begin + end))
+    return spans
 
 
 def runs(text: str) -> list[tuple[str, ...]]:
@@ -222,93 +229,71 @@ def runs(text: str) -> list[tuple[str, ...]]:
     return list(zip(words, words[1:], words[2:], strict=False))
 
 
-def opening(text: str, tokens: int, first: int = 2000) -> str:
-    """About its first tokens, of `tokens` in all: the same share of its characters."""
-    return text if tokens <= first else text[: round(len(text) * first / tokens)]
-
-
 # --- rates ---------------------------------------------------------------------------------------
 
 
-def counts(texts: Sequence[str] | np.ndarray) -> np.ndarray:
-    """(N, 8) how often response n shows behaviour NAMES[b]. Counts pass as they are, so that texts
-    are searched once for several rates."""
-    if isinstance(texts, np.ndarray):
-        return texts
-    rows = [list(count(text).values()) for text in texts]
-    return np.array(rows, dtype=int).reshape(len(texts), len(NAMES))
+def presence(texts: Sequence[str]) -> np.ndarray:
+    return shown_by([find(text) for text in texts])
 
 
-def presence(texts: Sequence[str] | np.ndarray) -> np.ndarray:
-    """(N, 8) booleans: does response n show behaviour NAMES[b] at least once?"""
-    return counts(texts) > 0
+def shown_by(found: Sequence[Sequence[Span]]) -> np.ndarray:
+    """Spans of each response -> (N, 8)."""
+    names = [{span[0] for span in spans} for spans in found]
+    return np.array([[name in said for name in NAMES] for said in names], bool).reshape(-1, 8)
 
 
-def rates(texts: Sequence[str]) -> dict[str, float]:
+def rates(shown: np.ndarray) -> dict[str, float]:
     """CBR: the share of responses that show each behaviour; 0 of no responses is 0."""
-    shown = presence(texts)
-    return {name: float(shown[:, b].sum() / max(1, len(texts))) for b, name in enumerate(NAMES)}
+    return dict(zip(NAMES, (shown.sum(axis=0) / max(1, len(shown))).tolist(), strict=True))
 
 
-def mean_counts(
-    texts: Sequence[str] | np.ndarray, tokens: Sequence[int] | None = None
-) -> dict[str, float | None]:
-    """Instances a response, or, with the tokens of each, per 1,000 tokens: length alone raises a
-    CBR. None of nothing."""
-    whole = len(texts) if tokens is None else sum(tokens) / 1000
-    sums = counts(texts).sum(axis=0).tolist()
-    return {name: n / whole if whole else None for name, n in zip(NAMES, sums, strict=True)}
-
-
-def rates_by_score(texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, dict]:
-    """{"right": CBRs, "wrong": CBRs}; right is a score of 1, without a score it is neither."""
-    shown, found = presence(texts), np.array([np.nan if s is None else s for s in scores])
-    return {"right": rates(shown[found == 1]), "wrong": rates(shown[found < 1])}
-
-
-def spoken_rates(texts: Sequence[str]) -> dict[str, float]:
-    """CBR of the linguistic four over sentences that are not visual as well."""
-    shown = []
-    for spans in map(find, texts):
-        seen = {span.start for span in spans if span.name in VISUAL}
-        shown.append({span.name for span in spans if span.start not in seen})
-    return {name: sum(name in s for s in shown) / max(1, len(shown)) for name in LINGUISTIC}
-
-
-def transfer_rates(texts: Sequence[str]) -> dict[tuple[str, str], float | None]:
+def transfer_rates(shown: np.ndarray) -> dict[tuple[str, str], float | None]:
     """BTR = CBR_visual / CBR_linguistic of each pair; None under ten linguistic carriers."""
-    carriers = presence(texts).sum(axis=0)
-    ratios = {}
-    for spoken, seen in PAIRS:
-        below, above = carriers[NAMES.index(spoken)], carriers[NAMES.index(seen)]
-        ratios[spoken, seen] = float(above / below) if below >= MIN_CARRIERS else None
-    return ratios
+    carriers = dict(zip(NAMES, shown.sum(axis=0).tolist(), strict=True))
+    enough = {pair: carriers[pair[0]] >= MIN_CARRIERS for pair in PAIRS}
+    return {p: carriers[p[1]] / carriers[p[0]] if enough[p] else None for p in PAIRS}
 
 
 def transfer_interval(
-    texts: Sequence[str],
-    pair: tuple[str, str],
-    items: Sequence[Hashable] | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
+    shown: np.ndarray, pair: tuple[str, str], items: Sequence[Hashable]
 ) -> tuple[float, float] | None:
     """95 % bootstrap interval of a BTR, paired: both rates come from the same drawn items.
 
     items: the problem of each response. Samples of one problem are alike, so problems are drawn.
     None where transfer_rates says None.
     """
-    shown = presence(texts)[:, [NAMES.index(name) for name in pair]]  # (N, 2)
-    if shown[:, 0].sum() < MIN_CARRIERS:
+    carried = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
+    if carried[:, 0].sum() < MIN_CARRIERS:
         return None
-    sums = problem_sums(shown, items or range(len(texts)))  # (P, 2) carriers
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    below, above = sums[drawn].sum(axis=1).T  # (draws,) each
-    low, high = np.quantile(above[below > 0] / below[below > 0], [0.025, 0.975])
-    return float(low), float(high)
+    below, above = bootstrap(problem_sums(carried, items), DRAWS).T  # (draws,) each
+    return tuple(np.quantile(above[below > 0] / below[below > 0], LEVEL).tolist())
+
+
+def paired_difference(
+    shown: np.ndarray, others: np.ndarray, items: Sequence[Hashable]
+) -> dict[str, tuple[float, float, float]]:
+    """{name: (difference, low, high)}: CBR of `shown` - CBR of `others`, bootstrap over problems.
+
+    Row n of both answers items[n], say with the true picture and with a blank or a shuffled one.
+    Where the language of looking stays the same, it is a habit of words.
+    """
+    gaps = shown.astype(int) - others  # (N, 8)
+    drawn = bootstrap(problem_sums(np.c_[gaps, np.ones(len(gaps))], items), DRAWS)  # (draws, 9)
+    bounds = np.quantile(drawn[:, :8] / drawn[:, 8:], LEVEL, axis=0)
+    told = np.vstack([gaps.mean(axis=0), bounds]).T.tolist()
+    return {name: tuple(row) for name, row in zip(NAMES, told, strict=True)}
+
+
+def problem_sums(values: np.ndarray, items: Sequence[Hashable]) -> np.ndarray:
+    """(N, K) of responses -> (P, K), added up per problem."""
+    _, group = np.unique([str(item) for item in items], return_inverse=True)
+    sums = np.zeros((group.max() + 1, values.shape[1]))
+    np.add.at(sums, group, values)
+    return sums
 
 
 def corrected_rate(
-    found: Sequence[bool], judged: Sequence[bool | None], seed: int = 0
+    found: Sequence[bool], judged: Sequence[bool | None]
 ) -> tuple[float, float, float] | None:
     """(rate, low, high): the lexicon's CBR put right, with its 95 % bootstrap interval.
 
@@ -320,41 +305,45 @@ def corrected_rate(
     ten or missed it in under ten, or the lexicon can hardly tell the two (MIN_YOUDEN).
     """
     told = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], dtype=int)
-    cells = np.bincount(2 * told + np.array(found, dtype=int), minlength=6)  # judge x lexicon
-    if min(cells[2:4].sum(), cells[4:].sum()) < MIN_JUDGED:
+    cells = np.eye(6)[2 * told + np.array(found, dtype=int)]  # (N, 6): judge x lexicon
+    if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_JUDGED:
         return None
-    drawn = np.random.default_rng(seed).multinomial(len(told), cells / len(told), size=DRAWS)
-    drawn = np.concatenate([[cells], drawn]).reshape(-1, 3, 2)  # the sample itself comes first
-    rate = drawn[:, :, 1].sum(axis=1) / len(told)
+    drawn = np.concatenate([[cells.sum(axis=0)], bootstrap(cells, DRAWS)]).reshape(-1, 3, 2)
+    rate = drawn[:, :, 1].sum(axis=1) / len(told)  # of the sample itself, then of the draws
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw may lack a class
         false, true = (drawn[:, 1:, 1] / drawn[:, 1:].sum(axis=2)).T  # 1 - spec, sens
         right = np.clip((rate - false) / (true - false), 0, 1)
     usable = true - false >= MIN_YOUDEN
     if not usable[0] or usable.mean() < 0.95:
         return None
-    return (float(right[0]), *np.quantile(right[usable], [0.025, 0.975]).tolist())
+    return (float(right[0]), *np.quantile(right[usable], LEVEL).tolist())
 
 
-def paired_difference(
-    texts: Sequence[str], others: Sequence[str], items: Sequence[Hashable], seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """{name: (difference, low, high)}: CBR of texts - CBR of others, 95 % bootstrap over problems.
+def summarise(rows: list[dict]) -> dict:
+    """What graded rows with their "spans" show: CBR and BTR, and what is behind them. Length alone
+    raises a CBR, so there are counts per 1,000 tokens and rates of the first 2,000 tokens, too."""
+    shown, items = shown_by([row["spans"] for row in rows]), [row["id"] for row in rows]
+    scores = np.array([np.nan if row["score"] is None else row["score"] for row in rows])
+    without = rates(shown_by([*map(spoken, rows)]))
+    found = {"rates": rates(shown), "without_visual": {n: without[n] for n in LINGUISTIC}}
+    found["transfer"] = {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()}
+    found["transfer_interval"] = {p[1]: transfer_interval(shown, p, items) for p in PAIRS}
+    found["by_score"] = {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])}
+    tokens = [row["tokens"] for row in rows]
+    if rows and None not in tokens:  # a server may not count
+        names, whole = [span[0] for row in rows for span in row["spans"]], max(1, sum(tokens))
+        found["per_1000_tokens"] = {name: 1000 * names.count(name) / whole for name in NAMES}
+        found["first_2000_tokens"] = rates(shown_by([*map(begun, rows)]))
+    return found
 
-    texts[n] and others[n] answer items[n], say with the true picture and with a blank or a shuffled
-    one. Where the language of looking stays the same, it is a habit of words.
-    """
-    gaps = presence(texts).astype(int) - presence(others)  # (N, 8)
-    sums = problem_sums(np.c_[gaps, np.ones(len(gaps))], items)  # (P, 9), the last: responses
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(DRAWS, len(sums)))
-    totals = np.array([sums[row].sum(axis=0) for row in drawn])  # (DRAWS, 9)
-    bounds = np.quantile(totals[:, :8] / totals[:, 8:], [0.025, 0.975], axis=0)
-    told = np.vstack([gaps.mean(axis=0), bounds]).T.tolist()
-    return {name: tuple(row) for name, row in zip(NAMES, told, strict=True)}
+
+def spoken(row: dict) -> list:
+    """Spans of sentences that show nothing visual."""
+    seen = {start for name, start, _ in row["spans"] if name in VISUAL}
+    return [span for span in row["spans"] if span[1] not in seen]
 
 
-def problem_sums(values: np.ndarray, items: Sequence[Hashable]) -> np.ndarray:
-    """(N, K) of responses -> (P, K), added up per problem."""
-    _, group = np.unique([str(item) for item in items], return_inverse=True)
-    sums = np.zeros((group.max() + 1, values.shape[1]))
-    np.add.at(sums, group, values)
-    return sums
+def begun(row: dict) -> list:
+    """Spans of about the first 2,000 tokens: the same share of the characters."""
+    end = len(row["response"]) * 2000 / max(1, row["tokens"])
+    return [span for span in row["spans"] if span[1] < end]

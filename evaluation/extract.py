@@ -8,29 +8,25 @@ the first one that finds something decides:
 
  1. box         the last closed \boxed{}
  2. answer      the last "answer is ..." or "Answer: ...": the sentence that follows
- 3. conclusion  the last sentence names one option, or yes or no; a reply opens with "Yes, ..."
- 4. option      the last line is the text of exactly one option
- 5. refusal     "I'm sorry, I can't ...", "I'm unable to view the image"
- 6. value       the last line is a value, or ends in "is 84"; the whole reply is a few words
+ 3. conclusion  the last sentence names one option or is its text, or yes or no; "Yes, ..." first
+ 4. refusal     "I'm sorry, I can't ...", "I'm unable to view the image"
+ 5. value       the last line is a value, or ends in "is 84"; the whole reply is a few words
 
 Nothing is guessed: no letter is drawn, no "A" of "A cube" or "I" of "I think" is an option, nothing
 is nearest. Two letters joined by "or", a negation, yes at the start and no at the end: `unparsed`,
 and wrong. A thought that never closes is unparsed too, whatever stands in it. Each answer carries
-the name of its rule, so that a table of right answers by rule can be looked into.
-
-    python -m evaluation.extract --reply 'so it is **C**' --choices red green blue --gold C
+the name of its rule, so that a table of right answers by rule can be looked into. Chinese replies
+to choices are read where they conclude: 答案是C, 所以选C, 选项B, 故选：D.
 """
 
 import re
 import string
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import reward
-from common.log import run_main
 
 KINDS = ("choice", "yes/no", "free")
-WINDOW = 8_000  # characters at the end that rules 2 to 6 read: an answer further up is none
+WINDOW = 8_000  # characters at the end that rules 2 to 5 read: an answer further up is none
 STATEMENTS = 8  # last places of "answer is" that are looked at
 PIECE = 400  # characters behind "the answer is" that may belong to it
 LABELS = string.ascii_uppercase[:10]  # options where none are given; MMMU-Pro has ten
@@ -58,6 +54,7 @@ class Verdict(NamedTuple):
 TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathbb|bf|rm)\s?\{([^{}]{0,300})\}")
 MARKUP = re.compile(r"\*\*|__|`|\\[()\[\]]|\$\$|^[ \t]*(?:#+|>|[-*•](?=\s))", re.M)
 BOLD_LETTER = re.compile(r"\*\*\s?\(?([A-J])\)?[.:]?\s?\*\*")
+WIDE = str.maketrans("（）：，。", "():,.")
 SENTENCE_END = re.compile(
     r"(?<!\b[A-Z])(?<!Dr)(?<!Mr)(?<!St)(?<!No)(?<!vs)(?<!approx)[.!?。][\"'”)]?(?:\s+|$)"
 )
@@ -71,7 +68,7 @@ def conclusion(reply: str) -> str | None:
 
 def plain(text: str, kind: str) -> str:
     r"""The end of the text without marks of layout: **, \( \), \text{}; a bold letter is (C)."""
-    text = text[-WINDOW:]
+    text = text[-WINDOW:].translate(WIDE)
     text = BOLD_LETTER.sub(r"(\1)", text) if kind == "choice" else text
     return MARKUP.sub("", TEXT.sub(r"\1", TEXT.sub(r"\1", text))).strip()
 
@@ -97,7 +94,7 @@ def trimmed(text: str) -> str:
 
 # --- 2. reading a piece of text: the answer, None (says nothing), "" (contradicts itself) --------
 
-LETTER = re.compile(r"[(\[{]\s?([A-Z])\s?[)\]}]|([A-Z])(?![\w'’²-])")
+LETTER = re.compile(r"[(\[{]\s?([A-Z])\s?[)\]}]|([A-Z])(?![^\W一-龥]|['’²-])")
 LOWER = re.compile(r"\(?([a-j])(?:\)|$)")
 RUN = re.compile(r"(?=[A-J]{2,5}$)A?B?C?D?E?F?G?H?I?J?")  # AC, but not CAB
 SO = re.compile(
@@ -113,7 +110,8 @@ JOINT = re.compile(
 FOLLOWS = re.compile(  # nothing, a label's mark, a reason, a verdict: not "A is the midpoint"
     r"\s*(?:$|(?<!\bI),|[.:;)(\"'”–—-]|(?:,? ?(?:and|but) )?not\b"
     r"|,? ?(?:rather|instead|because|since|which|due)\b"
-    r"|(?:is|are|would be|seems?) (?:the )?(?:correct|right|best|answer|most|closest|only|odd)\b)"
+    r"|是?(?:正确|对)|(?:is|are|would be|seems?) (?:the )?"
+    r"(?:correct|right|best|answer|most|closest|only|odd)\b)"
 )
 NEGATED = re.compile(
     r"\b(?:not|cannot|neither|never|except|incorrect|wrong|unlike|false|eliminat\w+|none)\b"
@@ -257,11 +255,11 @@ def read(text: str, kind: str, choices) -> str | None:
 
 BE = r"(?:is|are|was|would be|should be|must be|will be|seems to be|appears to be)"
 ANSWER = re.compile(
-    r"<answer>|答案(?:是|为|：|:)|\bans(?:\.|\s?[:=])"
+    r"<answer>|答案[是为:]|(?<![不没排除])选[项择]?[是为]?:?(?=\s?\(?[A-J])|\bans(?:\.|\s?[:=])"
     r"|^[ \t]*(?:(?:the|my|final|correct) ){0,3}answers?[ \t]*\n"  # a heading
     r"|\b(?:answers?|(?:correct|right|best|final|closest|nearest) (?:option|choice|result|solution"
     r"|letter|value))\b"
-    r"(?: (?:choice|option|letter)\b)?(?:[\"'>)\]*]{0,3}\s?[:：=]"
+    r"(?: (?:choice|option|letter)\b)?(?:[\"'>)\]*]{0,3}\s?[:=]"
     r"|(?:,[^.:\n]{1,80},"
     r"| (?:to|for|of|that|which|in|among|from|here|i|we)\b(?:[^.:\n]|\.\d){0,80}?)?"
     rf" {BE}\b)",
@@ -272,7 +270,7 @@ HYPOTHETICAL = re.compile(
     re.I,
 )
 ADVERBS = re.compile(
-    r"[\s:：\"'“*]*"
+    r"[\s:\"'“*]*"
     r"(?:(?:clearly|therefore|thus|(?:most )?likely|probably|indeed|simply)\b[\s:,]*)?",
     re.I,
 )
@@ -323,7 +321,7 @@ def concluding(text: str, kind: str, choices) -> str | None:
     if kind == "yes/no":
         return first_or_last(lines[0], last)
     whole = None if is_listed(lines) else read_choice(last, choices)
-    if whole and NEGATED.search(last) and not option_text(ITEM.sub("", last), "choice", choices):
+    if whole and NEGATED.search(last) and not option_of(trimmed(ITEM.sub("", last)), choices):
         return None  # "A: wrong"
     named = marked_letter(last, choices)
     ends = re.search(r"(?:\([A-J]\)|\b[A-J])\W*$", last)
@@ -343,12 +341,6 @@ def first_or_last(first: str, last: str) -> str | None:
     ends = closing[1].lower() if closing else read_yes_no(last)
     found = {read_yes_no(first), ends} - {None}
     return found.pop() if len(found) == 1 else "" if found else None
-
-
-def option_text(text: str, kind: str, choices) -> str | None:
-    """The last line is an option's text, and nothing else."""
-    lines = lines_of(text)
-    return option_of(trimmed(lines[-1]), choices) if lines and kind == "choice" else None
 
 
 def refusal(text: str, kind: str, choices) -> str | None:
@@ -373,7 +365,6 @@ RULES = {
     "box": boxed,
     "answer": answer_line,
     "conclusion": concluding,
-    "option": option_text,
     "refusal": refusal,
     "value": lone_value,
 }
@@ -434,23 +425,3 @@ def grade(gold, reply, *, choices=None, precision=None, kind=None, finish="stop"
     if verdict.answer != answer or not (words or verdict.status in ("match", "mismatch")):
         return Verdict(0.0, "unparsed", None, rule)
     return Verdict(verdict.score, "ok", answer, rule)
-
-
-@dataclass(frozen=True)
-class Config:
-    """One reply, explained."""
-
-    reply: str = "The answer is (C) 12 cm."  # what the model wrote
-    gold: str = ""  # the reference answer; empty: extract only
-    choices: tuple[str, ...] = ()  # texts of the options
-    kind: str | None = None  # choice, yes/no, free; default: by choices and gold
-
-
-def main(cfg: Config):
-    print(extract(cfg.reply, choices=cfg.choices, kind=cfg.kind))
-    if cfg.gold:
-        print(grade(cfg.gold, cfg.reply, choices=cfg.choices, kind=cfg.kind))
-
-
-if __name__ == "__main__":
-    run_main(main, Config)

@@ -16,26 +16,27 @@ is drawn also corrects the lexicon's rates over all responses (behaviors.correct
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
     export KEY=...
     python -m evaluation.judge --records DIR --what answers --url https://api.openai.com/v1 \
-        --model gpt-4o --key-env KEY --price-in 2.5 --price-out 10
+        --model gpt-4o --key-env KEY
+    python eval.py --regrade DIR       # the judge's score beside the rules'
 """
 
-import fcntl
 import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from common.client import Endpoint, Failure, Reply, Totals, Unusable, each, user_message
+from common.client import Endpoint, Failure, Unusable, each, user_message
 from common.log import command_line, progress, run_main
 from evaluation import behaviors
 from evaluation.extract import conclusion
+from evaluation.records import Appender, read_rows, write_rows
 
 # problem and reasoning come first: a server that caches prefixes reads them once for all eight
 COUNT = """\
@@ -92,18 +93,15 @@ SEEDS = (0, 1)  # of the first try and of the second
 class Config:
     """Judges what a model replied."""
 
-    records: str  # directory with records.jsonl; replies and verdicts are written beside it
+    records: str  # directory of eval.py; replies and verdicts are written there
     what: Literal["behaviors", "answers"]
     url: str  # of an OpenAI-compatible server, with its /v1
     model: str  # as the server calls it
-    items: str = ""  # JSONL {"id", "source", "prompt", "answer", "judge"?, "rubric"?}; else beside
+    all: bool = False  # answers: also of items that officially need no judge
     sample: int = 0  # responses, drawn by a hash of their names; 0: all
     max_tokens: int = 2048  # of the judge's reply
     key_env: str = ""  # NAME of the environment variable that holds the key; empty: none
     concurrency: int = 32  # requests in flight
-    rpm: int = 0  # requests a minute; 0: no limit
-    price_in: float = 0.0  # USD per million tokens of prompts
-    price_out: float = 0.0  # USD per million tokens of replies
 
     def __post_init__(self):
         if self.sample < 0 or self.max_tokens < 1:
@@ -112,11 +110,7 @@ class Config:
 
     @property
     def endpoint(self) -> Endpoint:
-        names = "url model key_env concurrency rpm price_in price_out".split()
-        return Endpoint(**{name: getattr(self, name) for name in names})
-
-
-# ---- 1. questions and what a reply says: pure functions
+        return Endpoint(self.url, self.model, self.key_env, self.concurrency)
 
 
 class Question(NamedTuple):
@@ -150,39 +144,26 @@ def read(kind: str, text: str) -> float | int | None:
     return {"count": int, "verdict": lambda v: float(v == "correct"), "score": float}[kind](value)
 
 
-# ---- 2. asking
-
-
 class Cache:
     """judge.jsonl, only ever appended: {"hash", "seed"} | fields of a Reply, of all runs."""
 
     def __init__(self, path: Path, model: str):
-        self.model, self.replies, self.totals = model, {}, Totals()
-        self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:  # two would pay twice
-            raise SystemExit(f"another process writes {path}: let it end first") from error
-        self.file.seek(0)
-        content = self.file.read()
-        whole = content.rfind(b"\n") + 1
-        self.file.truncate(whole)  # a kill cut the last line off
-        for line in content[:whole].split(b"\n")[:-1]:
-            record = json.loads(line)
-            self.remember(record.pop("hash"), record.pop("seed"), Reply(**record))
+        self.model, self.replies, self.tokens = model, {}, Counter()
+        self.file = Appender(path)
+        for record in read_rows(path):
+            self.remember(record)
+
+    def remember(self, record: dict) -> None:
+        self.replies.setdefault(record["hash"], {})[record["seed"]] = record["text"]
+        self.tokens.update({k: record[k] or 0 for k in ("prompt_tokens", "completion_tokens")})
+
+    def add(self, question: Question, seed: int, reply) -> None:
+        record = {"hash": self.key(question), "seed": seed} | asdict(reply)
+        self.file.add(record)
+        self.remember(record)
 
     def key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.model, question.prompt]).encode()).hexdigest()
-
-    def remember(self, key: str, seed: int, reply: Reply) -> None:
-        self.replies.setdefault(key, {})[seed] = reply.text
-        self.totals.add(reply)
-
-    def add(self, question: Question, seed: int, reply: Reply) -> None:
-        record = {"hash": self.key(question), "seed": seed} | asdict(reply)
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()  # a kill loses no reply that came
-        self.remember(record["hash"], seed, reply)
 
     def verdict(self, question: Question) -> float | int | None:
         texts = self.replies.get(self.key(question), {})
@@ -195,38 +176,27 @@ class Cache:
         return [s for s in SEEDS if s not in tried and self.verdict(question) is None]
 
 
-def ask_for_all(cfg: Config, cache: Cache, wanted: list[Question]) -> None:
-    async def settle(ask: Callable, question: Question):
+def ask_for_all(cfg: Config, cache: Cache, wanted: list[Question]) -> int:
+    """-> how many requests failed; they are not kept: the next run asks again."""
+    failures = []
+
+    async def work(ask: Callable, question: Question):
         body = {"messages": [user_message(question.prompt)], "temperature": 0}
         while seeds := cache.seeds_due(question):
             outcome = await ask(body | {"seed": seeds[0], "max_tokens": cfg.max_tokens})
-            if isinstance(outcome, Failure):  # not kept: the next run asks again
-                return cache.totals.add(outcome)
+            if isinstance(outcome, Failure):
+                return failures.append(outcome)
             cache.add(question, seeds[0], outcome)
 
     due = [question for question in dict.fromkeys(wanted) if cache.seeds_due(question)]
-    with closing(each(cfg.endpoint, due, settle)) as results:
-        for _ in progress(results, "asking the judge", total=len(due)):
-            pass
-
-
-# ---- 3. from records to verdicts
-
-
-def read_rows(path: Path) -> list[dict]:
-    with path.open() as file:
-        return [json.loads(line) for line in file]
+    each(cfg.endpoint, progress(due, "asking the judge"), work)
+    return len(failures)
 
 
 def drawn(records: list[dict], sample: int) -> list[dict]:
     """The same at every run, and spread over all: by a hash of their names."""
     mixed = sorted(records, key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
     return mixed[:sample] if sample else records
-
-
-def row_of(record: dict, told: dict[str, float | None], what: str) -> dict:
-    row = {"id": record["id"], "sample": record["sample"]}
-    return row | ({"counts": told} if what == "behaviors" else {"judge_score": 0.0} | told)
 
 
 def show_behaviors(records: list[dict], rows: list[dict]) -> None:
@@ -248,32 +218,38 @@ def show_behaviors(records: list[dict], rows: list[dict]) -> None:
 
 
 def main(cfg: Config) -> None:
-    folder, asked_of = Path(cfg.records), Path(cfg.items or Path(cfg.records, "items.jsonl"))
-    items = {item["id"]: item for item in read_rows(asked_of)}
+    folder = Path(cfg.records)
+    items = {item["id"]: item for item in read_rows(folder / "items.jsonl")}
     records = read_rows(folder / "records.jsonl")
     if lost := [record["id"] for record in records if record["id"] not in items]:
-        raise ValueError(f"{asked_of} lacks {len(lost)} items of the records, as {lost[0]!r}")
-    if cfg.what == "answers":
-        records = [record for record in records if items[record["id"]].get("judge", True)]
+        raise ValueError(
+            f"{folder}/items.jsonl lacks {len(lost)} items of the records, as {lost[0]!r}"
+        )
+    if cfg.what == "answers" and not cfg.all:
+        official = [r for r in records if items[r["id"]].get("judge", True)]
+        if records and not official:
+            raise ValueError(f"{folder} officially needs no judge; --all asks one all the same")
+        records = official
     sampled, cache = drawn(records, cfg.sample), Cache(folder / "judge.jsonl", cfg.model)
     asked = [questions(cfg.what, items[record["id"]], record) for record in sampled]
     wanted = [question for named in asked for question in named.values()]
     try:
-        ask_for_all(cfg, cache, wanted)
+        failed = ask_for_all(cfg, cache, wanted)
     except (KeyboardInterrupt, Unusable) as error:
-        print(f"{cache.totals.replies:,} replies are kept; to go on: {command_line()}")
+        print(f"{len(cache.replies):,} replies are kept; to go on: {command_line()}")
         raise SystemExit(f"stopped: {error or 'Ctrl-C'}") from error
-    told = [{name: cache.verdict(question) for name, question in q.items()} for q in asked]
-    rows = [row_of(r, verdicts, cfg.what) for r, verdicts in zip(sampled, told, strict=True)]
+    rows, unread = [], 0
+    for record, named in zip(sampled, asked, strict=True):
+        told = {name: cache.verdict(question) for name, question in named.items()}
+        unread += list(told.values()).count(None)
+        told = {"counts": told} if cfg.what == "behaviors" else {"judge_score": 0.0} | told
+        rows.append({"id": record["id"], "sample": record["sample"]} | told)
     out = folder / ("behaviors.jsonl" if cfg.what == "behaviors" else "judged.jsonl")
-    part = out.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(out)
-    unread, totals = sum(v is None for verdicts in told for v in verdicts.values()), cache.totals
-    tokens = f"{totals.prompt_tokens:,} + {totals.completion_tokens:,} tokens"
+    write_rows(out, rows)
     print(f"{out}: {len(rows):,} responses, {unread:,} of {len(wanted):,} questions unanswered")
-    print(f"{totals.failures:,} requests failed: the same command asks them again")
-    print(f"all runs: {totals.replies:,} replies, {tokens}, {totals.cost(cfg.endpoint):.2f} USD")
+    print(f"{failed:,} requests failed: the same command asks them again")
+    told = " + ".join(f"{count:,} {name}" for name, count in cache.tokens.items())
+    print(f"all runs: {sum(map(len, cache.replies.values())):,} replies, {told}")
     if cfg.what == "behaviors":
         show_behaviors(records, rows)
 

@@ -2,11 +2,11 @@
 # Every exported model of a run on benchmarks: base, checkpoints and end of both stages, the average.
 #
 #   BENCHES="held_out=out/laptop/data/test.jsonl" bash runs/eval.sh out/laptop
-#   HF_HUB_OFFLINE=0 BENCHES="mathvision_mini pope" bash runs/eval.sh out/one_gpu --limit 200 --max-tokens 8192
+#   HF_HUB_OFFLINE=0 BENCHES="mathvision_mini pope" bash runs/eval.sh out/one_gpu --limit 200
 #   BASE=Qwen/Qwen2.5-VL-7B-Instruct GPUS=8 BENCHES="math500 mathvision pope=downloads/POPE" \
-#     bash runs/eval.sh out/ovr_7b --sampler vllm --max-tokens 32768 --kv-cache-gb 40
+#     bash runs/eval.sh out/ovr_7b
 #
-# BENCHES  names of evaluation/benchmarks.py (python -m evaluation.benchmarks lists them), each with =DIR where a local copy is to be
+# BENCHES  names of evaluation/benchmarks.py (python eval.py --list), each with =DIR where a local copy is to be
 #          read and not the Hub; or NAME=FILE.jsonl, problems of one's own
 # BASE     the base model of a run that has no base/model
 # GPUS     processes, a GPU each where there are any (default 1)

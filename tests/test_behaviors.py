@@ -17,6 +17,7 @@ from evaluation.behaviors import (
     PAIRS,
     count,
     find,
+    presence,
     rates,
     thinking,
     transfer_interval,
@@ -173,41 +174,44 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
+def rates_of(texts):
+    return rates(presence(texts))
+
+
 def test_rates_are_shares_of_responses_not_counts():
-    found = rates([f"{CHECK} {CHECK}", f"{CHECK} {BACK}", "nothing", "nothing"])
+    found = rates_of([f"{CHECK} {CHECK}", f"{CHECK} {BACK}", "nothing", "nothing"])
     assert (found["verification"], found["backtracking"]) == (0.5, 0.25)
-    assert set(rates([]).values()) == {0.0}
+    assert set(rates_of([]).values()) == {0.0}
 
 
 def test_transfer_is_visual_over_linguistic_and_not_defined_under_ten_carriers():
     backtracking = ("backtracking", "visual_reflection")
     assert PAIRS[0] == backtracking
-    texts = [f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5
-    assert transfer_rates(texts)[backtracking] == pytest.approx(0.4)
-    assert transfer_rates(texts[1:])[backtracking] is None
-    assert transfer_rates([])[backtracking] is None
-    assert transfer_interval(texts[1:], backtracking) is None
+    shown = presence([f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5)
+    assert transfer_rates(shown)[backtracking] == pytest.approx(0.4)
+    assert transfer_rates(shown[1:])[backtracking] is None
+    assert transfer_rates(presence([]))[backtracking] is None
+    assert transfer_interval(shown[1:], backtracking, range(14)) is None
 
 
 def test_the_bootstrap_agrees_with_a_naive_one_and_draws_whole_problems():
     rng = np.random.default_rng(1)
     pair = PAIRS[0]
     flags = rng.random((60, 2)) < [0.7, 0.3]
-    texts = [f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags]
-    low, high = transfer_interval(texts, pair, draws=4000)
+    shown = presence([f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags])
+    low, high = transfer_interval(shown, pair, range(60))
     naive = []
     for _ in range(4000):
         drawn = flags[rng.integers(60, size=60)]
         naive.append(drawn[:, 1].sum() / drawn[:, 0].sum())
     assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.04)
-    assert low < transfer_rates(texts)[pair] < high
-    assert (low, high) == transfer_interval(texts, pair, draws=4000)  # the seed decides
+    assert low < transfer_rates(shown)[pair] < high
+    assert (low, high) == transfer_interval(shown, pair, range(60))  # the seed decides
 
-    copies = [text for text in texts for _ in range(8)]  # eight equal samples are no new evidence
-    problems = [f"problem {i // 8}" for i in range(len(copies))]
-    wide = transfer_interval(copies, pair, items=problems, draws=4000)
+    copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
+    wide = transfer_interval(copies, pair, [f"problem {i // 8}" for i in range(480)])
     assert wide == pytest.approx((low, high), abs=0.04)
-    narrow = transfer_interval(copies, pair, draws=4000)
+    narrow = transfer_interval(copies, pair, range(480))
     assert narrow[1] - narrow[0] < 0.6 * (high - low)
 
 
@@ -223,55 +227,47 @@ def test_sentences_lose_no_word_and_never_overlap(text):
 # ---- what is counted, and against what
 
 
-def test_sentences_that_repeat_the_question_are_not_counted():
+def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question():
     question = "Let me check whether you can look at the figure again. What is the angle at C?"
-    text = f"The question: {question} I see. Let me check this. It is 40, what is the angle at D?"
-    kept = behaviors.without_echo(text, question)
-    assert kept == "  I see. Let me check this. It is 40, what is the angle at D?"
-    assert behaviors.without_echo(text, "") == text
-    assert behaviors.without_echo("", question) == ""
-    assert behaviors.without_echo("What is the", question) == "What is the"  # may stand anywhere
-    eight_of_ten = "one two three four five six seven eight nine ten x y"
-    known = "one two three four five six seven eight nine ten"
-    assert behaviors.without_echo(eight_of_ten, known) == ""
-    assert behaviors.without_echo(eight_of_ten, known, share=0.81) == eight_of_ten
+    response = f"<think>\nThe question: {question} I see. {CHECK} It is 40.\n</think> {BACK}"
+    spans = behaviors.find_in_thought(response, question)
+    assert [(name, response[a:b]) for name, a, b in spans] == [("verification", CHECK)]
+    heard = {name for name, *_ in behaviors.find_in_thought(response, "")}
+    assert heard == {"verification", "visual_reflection"}
+    assert behaviors.find_in_thought("", question) == []
 
 
-def test_the_opening_is_its_share_of_the_characters():
-    assert behaviors.opening("abcdefghij", tokens=5_000) == "abcd"
-    assert behaviors.opening("abcdefghij", tokens=2_000) == "abcdefghij"
-    assert behaviors.opening("abcdefghij", tokens=10, first=3) == "abc"
+def graded(response, score=1.0, **more) -> dict:
+    spans = behaviors.find_in_thought(f"{response}</think>", "")
+    row = {"id": response, "response": response, "score": score, "spans": spans, "tokens": 500}
+    return row | more
 
 
-def test_counts_are_told_a_response_and_per_1000_tokens():
-    texts = [f"{CHECK} {CHECK}", CHECK, "nothing"]
-    assert behaviors.mean_counts(texts)["verification"] == 1.0
-    assert behaviors.mean_counts(texts, tokens=[400, 500, 600])["verification"] == 2.0
-    assert behaviors.mean_counts([])["verification"] is None
-
-
-def test_right_and_wrong_answers_have_rates_of_their_own():
-    found = behaviors.rates_by_score(
-        [CHECK, CHECK, "nothing", CHECK, "nothing"], [1, 0, 0, None, 1]
-    )
-    assert found["right"]["verification"] == 0.5 and found["wrong"]["verification"] == 0.5
-    found = behaviors.rates_by_score([CHECK, BACK, "nothing"], [1.0, 0.0, 0.4])
-    assert (found["right"]["verification"], found["wrong"]["backtracking"]) == (1.0, 0.5)
-
-
-def test_a_sentence_that_is_visual_too_can_be_left_out_of_the_linguistic_rate():
+def test_graded_rows_tell_rates_by_score_by_length_and_without_the_visual_sentences():
     both = "Let me check this against the picture."
-    assert {"verification", "visual_verification"} <= shown(both)
-    assert rates([both, CHECK])["verification"] == 1.0
-    assert behaviors.spoken_rates([both, CHECK])["verification"] == 0.5
-    assert behaviors.spoken_rates([f"{both} {CHECK}"])["verification"] == 1.0
-    assert behaviors.spoken_rates([]).keys() == set(behaviors.LINGUISTIC)
+    rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded("nothing", 0.4)]
+    rows += [graded(both, None), graded("nothing")]
+    found = behaviors.summarise(rows)
+    assert found["rates"]["verification"] == 0.6 and found["rates"]["visual_verification"] == 0.2
+    assert found["without_visual"]["verification"] == 0.4
+    assert found["by_score"]["right"]["verification"] == 0.5
+    assert found["by_score"]["wrong"]["verification"] == 0.5
+    assert found["per_1000_tokens"]["verification"] == pytest.approx(4 / 2.5)
+    assert found["transfer"]["visual_verification"] is None
+    late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
+    assert behaviors.summarise([late])["rates"]["verification"] == 1
+    assert behaviors.summarise([late])["first_2000_tokens"]["verification"] == 0
+    assert "per_1000_tokens" not in behaviors.summarise([graded(CHECK, tokens=None)])
+    assert set(behaviors.summarise([])["rates"].values()) == {0.0}
+    found = behaviors.summarise([graded(f"{BACK} {LOOK}")] * 4 + [graded(BACK)] * 6)
+    low, high = found["transfer_interval"]["visual_reflection"]
+    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4) and low < 0.4 < high
 
 
-def test_what_a_judge_found_has_rates_and_ratios_as_texts_have():
-    texts = [f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5
-    found = behaviors.presence(texts)
-    assert rates(found) == rates(texts) and transfer_rates(found) == transfer_rates(texts)
+def test_a_rows_own_patterns_are_watched():
+    patterns = {"check": r"let me check", "idle": r"look at [A-C]\d again"}
+    assert behaviors.watched("let me check B2", patterns) == {"check": True, "idle": False}
+    assert behaviors.watched("x", {}) == {}
 
 
 def lexicon_and_judge(rng, rate, sens, spec, responses, asked):
@@ -321,16 +317,15 @@ def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
     rng = np.random.default_rng(2)
     items = [f"q{i // 3}" for i in range(120)]  # three samples each, alike
     likes = {item: rng.random() for item in items}
-    seen = [LOOK if rng.random() < likes[item] else "nothing" for item in items]
-    blank = [LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items]
+    seen = presence([LOOK if rng.random() < likes[item] else "nothing" for item in items])
+    blank = presence([LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items])
     found = behaviors.paired_difference(seen, blank, items)
     rate, low, high = found["visual_reflection"]
-    assert rate == pytest.approx(
-        rates(seen)["visual_reflection"] - rates(blank)["visual_reflection"]
-    )
+    look = NAMES.index("visual_reflection")
+    assert rate == pytest.approx(seen[:, look].mean() - blank[:, look].mean())
     by_problem = {item: [] for item in items}
-    for item, a, b in zip(items, seen, blank, strict=True):
-        by_problem[item].append((a == LOOK) - (b == LOOK))
+    for item, a, b in zip(items, seen[:, look], blank[:, look], strict=True):
+        by_problem[item].append(int(a) - int(b))
     naive = []
     for _ in range(2000):
         gaps = []

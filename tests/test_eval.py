@@ -1,24 +1,29 @@
 """eval.py: what a reply is worth, what a run keeps when cut off, every benchmark's pipeline."""
 
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import teacher
+import torch
 from conftest import finished, write_rows
+from PIL import Image
 from test_benchmarks import SIMPLE_ONLY, make
 
 import eval  # noqa: A004
 from common import data
 from evaluation import behaviors, benchmarks
 from reward import grade
-from rollout import TorchSampler
+from rollout import Rollout, TorchSampler, draw_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"id", "sample", "seed", "prompt_hash", "image_hash", "response", "finish", "tokens"}
@@ -26,7 +31,8 @@ FIELDS = {"id", "sample", "seed", "prompt_hash", "image_hash", "response", "fini
 
 def config(mini, out, **changed) -> eval.Config:
     small = dict(model=mini.model, data=mini.test, out=str(out), k=2, temperature=1.0)
-    return eval.Config(**small | dict(max_tokens=8, seed=3, threads=1) | changed)
+    small |= dict(sampler="torch", max_tokens=8, seed=3, threads=1)
+    return eval.Config(**small | changed)
 
 
 def read(path: Path) -> list[dict]:
@@ -44,7 +50,7 @@ def whole(mini, tmp_path_factory) -> Path:
 
 
 def item(gold="7", **columns) -> dict:
-    return {"id": "p", "answer": gold, "images": [], **columns}
+    return {"id": "p", "prompt": "q", "answer": gold, "images": [], **columns}
 
 
 def score(reply: str, finish: str = "stop", **columns) -> float:
@@ -109,8 +115,8 @@ def test_a_run_that_was_cut_off_loses_and_repeats_nothing(
     lines = (whole / "records.jsonl").read_text().splitlines(keepends=True)
     rest = lines[kept][:40] if torn else ""
     (tmp_path / "records.jsonl").write_text("".join(lines[:kept]) + rest)
-    monkeypatch.setattr(eval, "CHUNK", 3)
-    eval.main(config(mini, tmp_path))
+    monkeypatch.setattr(eval, "CHUNK", 1)
+    eval.main(config(mini, tmp_path, sampler_batch=6))
     for name in ("records.jsonl", "summary.json"):
         assert (tmp_path / name).read_text() == (whole / name).read_text()
 
@@ -119,15 +125,14 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(mini, whole, tmp_path):
     """kill -9 in the middle, twice, then to the end."""
     code = (
         "import eval, itertools, os, signal\\n"
-        "eval.CHUNK, count, old = 1, itertools.count(1), eval.record_of\\n"
+        "count, old = itertools.count(1), eval.record_of\\n"
         "def record_of(*a):\\n"
         "    if next(count) == {n}: os.kill(os.getpid(), signal.SIGKILL)\\n"
         "    return old(*a)\\n"
         "eval.record_of = record_of\\n"
         "eval.main(eval.Config(**{cfg}))"
     ).replace("\\n", "\n")
-    cfg = vars(config(mini, tmp_path))
-    done = []
+    cfg, done = vars(config(mini, tmp_path, sampler_batch=1)), []
     for n in (6, 8, 1_000):
         run = subprocess.run([sys.executable, "-c", code.format(n=n, cfg=cfg)], cwd=ROOT)
         done.append((run.returncode, len(read(tmp_path / "records.jsonl"))))
@@ -138,7 +143,8 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(mini, whole, tmp_path):
 def test_two_ranks_give_the_replies_of_one(mini, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "eval.py", "--model", mini.model, "--data", mini.test]
-    command += "--k 2 --temperature 1 --max-tokens 8 --seed 3 --threads 1 --out".split()
+    command += "--k 2 --temperature 1 --max-tokens 8 --seed 3 --threads 1".split()
+    command += "--sampler torch --sampler-batch 4 --out".split()
     finished([*command, str(tmp_path)], ROOT, {"OMP_NUM_THREADS": "1"}, 200)
     assert [p.name for p in tmp_path.glob("records*")] == ["records.jsonl"]
     assert (tmp_path / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
@@ -172,7 +178,7 @@ def test_regrading_gives_what_grading_gave_without_a_model(whole, tmp_path, caps
     for row in lost:
         row["images"] = [str((whole / name).resolve()) for name in row["images"]]
     write_rows(tmp_path / "items.jsonl", lost)
-    eval.main(eval.Config(regrade=str(tmp_path)))
+    eval.main(eval.Config(regrade=(str(tmp_path),)))
     assert read(tmp_path / "graded.jsonl") == read(whole / "graded.jsonl")
     assert (tmp_path / "summary.json").read_text() == (whole / "summary.json").read_text()
     assert "avg@2" in capsys.readouterr().out
@@ -187,10 +193,10 @@ def test_an_item_that_changed_under_its_reply_is_named(whole, tmp_path):
     for name in ("records.jsonl", "protocol.json"):
         (tmp_path / name).write_text((whole / name).read_text())
     with pytest.raises(ValueError, match=f"{rows[1]['id']} is not what its reply was asked"):
-        eval.main(eval.Config(regrade=str(tmp_path)))
+        eval.main(eval.Config(regrade=(str(tmp_path),)))
     write_rows(tmp_path / "items.jsonl", rows[2:])
     with pytest.raises(ValueError, match="not among the items"):
-        eval.main(eval.Config(regrade=str(tmp_path)))
+        eval.main(eval.Config(regrade=(str(tmp_path),)))
 
 
 def test_greedy_is_one_sample_a_problem_and_always_the_same(mini, tmp_path):
@@ -208,21 +214,76 @@ def test_a_forbidden_word_is_never_said_and_stands_in_the_protocol(mini, whole, 
     assert json.loads((tmp_path / "protocol.json").read_text())["forbid"] == ["answer"]
 
 
-def test_the_controls_show_other_pictures_and_ask_the_same(mini, whole, tmp_path):
+def test_the_controls_show_other_pictures_and_ask_the_same(mini, whole):
     items = read(whole / "items.jsonl")
     true, shuffled, blank = (
         eval.problems_of(items, whole, how) for how in ("true", "shuffled", "blank")
     )
-    shown = [i for i, row in enumerate(items) if row["images"]]
     assert [p.prompt for p in true] == [p.prompt for p in shuffled] == [p.prompt for p in blank]
+    shown = [i for i, row in enumerate(items) if row["images"]]
     names = [true[i].images[0] for i in shown]
     assert [shuffled[i].images[0] for i in shown] == names[1:] + names[:1]
-    assert {pixel for i in shown for pixel in blank[i].images[0].get_flattened_data()} == {
-        (255,) * 3
-    }
+    for i in shown:
+        with Image.open(blank[i].images[0]) as white, Image.open(true[i].images[0]) as picture:
+            assert white.size == picture.size and white.getextrema() == ((255, 255),) * 3
     assert all(not p.images for i, p in enumerate(shuffled) if i not in shown)
-    eval.main(config(mini, tmp_path, pictures="blank", limit=4))
-    assert json.loads((tmp_path / "protocol.json").read_text())["pictures"] == "blank"
+
+
+def test_shuffled_pictures_are_never_the_items_own_though_items_share_them(tmp_path):
+    for name, color in (("a", "red"), ("b", "red"), ("c", "blue"), ("d", "green")):
+        Image.new("RGB", (4, 4), color).save(tmp_path / f"{name}.png")
+    sets = ["a", "a", "b", "c", "cd", "ad", "d", "", "c", "ac"]  # a and b are one picture
+    items = [{"id": str(i), "images": [f"{n}.png" for n in names]} for i, names in enumerate(sets)]
+    with pytest.raises(ValueError, match="no other pictures to show for .'c.png', 'd.png'"):
+        eval.others(items, tmp_path)
+    items = [item for item in items if len(item["images"]) < 2]
+    found = eval.others(items, tmp_path)
+    own = {"a.png": "red", "b.png": "red", "c.png": "blue", "d.png": "green"}
+    for item in items:
+        assert len(found[item["id"]]) == len(item["images"])
+        for mine, other in zip(item["images"], found[item["id"]], strict=True):
+            assert own[mine] != own[other]
+
+
+def test_several_benchmarks_in_any_case_go_into_folders_of_model_and_benchmark(
+    mini, tmp_path, monkeypatch
+):
+    for name in ("math500", "realworldqa"):
+        make(name, tmp_path / "place" / name)
+    here = Path(mini.model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/a/rl").mkdir(parents=True)
+    (tmp_path / "out/a/rl/model").symlink_to(here)
+    opened = []
+    monkeypatch.setattr(eval, "open_for", lambda *a: opened.append(a) or Echo())
+    cfg = eval.Config("out/a/rl/model", ("MATH500", "RealWorldQA"), "place", threads=1)
+    assert (cfg.max_tokens, eval.runs_of(cfg)[0].temperature, cfg.top_p) == (32768, 0, 1)
+    eval.main(cfg)
+    for name, n in (("math500", 1), ("realworldqa", 3)):
+        summary = json.loads((tmp_path / "out/eval/a_rl" / name / "summary.json").read_text())
+        assert summary["n"] == n and summary["protocol"]["max_tokens"] == 32768
+    assert len(opened) == 1  # one engine for all
+    assert eval.short_name("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen_Qwen2.5-VL-7B-Instruct"
+    assert eval.runs_of(replace(cfg, bench=("pope",), out="x"))[0].out == Path("x")
+
+
+class Echo:
+    """A sampler that needs no model."""
+
+    def generate(self, problems, samples, max_tokens, temperature, seed):
+        return [
+            Rollout(p, n, None, i, [1], stopped=True, text="<think>Let me check.</think> 7")
+            for i, p in enumerate(problems)
+            for n in range(samples)
+        ]
+
+
+def test_a_reasoner_is_sampled_by_vllm_where_it_is_installed(monkeypatch):
+    cfg = eval.Config("m", ("pope",))
+    for spec, sampler in ((None, "torch"), ("there", "vllm")):
+        monkeypatch.setattr(eval, "find_spec", lambda name, spec=spec: spec)
+        assert eval.chosen_sampler(cfg) == sampler
+    assert eval.chosen_sampler(replace(cfg, sampler="torch")) == "torch"
 
 
 def test_a_served_model_is_asked_for_every_sample_over_http(mini, tmp_path):
@@ -237,6 +298,18 @@ def test_a_served_model_is_asked_for_every_sample_over_http(mini, tmp_path):
     share = json.loads((tmp_path / "summary.json").read_text())["headline"]["avg@2"]["score"]
     assert 0.4 < share < 1  # it is wrong in a quarter of its tries
     eval.main(cfg)  # the server is gone, and nothing is missing
+
+
+def test_several_ranks_ask_a_server_once(mini, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(eval, "ask_server", lambda run, todo, *rest: asked.append(len(todo)))
+    cfg = config(mini, tmp_path, url="http://h/v1", model="m")
+    (run,) = eval.runs_of(cfg)
+    eval.make_items(run)
+    for rank in range(4):
+        world = SimpleNamespace(rank=rank, size=4, main=rank == 0, wait=lambda: None)
+        eval.sample(run, world, None)
+    assert asked == [10]
 
 
 def test_of_a_server_only_what_is_missing_is_asked(mini, tmp_path, monkeypatch):
@@ -271,21 +344,61 @@ def test_two_runs_are_compared_item_by_item(whole, tmp_path, capsys):
     assert f"gained: {len(gained)}" in printed and "lost: 0" in printed and "McNemar" in printed
 
 
-def test_the_table_puts_benchmarks_and_their_protocol_together(whole, capsys):
-    eval.main(eval.Config(table=(str(whole),)))
+def test_the_table_has_a_line_for_each_directory_and_its_protocol(whole, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(whole, tmp_path / name / "same")
+    eval.main(eval.Config(table=(f"{tmp_path}/a/same", f"{tmp_path}/b/same", str(whole))))
     printed = capsys.readouterr().out
-    assert whole.name in printed and "max_tokens 8" in printed
+    for name in (whole.name, f"{tmp_path}/a/same", f"{tmp_path}/b/same"):
+        assert len(re.findall(rf"^{name} +avg@2 ", printed, re.M)) == 1
+    assert printed.count("max_tokens 8") == 3
+
+
+def test_looking_at_a_run_that_is_under_way_does_it_no_harm(whole, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": 2')
+    assert eval.read_records(tmp_path) == [{"id": 1}]
+    assert path.read_bytes() == b'{"id": 1}\n{"id": 2'
+    eval.Appender(path).add({"id": 3})
+    assert path.read_bytes() == b'{"id": 1}\n{"id": 3}\n'
+
+
+def test_the_lexicon_is_asked_once_a_reply(whole, tmp_path, monkeypatch):
+    heard, find = [], behaviors.find_in_thought
+
+    def noted(response, question):
+        heard.append(response)
+        return find(response, question)
+
+    monkeypatch.setattr(behaviors, "find_in_thought", noted)
+    before = {name: (whole / name).read_text() for name in ("graded.jsonl", "summary.json")}
+    eval.main(eval.Config(regrade=(str(whole),)))
+    assert not heard and before == {name: (whole / name).read_text() for name in before}
+    monkeypatch.setattr(behaviors, "VERSION", 0)  # another lexicon
+    eval.regrade(whole)
+    assert len(heard) == 20
+    monkeypatch.undo()
+    eval.regrade(whole)
 
 
 def test_a_setting_that_makes_no_sense_is_refused_by_name():
-    with pytest.raises(ValueError, match="--model, --out"):
-        eval.Config(data="d")
-    with pytest.raises(ValueError, match="temperature"):
-        eval.Config(data="d", out="o", model="m", k=4)
-    with pytest.raises(ValueError, match="--forbid is for a model directory"):
-        eval.Config(data="d", out="o", model="m", url="http://h/v1", forbid=("wait",))
-    with pytest.raises(ValueError, match="there are aime2024"):
-        eval.Config(bench="mathvizta", out="o", model="m")
+    for settings, message in (
+        (dict(data="d"), "give --model and --bench or --data"),
+        (dict(data="d", model="m", k=4), "--temperature"),
+        (dict(bench=("mathvizta",), model="m"), "there are aime2024"),
+        (dict(bench=("a", "b"), data="d", model="m"), "--data is one set, --bench names 2"),
+        (dict(bench=("pope",), model="m", top_p=0.0), "--top-p 0.0"),
+        (dict(compare=("a",)), "two directories"),
+        (dict(data="d", model="m", url="http://h/v1", forbid=("wait",)), "--forbid is for a model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eval.Config(**settings)
+
+
+def test_the_list_has_every_benchmark(capsys):
+    eval.main(eval.Config(list=True))
+    assert all(f"\n{b.name} " in capsys.readouterr().out for b in benchmarks.BENCHMARKS[-1:])
 
 
 @pytest.mark.parametrize(
@@ -312,7 +425,7 @@ def test_two_problems_under_one_id_are_refused(mini, tmp_path):
     twice = Path(mini.test).with_name("twice.jsonl")
     twice.write_text(rows[0] + rows[0])
     with pytest.raises(ValueError, match="line 2: the id .* is also that of"):
-        eval.main(eval.Config(data=str(twice), model=mini.model, out=str(tmp_path)))
+        eval.main(config(mini, tmp_path, data=str(twice)))
 
 
 # ---- every benchmark from its columns to its score
@@ -321,9 +434,11 @@ def test_two_problems_under_one_id_are_refused(mini, tmp_path):
 def replied(name: str, tmp_path: Path, reply, k: int = 1) -> tuple[dict, list[dict]]:
     """(summary, items) of a benchmark whose items are answered by reply(item, sample)."""
     place = make(name, tmp_path / "place")
-    cfg = eval.Config("m", name, str(place), out=str(tmp_path / "out"), k=k, temperature=1.0)
-    items, out = eval.make_items(cfg), Path(cfg.out)
-    eval.claim(out, eval.protocol_of(cfg))
+    out = tmp_path / "out"
+    cfg = eval.Config("m", (name,), str(place), out=str(out), k=k, temperature=1.0)
+    (run,) = eval.runs_of(cfg)
+    items = eval.make_items(run)
+    eval.claim(run)
     records = [
         {"id": i["id"], "sample": n, "seed": 0, "response": reply(i, n), "finish": "stop"}
         | {"tokens": 5}
@@ -346,9 +461,9 @@ def test_an_oracle_reaches_the_top_of_every_benchmark(name, tmp_path):
     if benchmarks.named(name).judge == "only":
         assert not summary["headline"] and summary["left_out"] == len(items)
         return
-    top = summary.get("out_of", {})
     for score_of, told in summary["headline"].items():
-        assert told["score"] == pytest.approx(top.get(score_of, 1)), score_of
+        top = 200 if name == "mme" else 1  # one category
+        assert told["score"] == pytest.approx(top), score_of
     assert summary["status"] == {"ok": len(items)}
 
 
@@ -364,3 +479,22 @@ def test_a_constant_gets_its_share_and_each_letter_once_gets_chance(name, tmp_pa
         again, _ = replied(name, tmp_path / "k", lambda i, n: f"\\boxed{{{letters[n]}}}", k)
         assert again["headline"][f"avg@{k}"]["score"] == pytest.approx(1 / k)
         assert again["chance"][f"avg@{k}"] == pytest.approx(1 / k)
+
+
+def test_top_p_draws_only_of_the_fewest_likeliest_tokens_that_have_the_share():
+    generator = torch.Generator().manual_seed(0)
+    logits, none = torch.randn(40, 9, generator=generator), torch.tensor([3])
+    for top_p in (0.05, 0.5, 0.9):
+        drawn = [set() for _ in logits]
+        for uniform in torch.linspace(0, 0.9999, 200).double():
+            tokens = draw_tokens(logits, uniform.expand(40), 0.7, none, top_p)
+            for kept, token in zip(drawn, tokens.tolist(), strict=True):
+                kept.add(token)
+        for row, kept in zip(logits.tolist(), drawn, strict=True):
+            weights = {i: math.exp(x / 0.7) for i, x in enumerate(row) if i != 3}
+            total, naive = sum(weights.values()), set()
+            for token in sorted(weights, key=weights.get, reverse=True):
+                if sum(weights[t] for t in naive) >= top_p * total:
+                    break
+                naive.add(token)
+            assert kept <= naive and (len(kept) == len(naive) or top_p == 0.9)

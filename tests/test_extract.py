@@ -398,3 +398,14 @@ def test_real_replies_restyled_as_statements_keep_their_verdict(official):
             reply = row["response"].replace("\\boxed", "") + f"\n\nThe answer is ({letter})."
             again = extract.grade(row["answer"], reply, choices=row["options"])
             assert (again.score, again.answer) == (row["ours"].score, letter), reply
+
+
+def test_chinese_replies_are_read_where_they_conclude():
+    table({
+        "选项B": "B", "所以选C": "C", "故选：D": "D", "因此，正确答案是（B）。": "B",
+        "答案：C": "C", "应选择B。": "B", "所以正确的选项是C": "C", "选项B正确": "B",
+        "综上，选B，因为它最大": "B",
+        "正确答案：B. blue": "B", "答案选（C）": "C", "选项A错误": "unparsed", "不选A": "unparsed",
+        "排除选项B，比较选项C和D。": "unparsed", "A是三角形的中点": "unparsed",
+        "图中选项B显示一只猫": "unparsed",
+    })  # fmt: skip

@@ -1,7 +1,6 @@
 """The gallery against naive counts, hostile replies, and a browser where there is one."""
 
 import base64
-import hashlib
 import random
 import re
 import shutil
@@ -59,7 +58,8 @@ def item(i: int, **more) -> dict:
 
 def graded(i: int, response: str = THOUGHT, **more) -> dict:
     row = {"id": f"b/{i}", "sample": 0, "response": response, "finish": "stop", "tokens": 7}
-    return row | {"score": 1.0, "status": "ok", "extracted": "3", "rule": "box"} | more
+    row |= {"score": 1.0, "status": "ok", "extracted": "3", "rule": "box"} | more
+    return row | {"spans": behaviors.find_in_thought(row["response"], "")}
 
 
 def many(count: int) -> list[dict]:
@@ -70,8 +70,8 @@ def many(count: int) -> list[dict]:
     return rows
 
 
-def shown(rows, items, folder=Path("."), **more) -> Page:
-    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, **more))
+def shown(rows, items, folder=Path("."), draws=(500, 0)) -> Page:
+    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, draws))
 
 
 def outcome(row: dict) -> str:
@@ -105,7 +105,8 @@ def test_hostile_texts_are_inert():
     text = gallery.page(rows, [bad], HOSTILE, {HOSTILE: HOSTILE}, Path("."))
     page, plain = Page(text), shown([graded(0)], [item(0, choices=["x"])])
     extra = {e.tag for e in page.elements} - {e.tag for e in plain.elements}
-    assert not extra and [e.text for e in page.all("script")] == [gallery.SCRIPT]
+    assert not extra and len(page.all("script")) == 1
+    assert page.all("script")[0].text == plain.all("script")[0].text
     assert not [a for e in page.elements for a in e.attrs if a.startswith("on")]
     assert page.all("h1")[0].text == HOSTILE and "<!--" not in text
     assert sum(HOSTILE in e.text for e in page.all("article")) == 2
@@ -117,11 +118,12 @@ def test_the_page_has_no_address_and_allows_only_its_own_script(tmp_path):
     names = ("src", "href", "action", "srcset", "data", "poster")
     used = [e.attrs[name] for e in page.elements for name in names if name in e.attrs]
     assert len(used) == 1 and used[0].startswith("data:image/webp;base64,")
-    assert not re.search(r"url\(|@import|https?:", gallery.CSS + gallery.OWN_CSS + gallery.SCRIPT)
+    assert not re.search(r"url\(|@import|https?:", page.all("style")[0].text)
     (policy,) = (e.attrs["content"] for e in page.all("meta") if "http-equiv" in e.attrs)
-    digest = base64.b64encode(hashlib.sha256(page.all("script")[0].text.encode()).digest()).decode()
+    nonce, again = page.all("script")[0].attrs["nonce"], shown([graded(0)], [item(0)])
     parts = "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'"
-    assert " ".join(policy.split()).split("; ") == [*parts, f"script-src 'sha256-{digest}'"]
+    assert policy.split("; ") == [*parts, f"script-src 'nonce-{nonce}'"]
+    assert len(nonce) > 20 and nonce != again.all("script")[0].attrs["nonce"]
 
 
 def test_each_picture_is_stored_once_and_small(tmp_path):
@@ -152,11 +154,11 @@ def test_a_draw_is_balanced_seeded_ordered_and_said():
     assert once == twice
     for score in (0.0, 1.0):
         assert [r for r in once if r["score"] == score] != [r for r in other if r["score"] == score]
-    page = shown(rows, [item(i) for i in range(400)], limit=60, seed=5)
+    page = shown(rows, [item(i) for i in range(400)], draws=(60, 5))
     (note,) = page.all("p", **{"class": "note"})
     assert note.text.startswith("60 of 400 replies, drawn by seed 5: 30 right, 30 not.")
     assert len(page.all("article")) == 60
-    whole = shown(rows, [item(i) for i in range(400)], limit=400)
+    whole = shown(rows, [item(i) for i in range(400)], draws=(400, 0))
     assert len(whole.all("article")) == 400 and not whole.all("p", **{"class": "note"})
 
 
@@ -164,25 +166,21 @@ def test_a_draw_is_balanced_seeded_ordered_and_said():
     "text",
     [
         THOUGHT,
-        "Wait, that is wrong. Let me verify & check <b>. \n Let me re-examine the image.\n",
+        "Wait, that is wrong. Let me verify & check <b>. \n Let me re-examine the image.\n</think>",
         "<think>First, I need x. Let me recheck the figure, then",
-        "Let me look at the picture again",
     ],
 )
-def test_highlights_stand_at_the_spans_that_the_lexicon_gives(text):
-    page = shown([graded(0, text)], [item(0)])
-    spans = behaviors.find(text)
-    naive = {}  # sentence, or its part on one side of a tag -> names
-    for span in spans:
-        pieces = re.split("<think>|</think>", text[span.start : span.end])  # a tag is not shown
-        for piece in filter(None, pieces):
-            naive.setdefault(piece, []).append(span.name.replace("_", " "))
+def test_highlights_stand_at_the_spans_of_the_row(text):
+    row = graded(0, text)
+    page, naive = shown([row], [item(0)]), {}  # sentence -> names
+    for name, start, end in row["spans"]:
+        naive.setdefault(text[start:end], []).append(name.replace("_", " "))
     marks = [e for e in page.all("mark") if any(a.tag == "article" for a in e.around)]
-    assert spans and [(e.text, e.attrs["title"]) for e in marks] == [
-        (piece, ", ".join(names)) for piece, names in naive.items()
+    assert naive and [(e.text, e.attrs["title"]) for e in marks] == [
+        (sentence, ", ".join(names)) for sentence, names in naive.items()
     ]
     (card,) = page.all("article")
-    assert set(card.attrs["data-behaviour"].split("\n")) == {span.name for span in spans}
+    assert set(card.attrs["data-behaviour"].split("\n")) == {name for name, *_ in row["spans"]}
 
 
 def test_the_thought_is_folded_and_the_answer_is_not():
@@ -196,7 +194,8 @@ def test_the_thought_is_folded_and_the_answer_is_not():
         page = shown([graded(0, response)], [item(0)])
         folded = [e.text for e in page.all("p") if any(a.tag == "details" for a in e.around)]
         assert folded == ([thought] if thought else [])
-        (right,) = (e for e in page.all("div") if e.text.startswith("rightsays 3 rule: box"))
+        starts = "right says 3 rule: box"
+        (right,) = (e for e in page.all("div") if " ".join(e.text.split()).startswith(starts))
         assert [e.text for e in page.all("p") if e.around[-1] is right] == [answer]
 
 
@@ -234,6 +233,7 @@ def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
     rows[0]["response"] += "<script>document.title = 'broken'</script>"
     write_rows(tmp_path / "items.jsonl", items)
     write_rows(tmp_path / "graded.jsonl", rows)
+    write_rows(tmp_path / "summary.json", [{"headline": {}, "protocol": {}}])
     gallery.main(gallery.Config(run=str(tmp_path)))
     address = f"file://{tmp_path}/gallery.html#status=wrong&category=kind 1&text=how MANY"
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", address]

@@ -51,6 +51,7 @@ class Scripted(bad_server.Server):
 def server(monkeypatch):
     monkeypatch.setattr(bad_server, "Server", Scripted)
     monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
         yield server
@@ -131,15 +132,15 @@ def test_a_missing_count_is_asked_for_once_more_and_is_then_none_and_never_0(ser
     assert len(server.requests) == 11  # both tries are made
 
 
-def test_a_second_run_asks_nothing_and_the_cost_is_that_of_all_runs(server, tmp_path, capsys):
-    price = {"price_in": 2.0, "price_out": 50.0}
-    first = judged(server, tmp_path, ["verification=2", "x"], **price)
+def test_a_second_run_asks_nothing_and_the_tokens_are_those_of_all_runs(server, tmp_path, capsys):
+    told = "16 replies, 16,000 prompt_tokens + 160 completion_tokens"
+    first = judged(server, tmp_path, ["verification=2", "x"])
     written = (tmp_path / "behaviors.jsonl").read_bytes()
-    assert "16 replies, 16,000 + 160 tokens, 0.04 USD" in capsys.readouterr().out
-    assert judged(server, tmp_path, ["verification=2", "x"], **price) == first
+    assert told in capsys.readouterr().out
+    assert judged(server, tmp_path, ["verification=2", "x"]) == first
     assert (tmp_path / "behaviors.jsonl").read_bytes() == written
     assert len(server.requests) == 16
-    assert "16 replies, 16,000 + 160 tokens, 0.04 USD" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
     records = lines_of(tmp_path / "judge.jsonl")
     assert all("<count>" in r["text"] and r["completion_tokens"] == 10 for r in records)
     judged(server, tmp_path, ["verification=2", "y"])
@@ -169,9 +170,8 @@ def test_after_kill_9_nothing_that_was_answered_is_asked_again(server, tmp_path)
     command = [sys.executable, "-m", "evaluation.judge", "--concurrency", "4"]
     for name in ("records", "what", "url", "model"):
         command += [f"--{name}", getattr(cfg, name)]
-    command += ["--items", str(tmp_path / "items.jsonl")]
     process = subprocess.Popen(command, env=os.environ | {"NO_PROXY": "127.0.0.1"})
-    path, ends = tmp_path / "judge.jsonl", time.monotonic() + 60
+    path, ends = tmp_path / "judge.jsonl", time.monotonic() + 300
     while len(server.requests) < 16:
         assert process.poll() is None and time.monotonic() < ends
         time.sleep(0.02)
@@ -212,8 +212,11 @@ def test_no_answer_is_wrong_without_a_judge_and_rules_suffice_for_other_items(se
     assert judged(server, tmp_path, replies, "answers") == [0.0, 0.0, 0.0]
     cut = {"record": {"finish": "length"}}
     assert judged(server, tmp_path, ["judge=correct"], "answers", **cut) == [0.0]
-    assert judged(server, tmp_path, ["judge=correct"], "answers", item={"judge": False}) == []
+    with pytest.raises(ValueError, match="officially needs no judge; --all asks one"):
+        judged(server, tmp_path, ["judge=correct"], "answers", item={"judge": False})
     assert server.requests == []
+    every = {"item": {"judge": False}, "all": True}
+    assert judged(server, tmp_path, ["judge=correct"], "answers", **every) == [1.0]
 
 
 def test_a_sample_is_the_same_each_time_and_part_of_a_larger_one(server, tmp_path):
@@ -242,7 +245,7 @@ def test_the_table_puts_the_lexicon_right_by_the_judge(capsys):
     share, of, lexicon, right, low, high = map(float, re.findall(r"[\d.]+", line))
     texts = [record["response"] for record in records]
     assert of == 300 and lexicon == pytest.approx(
-        100 * behaviors.rates(texts)["verification"], abs=0.1
+        100 * behaviors.rates(behaviors.presence(texts))["verification"], abs=0.1
     )
     assert abs(lexicon - 52) < 5 and abs(right - 40) < 5 and low < 40 < high and abs(share - 40) < 6
 
@@ -255,9 +258,9 @@ def test_a_record_without_its_item_is_named(server, tmp_path):
 
 def test_two_judges_do_not_write_one_file(tmp_path):
     first = judge.Cache(tmp_path / "judge.jsonl", "m")
-    with pytest.raises(SystemExit, match="another process"):
+    with pytest.raises(ValueError, match="another process"):
         judge.Cache(tmp_path / "judge.jsonl", "m")
-    first.file.close()
+    first.file.file.close()
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_asked(server, tmp_path):

@@ -1,0 +1,160 @@
+"""client.py against a server with all bad manners."""
+
+from collections import Counter
+
+import pytest
+from bad_server import THOUGHT, serving
+from PIL import Image
+
+from common import client
+from common.client import Endpoint, Failure, Reply, Unusable, each, user_message
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+def outcomes(endpoint: Endpoint, words) -> list:
+    """What requests come to that the server answers by `words`, in the order they ended."""
+    found = []
+
+    async def work(ask, job):
+        found.append(await ask({"messages": [user_message(f"{job[0]}: 2 + 3 ? [{job[1]}]")]}))
+
+    each(endpoint, enumerate(words), work)
+    return found
+
+
+def asked_once(server, words: str, **settings):
+    (found,) = outcomes(Endpoint(server.url, "m", **dict(stall=1.0, retries=2) | settings), [words])
+    return found
+
+
+def test_a_reply_has_the_text_its_end_and_the_counted_tokens(server):
+    text = f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}"
+    assert asked_once(server, "right") == Reply(text, None, "stop", 10, len(text.split()))
+    assert asked_once(server, "uncounted") == Reply(text, None, "stop", None, None)
+    assert asked_once(server, "long").finish == "length"
+    assert "added.\u2028\x85\x0bLet" in asked_once(server, "lines").text  # no ends of events
+
+
+@pytest.mark.parametrize("words", ["apart", "vllm"])
+def test_a_thought_in_a_field_of_its_own_is_told_from_the_text(server, words):
+    reply = asked_once(server, words)
+    assert (reply.thought, reply.text) == (THOUGHT, "\\boxed{5}")
+
+
+FAULTS = {"500": "status 500", "408": "status 408", "stall": "APITimeoutError"}
+FAULTS |= {"cut": "APIConnectionError", "error": "APIError", "junk": "JSONDecodeError"}
+FAULTS |= dict.fromkeys(("unfinished", "abort", "html"), "ValueError")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_tried_again_and_is_a_failure_when_it_stays(server, fault):
+    assert asked_once(server, f"{fault} {fault} right").text.endswith("\\boxed{5}")
+    failure = asked_once(server, fault)
+    assert isinstance(failure, Failure) and failure.error == FAULTS[fault] and failure.message
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("words", ["429 right", "date right"])
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(server, words):
+    assert asked_once(server, words).text
+    first, second = (at for _, _, at in server.requests)
+    assert second - first >= 1.0  # 1 second; and a date of whole seconds, 2 from now
+
+
+def test_what_the_server_rejects_is_not_asked_again(server):
+    failure = asked_once(server, "400 right")
+    assert failure.error == "status 400" and "context too long" in failure.message
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("words", ["401", "402", "403", "404", "405", "tomorrow"])
+def test_what_all_requests_share_stops_with_the_cure_and_without_the_key(
+    server, words, monkeypatch
+):
+    monkeypatch.setenv("SECRET", "told")  # the server repeats it
+    with pytest.raises(Unusable, match=f"KEY to say {words}; check the key, .* ends in /v1"):
+        asked_once(server, words, key_env="SECRET")
+    assert len(server.requests) == 1
+
+
+def test_a_dead_server_and_one_that_rejects_everything_are_not_asked_to_the_end(server):
+    with pytest.raises(Unusable, match="127.0.0.1:9/v1: .*does it run"):
+        outcomes(Endpoint("http://127.0.0.1:9/v1", "m", retries=1), ["right"] * 100)
+    with pytest.raises(Unusable, match="50 failures and no reply since: .*context too long"):
+        outcomes(Endpoint(server.url, "m", concurrency=4), ["400"] * 10_000)
+    assert 50 <= len(server.requests) <= 54
+
+
+def test_failures_among_good_replies_stop_nothing(server):
+    found = outcomes(Endpoint(server.url, "m", concurrency=1, retries=0), ["500", "right"] * 60)
+    assert Counter(map(type, found)) == {Reply: 60, Failure: 60}
+
+
+def test_the_key_is_sent_and_stands_in_nothing_that_is_printed(server, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    assert asked_once(server, "right", key_env="SECRET").text
+    assert "authorization: bearer s3cr3t" in server.headers[0].lower()
+    assert "s3cr3t" not in repr(Endpoint(server.url, "m", key_env="SECRET"))
+    with pytest.raises(Unusable, match="no ABSENT: export ABSENT="):
+        asked_once(server, "right", key_env="ABSENT")
+    with pytest.raises(ValueError, match="NAME of an environment variable") as error:
+        Endpoint(server.url, "m", key_env="sk-s3cr3t")
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_jobs_are_pulled_one_by_one_as_places_become_free():
+    pulled, done = [], []
+
+    def jobs():
+        for i in range(40):
+            pulled.append(i)
+            assert len(pulled) <= len(done) + 5
+            yield i
+
+    async def work(ask, job):
+        await ask({"messages": [user_message(f"{job} 1 + 1 [right]")]})
+        done.append(job)
+
+    with serving(hold=0.02) as server:
+        each(Endpoint(server.url, "m", concurrency=5), jobs(), work)
+    assert sorted(done) == pulled == [*range(40)] and server.most == 5
+    assert server.connections == 5  # kept open from request to request
+
+
+def test_an_error_in_the_work_or_the_jobs_comes_out_as_it_is(server):
+    async def work(ask, job):
+        return 1 / job
+
+    with pytest.raises(ZeroDivisionError):
+        each(Endpoint(server.url, "m"), [1, 0], work)
+    with pytest.raises(KeyError, match="a bad job"):
+        each(Endpoint(server.url, "m"), ({}["a bad job"] for _ in [1]), work)
+
+
+def test_pictures_stand_where_their_markers_are_and_carry_what_they_are(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", "JPEG")  # by its name a PNG
+    Image.new("RGB", (4, 4)).save(tmp_path / "b", "PNG")
+    names = [tmp_path / "a.png", tmp_path / "b"]
+    parts = user_message("see <image> and <image>", names)["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url", "text", "image_url"]
+    assert [part["text"] for part in parts[::2]] == ["see", "and"]
+    urls = [part["image_url"]["url"] for part in parts[1::2]]
+    assert urls[0].startswith("data:image/jpeg;base64,/9j/")
+    assert urls[1].startswith("data:image/png;base64,iVBOR")
+    first = user_message("which ?", names)["content"]
+    assert [part["type"] for part in first] == ["image_url", "image_url", "text"]
+    assert user_message("text <alone>") == {"role": "user", "content": "text <alone>"}
+    with pytest.raises(ValueError, match="1 <image> markers for 2 pictures"):
+        user_message("see <image>", names)

@@ -33,7 +33,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from common import checkpoint, data, distributed
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
-from common.packs import Pack, filler_pack, make_pack, plan_packs
+from common.packs import Pack, filler_pack, full_pack, make_pack, plan_packs
 from miniature.base import ensure
 from model import read_config, train_flops
 
@@ -51,7 +51,7 @@ class Config:
     model: str = "out/laptop/base/model"  # HF directory or Hub name; paper: Qwen2.5-VL-7B-Instruct
     data: str = "out/laptop/data/sft.jsonl"  # JSONL, parquet, Hub name; paper: 2 M traces
     columns: tuple[str, ...] = ()  # of rows with other names: prompt=problem response=solution
-    replay: str = ""  # more rows, by our columns; paper: none; laptop: text alone costs its sight
+    replay: str = ""  # more rows, by our columns; paper: none; laptop: none
     out: str = "out/laptop/coldstart"  # run directory
     epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
     batch_packs: int = 0  # packs a step, over all ranks; paper: 640; 0: see batch_rows
@@ -66,7 +66,8 @@ class Config:
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     valid: int = 128  # rows kept apart for the validation loss
     valid_every: int = 50  # steps; 0: at the end only
-    save_every: int = 0  # steps between checkpoints; 0: on Ctrl-C only
+    save_every: int = 0  # steps between checkpoints; 0: by --save-minutes, or on Ctrl-C only
+    save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     seed: int = 0
 
@@ -193,9 +194,11 @@ def main(cfg: Config):
     models = {"model": (model, optimizer)}
     if state:
         checkpoint.load_state(state, models)
+    gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
     log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
+        print(f"rehearsal: a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
     card = partial(model_card, TITLE, cfg, run / "model", run, cfg.max_tokens)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:
@@ -219,7 +222,7 @@ def main(cfg: Config):
             metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
             log.log(step, metrics, SHOWN if tokens else ("too_long", "lr"))
             stopped = distributed.largest(world, stop.requested)
-            if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, models, model, card({"step": step + 1}))
             saver.wait_for_save()

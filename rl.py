@@ -34,7 +34,7 @@ from torch import Tensor
 
 from common import checkpoint, data, distributed
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
-from common.packs import Pack, exchange, share_packs
+from common.packs import Pack, exchange, full_pack, share_packs, with_blank_picture
 from evaluation import behaviors
 from miniature.base import ensure
 from model import train_flops
@@ -83,7 +83,8 @@ class Config:
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     offload: bool = False  # a model that waits for the other waits in host memory
-    save_every: int = 5  # steps between checkpoints; 0: on Ctrl-C only
+    save_every: int = 5  # steps between checkpoints; 0: by --save-minutes, or on Ctrl-C only
+    save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     seed: int = 0
 
@@ -450,21 +451,33 @@ def main(cfg: Config):
 
     peaks = []  # GB that a rank had, taken wherever memory may be given back
 
-    def offload(name: str, device):
+    def offload(name: str, device, for_moments=None):
         """A model comes to its GPU to work, or goes to host memory to wait."""
         peaks.append(distributed.peak_gb(world))
         if cfg.offload:
-            distributed.move(*models[name], device)
+            distributed.move(*models[name], device, for_moments)
+
+    def rehearse():
+        """The largest pack through both models, so that memory fails now or not at all."""
+        pack = full_pack(cfg.pack_tokens)
+        pack = with_blank_picture(pack) if cfg.train_vision else pack
+        for name in models:
+            offload(name, world.device)
+            gb = distributed.rehearse(*models[name], pack, world)
+            offload(name, "cpu")
+            if world.main:
+                print(f"rehearsal: {name}, a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
 
     def sync(when: str):
         """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
-        offload("policy", world.device)
+        offload("policy", world.device, for_moments="cpu")  # which leaves their room to the engine
         sampler.sync(distributed.whole_weights(policy, world.dtype))
         gap = canary_gap(sampler, policy, known_prompt, cfg.train_vision)
         distributed.release(policy)
         offload("policy", "cpu")
         refuse_gap(distributed.largest(world, gap), world, when)
 
+    rehearse()
     sync("at the start")
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     if world.main and too_long:
@@ -526,7 +539,7 @@ def main(cfg: Config):
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
             stopped = distributed.largest(world, stop.requested)
-            if stopped or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, models, policy, card_of(cfg, step + 1))
             saver.wait_for_save()

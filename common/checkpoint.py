@@ -17,6 +17,7 @@ written, and three times on the disk; a model is 17 GB in bfloat16. Old states a
 import concurrent.futures
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -153,6 +154,7 @@ class Saver:
             self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.step, self.writing = 0, None  # what is in flight: its step and its future
+        self.saved = time.monotonic()
 
     def __enter__(self):
         return self
@@ -162,9 +164,18 @@ class Saver:
         if kind is None:
             self.wait_for_save(block=True)
 
+    def due(self, step: int, cfg) -> bool:
+        """Whether a checkpoint is wanted after so many steps, by cfg.save_every or
+        cfg.save_minutes. Rank 0's clock is that of all.
+        """
+        minutes = (time.monotonic() - self.saved) / 60
+        late = cfg.save_minutes and everyone(minutes)[0] >= cfg.save_minutes
+        return bool(late or (cfg.save_every and step % cfg.save_every == 0))
+
     def save(self, step: int, pairs: Pairs, policy: Qwen25VL, card: str):
         """Returns when all is in host memory. policy: is exported, with `card` beside it."""
         self.wait_for_save(block=True)
+        self.saved = time.monotonic()
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies now, unpinned
         state = stager.stage(train_state(pairs))
         stager.close()

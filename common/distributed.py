@@ -239,12 +239,14 @@ def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def move(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device | str):
-    """Weights and moments of a model that waits go to host memory, and back when it is its turn."""
+def move(model: nn.Module, optimizer: torch.optim.Optimizer, device, for_moments=None):
+    """Weights and moments of a model that waits go to host memory, and back when it is its turn.
+    for_moments: their device where it is another one, since only an update needs them.
+    """
     optimizer.zero_grad()
     model.to(device)
     for state in optimizer.state.values():  # AdamW's count of steps as well: fused, it must
-        state.update({name: value.to(device) for name, value in state.items()})
+        state.update({name: value.to(for_moments or device) for name, value in state.items()})
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sampler takes its memory from the same GPU
 
@@ -258,6 +260,33 @@ def backward(model: nn.Module, loss: Tensor, world: World, last: bool):
     if world.mesh is not None and world.mesh.ndim == 2:
         model.set_requires_all_reduce(last)
     (loss * world.size).backward()
+
+
+def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: World) -> float:
+    """Forward and backward of one full pack that nobody learns from. Memory that is short shows
+    here, before the first batch, and not after an hour of sampling. -> most GB of a rank
+
+    Nothing stays: no gradient, no moment, no random draw. AdamW's moments, which its first step
+    makes, are stood in for. RuntimeError, with the cure, where the pack does not fit.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    pack = pack.to(world.device)
+    try:
+        moments = [] if optimizer.state else [torch.zeros_like(p) for p in trained for _ in "mv"]
+        loss = model.values(pack) if model.value_head is not None else model.logps(pack)[0]
+        backward(model, loss.sum(), world, last=True)
+        gb = peak_gb(world)
+        del moments
+    except torch.OutOfMemoryError as error:
+        where = f"a pack of {len(pack.ids)} tokens does not fit on rank {world.rank}"
+        cure = (
+            "--recompute full, --offload, shorter packs, more GPUs; python -m tools.plan compares"
+        )
+        raise RuntimeError(f"{where} ({error}): {cure}") from error
+    optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return gb
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:

@@ -128,6 +128,11 @@ def pack_alone(documents: Sequence) -> Pack:
     return make_pack([documents[i] for i in order], order)
 
 
+def full_pack(tokens: int) -> Pack:
+    """One document of so many tokens, all of them trained: what a rank has to have room for."""
+    return make_pack([Document(Prompt([0], [0], None, (), ()), [0] * (tokens - 1))])
+
+
 def filler_pack() -> Pack:
     """Two tokens, none trained: for a rank that has run out of packs while others run theirs."""
     return make_pack([Document(Prompt([0, 0], [0, 0], None, (), ()), [])], members=[])

@@ -289,7 +289,7 @@ def trace_row(rng: random.Random, index: int) -> dict:
 
 def sft_row(rng: random.Random, index: int, folder: Path) -> dict:
     """Three traces, then a bill described without reasoning, picture or text: it keeps the model
-    seeing while it learns to reason. Text alone costs its sight, as a control shows.
+    seeing while it learns to reason. Text alone costs it faint digits, as a control shows.
     """
     if index % 4 < 3:
         return trace_row(rng, index)

@@ -12,8 +12,8 @@
 # GPUS     processes, a GPU each where there are any (default 1)
 #
 # What follows the run's directory goes to eval.py, the same for all models. Scores lie in
-# RUN/bench/STAGE/STEP/NAME, where STEP is `end` for a stage's last model; miniature/report.py makes Figure 4 and
-# Table 4 of them. Last models come first: the table is whole before the figure is. What has its
+# RUN/bench/STAGE/STEP/NAME, where STEP is `end` for a stage's last model; miniature/report.py shows the last
+# models side by side, `python eval.py --table` all. Last models come first. What has its
 # summary.json is left alone, so the command can be stopped and given again, also for new checkpoints.
 set -euo pipefail
 run=${1:?the directory of a run}; shift

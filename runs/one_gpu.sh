@@ -5,8 +5,8 @@
 #   SFT=rows.jsonl RL=problems.jsonl bash runs/one_gpu.sh
 #
 # Expected, by tools/plan.py and not measured on a GPU (3.1 B trained parameters):
-#   memory    of 80 GB, 6 of them reserve: cold start 71 at 16k tokens; PPO 73; the model that waits does so in 77 GB of host
-#             memory, and a checkpoint takes as many while it is written. On 141 GB: --kv-cache-gb 60 --sampler-batch 256
+#   memory    of 80 GB, 6 of them reserve: cold start 71 at 16k tokens; PPO 71; the model that waits does so in 77 GB of host
+#             memory, and a checkpoint takes as many while it is written. On 141 GB: --kv-cache-gb 60
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 # --compile is not measured yet, and off. Stop it: touch $OUT/rl/stop. Hangs: kill -USR1 PID prints every thread's stack.
 set -euo pipefail
@@ -25,14 +25,14 @@ ended() { # stage: else it was asked to stop, and the next one has nothing to st
 
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 2 --batch-rows 64 --pack-tokens 16384 --max-tokens 16384 \
-  --lr 5e-5 --lr-end 5e-6 --recompute selective --save-every 200 --keep-every 1000
+  --lr 5e-5 --lr-end 5e-6 --recompute selective --save-every 200 --save-minutes 30 --keep-every 1000
 ended coldstart
 
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
   --out "$OUT/rl" --steps 200 --problems 64 --samples 8 --lengths 0 4096 100 8192 \
   --prompt-tokens 4096 --pack-tokens 16384 --lr 1e-6 --critic-lr 5e-6 --warmup 20 \
-  --sampler vllm --sampler-batch 128 --kv-cache-gb 7 --offload --recompute selective \
-  --save-every 20 --keep-every 20
+  --sampler vllm --sampler-batch 256 --kv-cache-gb 40 --offload --recompute selective \
+  --save-every 20 --save-minutes 30 --keep-every 20
 ended rl
 
 [ -e "$OUT/average/model" ] || python -m tools.average \

@@ -19,7 +19,7 @@
 #   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10 days;
 #             a PPO step of 8,192 responses 130 min, 57 of them sampling, 900 steps 81 days; an eighth of all that on 64
 #   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)
-# Before it: python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 32, and python -m tools.doctor rl
+# Before it: python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40, and python -m tools.doctor rl
 #   with the settings below. --compile is not measured yet, and off.
 # Watch it: tail -f $OUT/rl/metrics.jsonl. Hangs: kill -USR1 PID prints every thread's stack.
 # Stop it: touch $OUT/rl/stop (Ctrl-C and SIGTERM ask the same: torchrun then waits $PATIENCE seconds for the checkpoint).
@@ -46,7 +46,7 @@ ended() { # stage: else it was asked to stop, and the next one has nothing to st
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 5 --batch-packs 640 --batch-rows 0 --pack-tokens 65536 --max-tokens 65536 \
   --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute full \
-  --valid 1024 --valid-every 20 --save-every 10 --keep-every 200
+  --valid 1024 --valid-every 20 --save-every 200 --save-minutes 60 --keep-every 200
 ended coldstart
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
@@ -54,8 +54,8 @@ ended coldstart
   --out "$OUT/rl" --algorithm ppo --steps 900 --problems 512 --samples 16 --policy-steps 1 --critic-steps 4 \
   --lengths 0 24576 300 32768 700 49152 --prompt-tokens 8192 --pack-tokens 65536 \
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --lam 1 --epsilon 0.2 \
-  --sampler vllm --sampler-batch 128 --kv-cache-gb 32 --offload --recompute full \
-  --save-every 5 --keep-every 100
+  --sampler vllm --sampler-batch 128 --kv-cache-gb 40 --offload --recompute full \
+  --save-every 100 --save-minutes 60 --keep-every 100
 ended rl
 
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.

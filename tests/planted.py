@@ -32,7 +32,7 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 from common import distributed, packs  # noqa: E402
 
-# lr: twice the default, as 30 steps have to show it
+# lr: high, as 30 steps have to show it
 SETTINGS = rl.Config(steps=30, problems=32, lr=3e-4, save_every=0, out="out/planted")
 
 
@@ -102,7 +102,7 @@ BUGS = {
         "copy every weight after every update; drop what was cached under the old ones"),
     "bent_draws": Bug(
         "draws are bent (as by temperature 1.8), the log-probs reported are not", "NeMo-RL#3497",
-        [(rollout, "draw_tokens", lambda draw: lambda x, u, t, out: draw(x, u, 1.8 * t, out))],
+        [(rollout, "draw_tokens", lambda draw: lambda x, u, t, *of: draw(x, u, 1.8 * t, *of))],
         "no_box", ("test_rollout.test_the_first_tokens_of_many_samples_follow_the_model",),
         "set every sampling field, take none from generation_config.json"),
     "attention_leaks": Bug(

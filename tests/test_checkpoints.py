@@ -17,6 +17,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -418,6 +419,23 @@ def test_two_states_are_kept_and_models_at_the_steps_that_were_asked_for(
     if keep_every == 3:
         assert (tmp_path / "checkpoints/step_000003/model/README.md").read_text() == "again"
     assert checkpoint.complete_steps(tmp_path) == [4, 5]
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_rank_0s_minutes(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint, "everyone", lambda mine: [mine, 0.0])
+    minutes, both = SimpleNamespace(save_every=0, save_minutes=2), SimpleNamespace(save_every=5)
+    both.save_minutes, pairs = 2, make_pairs()
+    with begin(tmp_path) as saver:
+        now += 119
+        assert not saver.due(5, minutes) and saver.due(5, both) and not saver.due(6, both)
+        now += 1
+        assert saver.due(6, minutes) and saver.due(6, both)
+        saver.save(6, pairs, pairs["policy"][0], "")
+        now += 119
+        assert not saver.due(7, minutes)
+        assert not saver.due(7, SimpleNamespace(save_every=0, save_minutes=0.0))
 
 
 def test_what_a_kill_left_is_ignored_and_removed(tmp_path, monkeypatch):

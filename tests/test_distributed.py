@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import coldstart
 import rl
 from common import checkpoint, data, distributed
-from common.packs import Pack, filler_pack, make_pack, with_blank_picture
+from common.packs import Pack, filler_pack, full_pack, make_pack, with_blank_picture
 from model import Qwen25VL, load_model, read_config, save_model
 from tools import trace
 
@@ -538,6 +538,38 @@ def test_a_model_that_waits_and_comes_back_goes_on_as_if_it_had_stayed(mini):
     distributed.move(model, optimizer, "meta")  # stands for the other device
     states = [x for state in optimizer.state.values() for x in state.values()]
     assert all(x.is_meta for x in [*states, *model.parameters()])  # AdamW's count of steps as well
+
+
+def test_weights_come_to_the_gpu_without_their_moments_where_only_they_are_needed(mini):
+    model = distributed.load(mini.model, ALONE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    learn(model, picture_and_text(asdict(mini))[0])
+    optimizer.step()
+    distributed.move(model, optimizer, "cpu", for_moments="meta")  # stands for the other device
+    assert all(x.is_meta for state in optimizer.state.values() for x in state.values())
+    assert not any(weight.is_meta or weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("head", ["lm", "value"])
+def test_a_rehearsal_leaves_nothing_behind_and_says_what_to_do_where_memory_is_short(
+    mini, monkeypatch, head
+):
+    model = distributed.load(mini.model, ALONE, head)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, before = torch.optim.AdamW(trained, 1e-3), [w.clone() for w in trained]
+    draws = torch.get_rng_state()
+    assert distributed.rehearse(model, optimizer, full_pack(64), ALONE) > 0.01
+    assert not optimizer.state and all(w.grad is None for w in trained)
+    assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+    assert torch.equal(torch.get_rng_state(), draws)
+
+    def full(*given, **more):
+        raise torch.OutOfMemoryError("tried to allocate 9.28 GiB")
+
+    monkeypatch.setattr(distributed, "backward", full)
+    with pytest.raises(RuntimeError, match="a pack of 64 tokens .*9.28 GiB.*--recompute full"):
+        distributed.rehearse(model, optimizer, full_pack(64), ALONE)
 
 
 # ------------------------------------------------------------------ what is refused

@@ -88,7 +88,7 @@ def test_a_phase_holds_what_works_the_engine_and_without_offload_what_waits():
     away = plan.phases(replace(cfg, offload=True), SEVEN, models)
     assert [phase["waiting"] for phase in here.values()] == [14, 31, 17, 14, 14]
     engine = 2 * 8.292 + 10
-    sums = {"load": 13, "sample": engine, "critic": 26, "policy": 40, "sync": engine + 17 + 6}
+    sums = {"load": 13, "sample": engine, "critic": 26, "policy": 40, "sync": engine + 5 + 6}
     assert {n: sum(parts.values()) for n, parts in away.items()} == pytest.approx(sums, rel=1e-4)
     grpo = plan.phases(cfg, SEVEN, {"policy": policy})
     assert "critic" not in grpo and grpo["policy"]["waiting"] == 0

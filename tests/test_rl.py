@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
-from common import data, packs
+from common import data, distributed, packs
 from common.distributed import World
 from model import load_model
 from reward import Verdict
@@ -640,6 +641,55 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_and_samples_nothing_twice(
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     for name in ("rollouts.jsonl", "trace.jsonl"):
         assert (resumed / name).read_text() == (uninterrupted / name).read_text()
+
+
+def test_models_wait_in_host_memory_from_the_start_and_a_full_pack_is_tried_before_the_first_batch(
+    mini, tmp_path, monkeypatch
+):
+    """Two models beside the waking engine took 81.5 GB of 80 when a run was resumed."""
+    calls, loads = [], []
+    for where, name in ((distributed, "load"), (Sampler, "generate"), (TorchSampler, "sync")):
+        note(monkeypatch, calls, where, name)
+    move, rehearse = distributed.move, distributed.rehearse
+
+    def moved(model, optimizer, device, for_moments=None):
+        kind, full = ("policy" if model.value_head is None else "critic"), for_moments is None
+        calls.append(
+            (kind, "in host memory" if device == "cpu" else "whole" if full else "weights")
+        )
+        loads.append(len(optimizer.state) > 0)
+        move(model, optimizer, device, for_moments)
+
+    def tried(model, optimizer, pack, world):
+        calls.append(("rehearse", len(pack.ids)))
+        return rehearse(model, optimizer, pack, world)
+
+    monkeypatch.setattr(distributed, "move", moved)
+    monkeypatch.setattr(distributed, "rehearse", tried)
+    own = dict(model=mini.model, data=mini.train, out=str(tmp_path), save_every=1, offload=True)
+    policy, critic = (
+        [(name, "whole"), ("rehearse", 128), (name, "in host memory")]
+        for name in ("policy", "critic")
+    )
+    sync = [("policy", "weights"), ("sync",), ("generate",), ("policy", "in host memory")]
+    start = [("load",), ("policy", "in host memory"), ("load",), ("critic", "in host memory")]
+    start += policy + critic + sync
+    run(config(**own, steps=1))
+    assert calls[: len(start) + 1] == [*start, ("generate", 0)] and not loads[0]
+    update = [("critic", "in host memory"), ("policy", "whole")]
+    assert calls[len(start) + 1 :] == [("critic", "whole"), *update, *sync, ("policy", "whole")]
+    calls.clear()
+    shutil.rmtree(tmp_path / "model")
+    run(config(**own, steps=2))  # a resume, with moments
+    assert calls[: len(start) + 1] == [*start, ("generate", 1)] and loads[-1]
+
+
+def test_the_rehearsal_changes_no_number_of_the_run(mini, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "rehearse", lambda *given: 0.0)
+    without = run(config(model=mini.model, data=mini.train, out=str(tmp_path)))
+    assert metrics_of(without) == metrics_of(uninterrupted)
+    one, other = weights_of(without), weights_of(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_a_run_that_was_stopped_in_its_last_step_keeps_its_checkpoints_and_writes_its_model_later(

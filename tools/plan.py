@@ -1,6 +1,6 @@
 """Memory and hours of a run before it is started: which phase needs what, and does it fit the GPU?
 
-    python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 32
+    python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40
     python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --pack-tokens 16384
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
@@ -38,9 +38,9 @@ from torch.utils._pytree import tree_leaves
 
 import model as qwen
 from common import distributed
-from common.data import Document, Prompt, model_directory
+from common.data import model_directory
 from common.log import run_main
-from common.packs import make_pack
+from common.packs import full_pack
 
 NODE = 8  # GPUs that share one copy of the weights; further nodes save time, not memory
 RESERVE_GB = 6.0  # CUDA, NCCL, the engine's graphs, attention's buffers, gaps between tensors
@@ -124,9 +124,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def loss_of(model: qwen.Qwen25VL, tokens: int) -> Tensor:
-    """Of a pack of one document."""
-    pack = make_pack([Document(Prompt([0], [0], None, (), ()), [0] * (tokens - 1))])
-    critic = model.value_head is not None
+    pack, critic = full_pack(tokens), model.value_head is not None
     return model.values(pack).square().sum() if critic else model.logps(pack)[0].sum()
 
 
@@ -198,11 +196,16 @@ def phases(cfg: Config, c: qwen.Config, models: dict[str, Footprint]) -> dict[st
         return {"waiting": 0.0 if cfg.offload else sum(idle)}
 
     engine = {"engine": engine_gb(c), "cache": cfg.kv_cache_gb}
+    handed = dict.fromkeys(("gradients", "moments"), 0.0) if cfg.offload else {}  # wait elsewhere
     return {
         "load": waiting("policy") | {name: policy[name] for name in ("weights", "moments")},
         "sample": engine | waiting(),
         **{name: waiting(name) | of_model for name, of_model in parts.items()},
-        "sync": engine | waiting("policy") | policy | {"kept": 0.0, "working": syncs["policy"]},
+        "sync": engine
+        | waiting("policy")
+        | policy
+        | handed
+        | {"kept": 0, "working": syncs["policy"]},
     }
 
 

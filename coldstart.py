@@ -36,9 +36,11 @@ from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, filler_pack, full_pack, make_pack, plan_packs
 from miniature.base import ensure
 from model import read_config, train_flops
+from rollout import open_sampler, solved
 
 BETAS = (0.9, 0.95)  # AdamW; paper: "Qwen2.5's default"; ours: the numbers, as in stage 2
 CLIP_NORM = 1.0  # of the gradient; ours: as in stage 2
+EVALUATED = 256  # problems of --eval-data that a rank answers at once
 MEASURED_ROWS = 1024  # rows whose mean length says how many rows fill a pack
 TITLE = "Open Vision Reasoner, stage 1: linguistic cold start"
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second")  # on the step line
@@ -69,6 +71,8 @@ class Config:
     save_every: int = 0  # steps between checkpoints; 0: by --save-minutes, or on Ctrl-C only
     save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
+    eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
+    eval_every: int = 50  # steps between evaluations
     seed: int = 0
 
     def __post_init__(self):
@@ -195,6 +199,10 @@ def main(cfg: Config):
     if state:
         checkpoint.load_state(state, models)
     gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
+    held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
+    if held_out:
+        room = EVALUATED, cfg.max_tokens, 0.0
+        sampler = open_sampler("torch", directory, world, room)
     log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
@@ -219,8 +227,14 @@ def main(cfg: Config):
             if step == steps - 1 or (cfg.valid_every and step % cfg.valid_every == 0):
                 timer("validate")
                 metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
+            shown = SHOWN if tokens else ("too_long", "lr")
+            if held_out and ((step + 1) % cfg.eval_every == 0 or step == steps - 1):
+                timer("evaluate")
+                sampler.sync(distributed.whole_weights(model, world.dtype))
+                found = solved(sampler, held_out, cfg.max_tokens, world)
+                metrics, shown = metrics | found, (*shown, *found)
             metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
-            log.log(step, metrics, SHOWN if tokens else ("too_long", "lr"))
+            log.log(step, metrics, shown)
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

@@ -39,7 +39,7 @@ from evaluation import behaviors
 from miniature.base import ensure
 from model import train_flops
 from reward import grade
-from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts
+from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts, solved
 from tools import trace
 
 GAMMA = 1.0  # discount a token; paper, sec. 4.1
@@ -86,6 +86,8 @@ class Config:
     save_every: int = 5  # steps between checkpoints; 0: by --save-minutes, or on Ctrl-C only
     save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
+    eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
+    eval_every: int = 10  # steps between evaluations
     seed: int = 0
 
     def __post_init__(self):
@@ -377,10 +379,10 @@ def card_of(cfg: Config, step: int) -> str:
 # ------------------------------------------------------------------ start and loop
 
 
-def load_problems(cfg: Config, world, tokenizer, settings):
+def load_problems(name: str, cfg: Config, world, tokenizer, settings):
     """-> problems, and how many were left out for too long a prompt; each rank checks a share."""
     share = (world.rank, world.size)
-    problems = data.read_problems(cfg.data, columns=cfg.columns, share=share)
+    problems = data.read_problems(name, columns=cfg.columns, share=share)
     data.check_images(problems, share)
     lengths = {}
     for i in range(world.rank, len(problems), world.size):
@@ -423,7 +425,10 @@ def main(cfg: Config):
     run, directory = Path(cfg.out), data.model_directory(cfg.model)
     start, state = checkpoint.resume_or_start(run, cfg)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    problems, too_long = load_problems(cfg, world, tokenizer, settings)
+    problems, too_long = load_problems(cfg.data, cfg, world, tokenizer, settings)
+    held_out = (
+        load_problems(cfg.eval_data, cfg, world, tokenizer, settings)[0] if cfg.eval_data else []
+    )
     stream = data.Stream(problems, cfg.seed)
     room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
     # before the trained models: vLLM measures the memory that is free when it starts
@@ -535,7 +540,12 @@ def main(cfg: Config):
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, SHOWN)
+            shown = SHOWN
+            if held_out and ((step + 1) % cfg.eval_every == 0 or step == cfg.steps - 1):
+                timer("evaluate")
+                found = solved(sampler, held_out, budget, world)
+                metrics, shown = metrics | found, (*SHOWN, *found)
+            log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, shown)
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
             stopped = distributed.largest(world, stop.requested)

@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import data
+from common import data, distributed
 from common.data import Document, ImageSettings, Problem, Prompt
 from common.packs import make_pack, pack_alone, with_blank_picture
 from model import Config, Inputs, KVCache, Qwen25VL, load_model, read_config
-from reward import Verdict
+from reward import Verdict, grade
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
 # On GPUs vLLM runs what no test on a CPU does. If sampler and trainer disagree there alone, set one
@@ -437,6 +437,23 @@ def open_sampler(
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     model = load_model(directory, world.dtype, world.device)
     return TorchSampler(model, tokenizer, settings, room[0], forbid)
+
+
+# ------------------------------------------------------------------ evaluation while it trains
+
+
+def solved(sampler: Sampler, problems, max_tokens: int, world) -> dict[str, float]:
+    """Share of problems whose likeliest answer is right, with pictures and in text; each rank takes
+    its part. Outside of the training: no weight, draw or order of it changes.
+    """
+    pairs = {"eval_image": (0.0, 0), "eval_text": (0.0, 0)}
+    mine = range(world.rank, len(problems), world.size)
+    for r in sampler.generate(problems, 1, max_tokens, temperature=0, indices=mine):
+        p, name = r.problem, "eval_image" if r.problem.images else "eval_text"
+        verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
+        right, count = pairs[name]
+        pairs[name] = right + verdict.score * r.stopped, count + 1
+    return distributed.means(world, pairs)
 
 
 # ------------------------------------------------------------------ is it still the policy?

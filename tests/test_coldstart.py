@@ -193,6 +193,18 @@ def test_a_run_learns_and_logs_what_it_did(whole):
     assert not (whole / "checkpoints").exists() and (whole / "model/tokenizer.json").is_file()
 
 
+def test_evaluation_on_the_way_changes_no_number_of_the_run(mini, whole, tmp_path):
+    cfg = config(mini, tmp_path, eval_data=mini.test, eval_every=2)
+    watched, names = run(cfg), ("eval_image", "eval_text")
+    rows = metrics_of(watched)
+    seen = [row["step"] for row in rows if all(name in row for name in names)]
+    assert seen == [*range(1, len(rows), 2)] or seen == [*range(1, len(rows), 2), len(rows) - 1]
+    assert all(0 <= row.get(name, 0) <= 1 for row in rows for name in names)
+    assert [{k: v for k, v in row.items() if k not in names} for row in rows] == metrics_of(whole)
+    one, other = weights_of(watched), weights_of(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 @pytest.mark.parametrize(
     "how, save_every, states", [("ctrl-c", 0, [3]), ("killed", 1, [1, 2]), ("at the end", 4, [4])]
 )

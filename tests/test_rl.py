@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval
 import rl
 from common import data, distributed, packs
 from common.distributed import World
@@ -690,6 +691,29 @@ def test_the_rehearsal_changes_no_number_of_the_run(mini, uninterrupted, tmp_pat
     assert metrics_of(without) == metrics_of(uninterrupted)
     one, other = weights_of(without), weights_of(uninterrupted)
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_evaluation_on_the_way_is_eval_pys_and_changes_no_number_of_the_run(
+    mini, uninterrupted, tmp_path
+):
+    own = dict(model=mini.model, data=mini.train, out=str(tmp_path / "run"))
+    watched = run(config(**own, eval_data=mini.test, eval_every=3, lengths=((0, 8), (2, 12))))
+    rows, names = metrics_of(watched), ("eval_image", "eval_text")
+    assert [[name in row for name in names] for row in rows] == [[False] * 2] * 2 + [[True] * 2] * 2
+    assert [{k: v for k, v in row.items() if k not in names} for row in rows] == metrics_of(
+        uninterrupted
+    )
+    one, other = weights_of(watched), weights_of(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    how = dict(
+        data=mini.test, sampler="torch", max_tokens=12, threads=1, out=str(tmp_path / "eval")
+    )
+    eval.main(eval.Config(model=str(watched / "model"), **how))
+    graded = [json.loads(line) for line in (tmp_path / "eval/graded.jsonl").open()]
+    pictured = {row["id"] for row in map(json.loads, Path(mini.test).open()) if row["images"]}
+    for name in names:
+        scores = [r["score"] for r in graded if (r["id"] in pictured) is (name == "eval_image")]
+        assert rows[-1][name] == pytest.approx(sum(scores) / len(scores))
 
 
 def test_a_run_that_was_stopped_in_its_last_step_keeps_its_checkpoints_and_writes_its_model_later(

@@ -5,7 +5,8 @@ r"""Rows of many sets become the file that a stage trains on.
 
 The paper (OVR, sec. 3.3) names the steps and gives no thresholds: all constants here are ours.
 
-rules       what cannot teach or cannot be graded (rules.py)
+rules       what cannot teach or cannot be graded. Better keep a doubtful row than lose an honest
+            one: tests/test_curate.py has what the patterns must not hit beside what they must
 duplicates  the same problem again, nearly word for word; the first row stays (alike.py)
 benchmarks  problems that are test questions, by their words or pictures (alike.py)
 loss        under a small language model (score.py): further from the median of the row's source
@@ -16,9 +17,9 @@ sample      `count` rows without replacement; a row of a stratum (source, level,
 
 Rows are read twice and never held: the first pass, over all workers, looks at each row alone and
 keeps 126 bytes of it (252 MB for 2 M rows); the decisions are made on these; the second pass copies
-the rows that stay. No file in between, so there is nothing to resume: two million rows of 6 kB take
-50 core-minutes (40,000 a minute on one), and give the same bytes with any number of workers.
-Scores cost far more, so one curates, scores what stays, and curates the same rows again with them.
+the rows that stay. No file in between, so there is nothing to resume, and any number of workers
+gives the same bytes. What went where is printed, and stands in sft.report.json. Scores cost far
+more, so one curates, scores what stays, and curates the same rows again with them.
 
     python -m curation.curate --rows a.jsonl b.jsonl --kind sft --out out/data/sft.jsonl
     python -m curation.curate --rows k12.jsonl --kind rl --benchmarks mathvision.jsonl \
@@ -29,6 +30,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -43,6 +45,7 @@ import numpy as np
 from common.log import beside, progress, run_main, write_report
 from curation.alike import (
     BANDS,
+    DAMAGED,
     ODD,
     PERMUTATIONS,
     Benchmarks,
@@ -53,17 +56,55 @@ from curation.alike import (
     mixed,
     read_benchmarks,
     repeats,
+    runs,
     signature,
     sketch,
     words,
 )
-from curation.rules import RULES, judge
+from reward import extract, grade
 
 CHUNK = 4 << 20  # bytes of a file that a worker takes at a time
 FEW = 30  # rows of a source below which its losses are judged by those of all sources
 LEAST_SPREAD = 0.02  # nats a token: where all losses are alike, none is abnormal
 DIFFICULTY = ((1 / 3, "hard"), (2 / 3, "medium"), (1, "easy"))  # by pass rate, up to and including
 NUMBER = re.compile(r"[\s$]*[-+]?[\d.,]+(?:/\d+)?\s*(?:%|\\%|°|\^\\circ)?[\s$.]*")
+
+# of the rules
+MIN_THOUGHT = 100  # characters: a thought of less than some 20 words teaches to skip it
+MAX_RESPONSE = 4 * 65_536  # characters; mathematics has 2 to 4 a token: surely over 64k tokens
+MAX_PROMPT = 20_000  # characters; longer ones are documents, not questions
+MAX_GOLD = (200, 10)  # characters, words: longer golds are sentences that no reply matches
+LOOP_ZLIB = 0.1  # compressed / plain size; of real replies 0.16 to 0.6, of a table of cases 0.2
+LOOP_TAIL = 4_000  # characters at the end looked at alone: a long response ends in a loop
+LOOP_WORDS, LOOP_SHARE = 16, 0.4  # share of runs of 16 words that stood there before
+
+MARKUP = re.compile(r"<\|[a-z_]+\|>")  # of the chat; data.py refuses rows that hold it
+MOJIBAKE = re.compile(
+    "[\ufffd\x80-\x9f\ud800-\udfff]"  # the replacement character, control codes, half a character
+    "|â€|âˆ|ï»¿|ï¿½|Ï€|Î[±-»]|[ÃÂ][\xa0-\xaa\xac-\xba\xbc-\xbf]"  # UTF-8 as Latin-1, not «MAÇÃ»
+)
+SCRIPTS = {  # runs, for one letter is a symbol: the group Ш, the power set of ℵ
+    "CJK": re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{2}"),
+    "Cyrillic": re.compile("[\u0400-\u04ff]{3}"),
+    "Arabic": re.compile("[\u0600-\u06ff]{3}"),
+    "Hebrew": re.compile("[\u0590-\u05ff]{3}"),
+    "Indic or Thai": re.compile("[\u0900-\u0eff]{3}"),
+}
+GIVEN = re.compile(r"(?:\b(?:answer|ans\.?)\s*(?:is\b|[:=])\s*:?|\\boxed\s*(?=\{))", re.I)
+PROOF = re.compile(r"\b(?:prove|show|demonstrate) that\b|\bprove:", re.I)
+ASKS = re.compile(
+    r"\?|\b(?:find|determine|compute|calculate|evaluate|what|which|how|express|solve)\b", re.I
+)
+NO_GOLD = re.compile(r"proof|see (?:the )?(?:solution|proof)|.*answers? (?:may|will) vary.*", re.I)
+REFUSAL = re.compile(  # not "I'm sorry, I made a mistake", nor "I cannot divide by zero"
+    r"\bas an ai (?:language )?model\b"
+    r"|\bi['’]m sorry,? but i(?: can['’]t| cannot| am unable|['’]m unable)"
+    r"|\bi(?: can['’]t| cannot| am unable to|['’]m unable to) (?:assist|comply|fulfill|help with"
+    r"|help you with|(?:see|view|access) (?:the|any|this) (?:image|picture|figure|diagram))",
+    re.I,
+)
+CUT = re.compile(r"(?:[,;(\[{=+\\]|\b(?:the|an|of|and|or|with|because))$")
+OPEN, CLOSE = re.compile(r"(?<!\\)\\\["), re.compile(r"(?<!\\)\\\]")  # but \\[4pt] is a new line
 
 
 @dataclass(frozen=True)
@@ -192,6 +233,180 @@ def given(cfg: Config) -> tuple[Benchmarks, Scores, Scores]:
     return read_benchmarks(test_rows(cfg.benchmarks)), losses, passes
 
 
+# ---- rules: what is wrong with a row, or None
+
+
+def conclusion(response: str) -> str:
+    """What stands after the last </think>."""
+    return response.rpartition("</think>")[2]
+
+
+def malformed(row: dict) -> str | None:
+    """Text is missing, holds markup of the chat, or a column has a type that data.py refuses."""
+    texts = [row["prompt"], *([row["response"]] if "response" in row else [])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        return "prompt or response is not a text"
+    if found := MARKUP.search("\n".join(texts)):
+        return found[0]
+    images, choices, precision = (row.get(name) for name in ("images", "choices", "precision"))
+    for name, value, kind in (("images", images, str), ("choices", choices, str | int | float)):
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        ):
+            return f"{name} is {value!r:.80}"
+    if choices == [] or (precision is not None and type(precision) not in (int, float)):
+        return f"choices {choices!r}, precision {precision!r:.80}"
+    if type(row.get("answer", "")) not in (str, int, float):
+        return f"answer is {row['answer']!r:.80}"
+    markers, images = row["prompt"].count("<image>"), len(images or [])
+    return f"{markers} markers for {images} pictures" if markers not in (0, images) else None
+
+
+def mojibake(row: dict) -> str | None:
+    """Characters that were decoded wrongly: the model would learn to write them."""
+    found = MOJIBAKE.search(row["prompt"]) or MOJIBAKE.search(row.get("response", ""))
+    return repr(found.string[max(0, found.start() - 10) : found.end() + 10]) if found else None
+
+
+def degenerate_length(row: dict) -> str | None:
+    """A prompt of one word without a picture, a thought of a few words, more than fits a pack."""
+    prompt, response = row["prompt"], row.get("response")
+    if len(prompt) > MAX_PROMPT or (not row.get("images") and len(prompt.split()) < 2):
+        return f"prompt of {len(prompt)} characters"
+    if response is None or MIN_THOUGHT <= len(response) <= MAX_RESPONSE:
+        return None
+    return f"response of {len(response)} characters"
+
+
+def bad_thought(row: dict) -> str | None:
+    """Not exactly one <think>...</think>, at the start, with a thought in it."""
+    response = row["response"].lstrip()
+    opened, closed = response.count("<think>"), response.count("</think>")
+    if (opened, closed) != (1, 1) or not response.startswith("<think>"):
+        where = "" if response.startswith("<think>") else ", not at the start"
+        return f"{opened} <think>, {closed} </think>{where}"
+    thought = len(response) - len("<think></think>") - len(conclusion(response))
+    return None if thought >= MIN_THOUGHT else f"thought of {thought} characters"
+
+
+def no_box(row: dict) -> str | None:
+    r"""No closed \boxed{} after the thought: nothing that stage 2 could reward."""
+    status, box = extract(conclusion(row["response"]))
+    return status or (None if box.strip() else "empty box")
+
+
+def refusal(row: dict) -> str | None:
+    """The response declines, or says that it sees no picture."""
+    found = REFUSAL.search(row["response"])
+    return found[0] if found else None
+
+
+def truncated(row: dict) -> str | None:
+    """The response stops in the middle of a sentence, a formula or a code block."""
+    end = conclusion(row["response"]).rstrip()
+    opened = len(OPEN.findall(end)) - len(CLOSE.findall(end))
+    if end.count("```") % 2 or end.count("$$") % 2 or opened > 0:
+        return "an open block"
+    return repr(end[-20:]) if CUT.search(end) else None
+
+
+def repetition(row: dict) -> str | None:
+    """The response goes round in a loop, as a whole or at its end."""
+    response = row["response"]
+    for part in (response, response[-LOOP_TAIL:]):
+        plain = part.encode()
+        ratio = len(zlib.compress(plain, 1)) / len(plain)
+        if len(plain) >= 1000 and ratio < LOOP_ZLIB:
+            return f"zlib {ratio:.2f}"
+    grams = runs(response.split(), LOOP_WORDS)
+    share = 1 - len(np.unique(grams)) / len(grams) if len(grams) >= 100 else 0.0
+    return f"{share:.2f} of runs of {LOOP_WORDS} words" if share > LOOP_SHARE else None
+
+
+def mixed_script(row: dict) -> str | None:
+    """The response falls into a script in which the question is not written."""
+    if row["response"].isascii():
+        return None
+    for name, pattern in SCRIPTS.items():
+        found = pattern.search(row["response"])
+        if found and not pattern.search(row["prompt"]):
+            return f"{name}: {found[0]}"
+    return None
+
+
+def proof(row: dict) -> str | None:
+    """The problem asks for a proof and for nothing else: no box holds one."""
+    found = PROOF.search(row["prompt"])
+    return found[0] if found and not ASKS.search(row["prompt"]) else None
+
+
+def unjudgeable(row: dict) -> str | None:
+    """The matcher would not even accept the gold as an answer to itself, or the gold is prose."""
+    gold, choices = str(row.get("answer", "")).strip(), row.get("choices")
+    if not gold or NO_GOLD.fullmatch(gold):
+        return f"gold {gold!r}"
+    words = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", gold))
+    if len(gold) > MAX_GOLD[0] or (words > MAX_GOLD[1] and not choices):
+        return f"gold of {len(gold)} characters, {words} words"
+    options = {"choices": choices, "precision": row.get("precision")}
+    verdict = grade(gold, f"\\boxed{{{gold}}}", **options)
+    return None if verdict.score == 1 else f"gold {gold!r}: {verdict.status}"
+
+
+def leak(row: dict) -> str | None:
+    """The prompt gives the reference away: "Answer: 42". That 42 occurs in it is no leak."""
+    if not GIVEN.search(row["prompt"]):
+        return None
+    gold = r"\s*".join(map(re.escape, str(row["answer"]).replace(" ", "").strip("$.")))
+    # not "Answer: 32.5", "Answer: yes or no", "if the answer is 32, then"
+    end = r"[\s$*)}\]]*(?:\.(?!\d)|\n|$)"
+    found = re.search(GIVEN.pattern + r"[\s$*({\[]*" + gold + end, row["prompt"], re.I)
+    return repr(found[0]) if found else None
+
+
+def wrong_box(row: dict) -> str | None:
+    """The box does not hold the reference: the response, or the reference, is wrong."""
+    options = {"choices": row.get("choices"), "precision": row.get("precision")}
+    verdict = grade(str(row["answer"]), conclusion(row["response"]), **options)
+    return None if verdict.score == 1 else f"box {verdict.answer!r:.80}, gold {row['answer']!r:.80}"
+
+
+def lost_picture(row: dict) -> str | None:
+    """A picture is missing or cannot be read. (Looked at last: it costs the most.)"""
+    for name in row.get("images") or []:
+        try:
+            fingerprint(str(Path(row["folder"], name)))
+        except DAMAGED as error:
+            return f"{name}: {error}"
+    return None
+
+
+RULES = {  # rule: columns without which it is not asked. The first that applies is the reason
+    malformed: (),
+    mojibake: (),
+    degenerate_length: (),
+    bad_thought: ("response",),
+    no_box: ("response",),
+    refusal: ("response",),
+    truncated: ("response",),
+    mixed_script: ("response",),
+    proof: ("answer",),
+    unjudgeable: ("answer",),
+    leak: ("answer",),
+    wrong_box: ("response", "answer"),
+    repetition: ("response",),
+    lost_picture: ("images",),
+}
+
+
+def judge(row: dict) -> tuple[int, str]:
+    """(number of the first rule that applies, counted from 1, and its detail), or (0, "")."""
+    for number, (rule, needs) in enumerate(RULES.items(), 1):
+        if all(row.get(column) is not None for column in needs) and (detail := rule(row)):
+            return number, detail
+    return 0, ""
+
+
 # ---- first pass: what is known of a row alone
 
 FACT = np.dtype(
@@ -296,7 +511,7 @@ def survey(cfg: Config) -> Iterator[Look]:
 
 REASONS = (  # (step, reason, why); a row that stays has number 0
     ("", "kept", ""),
-    *(("rules", rule.name, rule.why) for rule in RULES),
+    *(("rules", rule.__name__, rule.__doc__.split("\n")[0]) for rule in RULES),
     ("rules", "unreadable", "The line is no JSON, or lacks a column that every row needs."),
     ("duplicates", "repeated_id", "A row above has the same id."),
     ("duplicates", "same_words", "A row above asks the same, word for word."),
@@ -460,28 +675,22 @@ def strata_of(reason: np.ndarray, stratum: np.ndarray, labels: list[tuple]) -> d
     return {label: {"in": n, "kept": k} for label, n, k in pairs if n}
 
 
-def histograms(facts, reason, sources: np.ndarray, names: list[str], cfg: Config) -> dict:
-    """Of the rows that came to the step: losses with their bounds, and how often they are solved.
+def scores_of(facts, reason, sources: np.ndarray, names: list[str], cfg: Config) -> dict:
+    """Of the rows that came to the step: what loss is normal, how many are solved how often.
 
-    {"losses": {source: {"median", "low", "high", "histogram"}}, "passes": {source: [0 .. samples]}}
+    {"losses": {source: [lowest, highest]}, "passes": {source: [rows solved 0, 1, ... times]}}
     """
     step = np.array([STEPS.index(s) if s else len(STEPS) for s, _, _ in REASONS])[reason]
+    losses, passes = (step >= STEPS.index(name) for name in ("loss", "passes"))
     found = {"losses": {}, "passes": {}}
-    came = step >= STEPS.index("loss")
-    losses, of = facts["loss"][came], sources[came]
-    for source, (low, high) in loss_bounds(losses, of, cfg.loss_z).items() if cfg.losses else ():
-        finite = losses[(of == source) & np.isfinite(losses)]
-        counts, edges = np.histogram(finite, 40)
-        about = {"median": float(np.median(finite)) if len(finite) else None}
-        about |= {"low": low, "high": high}
-        drawn = {"edges": edges.tolist(), "counts": counts.tolist()}
-        found["losses"][names[source]] = about | {"histogram": drawn}
-    came = step >= STEPS.index("passes")
-    passes, of = facts["passes"][came], sources[came]
-    for source in np.unique(of).tolist() if cfg.passes else ():
-        solved = passes[(of == source) & np.isfinite(passes)].astype(int)
-        tries = given(cfg)[2].samples
-        found["passes"][names[source]] = np.bincount(solved, minlength=tries + 1).tolist()
+    if cfg.losses:
+        bounds = loss_bounds(facts["loss"][losses], sources[losses], cfg.loss_z)
+        found["losses"] = {names[source]: [*pair] for source, pair in bounds.items()}
+    for source in np.unique(sources[passes]).tolist() if cfg.passes else ():
+        solved = facts["passes"][passes & (sources == source)]
+        solved = solved[np.isfinite(solved)].astype(int)
+        tries = np.bincount(solved, minlength=given(cfg)[2].samples + 1)
+        found["passes"][names[source]] = tries.tolist()
     return found
 
 
@@ -528,9 +737,9 @@ def main(cfg: Config) -> dict:
     steps = count(reason, facts["stratum"], labels)
     strata = strata_of(reason, facts["stratum"], labels)
     why = {reason: text for _, reason, text in REASONS if text}
-    drawn = histograms(facts, reason, sources, names, cfg)
+    scores = scores_of(facts, reason, sources, names, cfg)
     inputs = (*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes)
-    write_report(out, cfg, inputs, steps, strata=strata, why=why, **drawn)
+    write_report(out, cfg, inputs, steps, strata=strata, why=why, **scores)
     show(steps, strata)
     if not (reason == 0).any():
         sys.exit(f"{out}: no row stays of {len(facts):,}; the table above says why")

@@ -42,7 +42,7 @@ from common.client import (
 )
 from common.log import beside, changes, command_line, compact, progress, run_main, write_report
 from curation.alike import DAMAGED
-from curation.rules import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
+from curation.curate import MARKUP, REFUSAL, conclusion, malformed, mojibake, unjudgeable
 from reward import extract, grade
 
 SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."  # R1's card

@@ -42,9 +42,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import data, distributed
-from common.log import beside, changes, fingerprint, progress, run_main, write_report
-from common.packs import make_pack, plan_packs
-from model import HEAD_CHUNK, Qwen25VL, load_model
+from common.log import beside, changes, fingerprint, progress, run_main, write_json, write_report
+from model import HEAD_CHUNK
 from reward import grade
 from rollout import Rollout, open_sampler
 
@@ -57,7 +56,7 @@ class Config:
 
     rows: str  # {"prompt", "response"} or {"prompt", "answer"}: JSONL, parquet, Hub id
     kind: Literal["loss", "passes"]
-    model: str  # HF directory or Hub name; loss: any causal LM, or ours
+    model: str  # HF directory or Hub name; loss: any causal LM of text
     out: str  # JSONL to write; while it grows, X.protocol.json and X.rank*.part.jsonl stand beside
     tokens: int = 4096  # loss: of prompt and response; what comes after is not read
     pack_tokens: int = 8192  # loss: tokens that run at once, padding included
@@ -120,8 +119,7 @@ def plain_logps(documents: Sequence[data.Document], model, budget: int) -> list[
 
     Padded to the longest of a batch, on the right, where a causal model cannot see it; like
     lengths together. 8192 tokens have 8192 x 152k x 2 B = 2.5 GB of logits in bfloat16, on a CPU
-    twice that. They are not made in chunks as ours are (model.chunked_logps): between the last
-    hidden state and the logits some models scale, add or cap.
+    twice that.
     """
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
     found = [torch.zeros(0)] * len(documents)
@@ -142,24 +140,12 @@ def plain_logps(documents: Sequence[data.Document], model, budget: int) -> list[
     return found
 
 
-@torch.no_grad()
-def packed_logps(documents: Sequence[data.Document], model: Qwen25VL, budget: int) -> list[Tensor]:
-    """As plain_logps by our own model, in packs, pictures too; the stop token is scored."""
-    device, found = next(model.parameters()).device, [torch.zeros(0)] * len(documents)
-    (plan,) = plan_packs([*map(len, documents)], range(len(documents)), budget)
-    for members in plan:
-        pack = make_pack([documents[i] for i in members], members)
-        logps, _ = model.logps(pack.to(device))
-        for i, part in zip(members, logps.cpu().split(pack.counts), strict=True):
-            found[i] = part
-    return found
-
-
-def losses(examples: Sequence[data.Example], encode: Callable, logps: Callable, cfg: Config):
-    """A record of each example. encode: example -> Document; logps: documents -> log-probs."""
-    documents = [within(encode(example), cfg.tokens) for example in examples]
+def losses(examples: Sequence[data.Example], tokenizer, model, cfg: Config) -> list[dict]:
+    """A record of each example."""
+    documents = [within(plain_document(example, tokenizer), cfg.tokens) for example in examples]
     fitting = [i for i, document in enumerate(documents) if document.response_ids]
-    found = dict(zip(fitting, logps([documents[i] for i in fitting]), strict=True))
+    logps = plain_logps([documents[i] for i in fitting], model, cfg.pack_tokens)
+    found = dict(zip(fitting, logps, strict=True))
     asked = zip(examples, documents, strict=True)
     return [loss_record(e.id, d, found.get(i), cfg.tokens) for i, (e, d) in enumerate(asked)]
 
@@ -178,20 +164,13 @@ def loss_record(name: str, document: data.Document, logps: Tensor | None, tokens
 
 def loss_scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
     """-> examples to records, with the model loaded."""
-    kind = json.loads((Path(directory) / "config.json").read_text())["model_type"]
-    if kind.startswith("qwen2_5_vl"):
-        tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-        model, measure = load_model(directory, world.dtype, world.device), packed_logps
-        encode = partial(data.encode_example, tokenizer=tokenizer, settings=settings)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
-        model, measure = model.to(world.device), plain_logps
-        longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
-        if longest < cfg.tokens:
-            raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")
-        encode = partial(plain_document, tokenizer=AutoTokenizer.from_pretrained(directory))
-    logps = partial(measure, model=model.eval(), budget=cfg.pack_tokens)
-    return partial(losses, encode=encode, logps=logps, cfg=cfg)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
+    longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
+    if longest < cfg.tokens:
+        raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = model.to(world.device).eval()
+    return partial(losses, tokenizer=tokenizer, model=model, cfg=cfg)
 
 
 # ------------------------------------------------------------------ passes
@@ -266,11 +245,6 @@ def records_of(out: str) -> dict[str, dict]:
     return found
 
 
-def mend(path: Path):
-    """Cuts off a last line that a kill has left unfinished."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
 def claim(cfg: Config, protocol: dict, ids: list[str]) -> list[int]:
     """The chunks that are to be done. One of which a line is missing is done again as a whole,
     because its rows share batches. ValueError where the records there were measured otherwise.
@@ -284,9 +258,9 @@ def claim(cfg: Config, protocol: dict, ids: list[str]) -> list[int]:
                 f"remove it with {file} and the parts beside it"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(protocol, indent=1))
-    for part in parts_of(cfg.out):
-        mend(part)
+    write_json(file, protocol)
+    for part in parts_of(cfg.out):  # a last line that a kill has left unfinished is cut off
+        os.truncate(part, part.read_bytes().rfind(b"\n") + 1)
     done = records_of(cfg.out).keys()
     chunks = [ids[start : start + cfg.chunk] for start in range(0, len(ids), cfg.chunk)]
     todo = [number for number, chunk in enumerate(chunks) if not done >= {*chunk}]
@@ -296,59 +270,38 @@ def claim(cfg: Config, protocol: dict, ids: list[str]) -> list[int]:
 
 
 def append(file, records: list[dict]):
-    """On the disk when it returns."""
     file.write("".join(json.dumps(record) + "\n" for record in records))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str):
-    """A kill leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    file.flush()  # a kill loses no chunk that is done
 
 
 # ------------------------------------------------------------------ what came out
 
 
-def loss_summary(losses: list[float], samples: int) -> dict:
-    if not losses:
-        return {"median": None, "mad": None, "deciles": []}
-    median = float(np.median(losses))
-    return {
-        "median": median,
-        "mad": float(np.median(np.abs(np.array(losses) - median))),
-        "deciles": np.quantile(losses, np.linspace(0.1, 0.9, 9)).tolist(),
-    }
-
-
-def pass_summary(passes: list[int], samples: int) -> list[int]:
-    """How many problems were solved 0, 1, ... k times."""
-    return np.bincount(np.array(passes, int), minlength=samples + 1).tolist()
+def summary_of(values: list, cfg: Config) -> dict | list[int]:
+    """Of losses {"median", "mad"}; of passes how many problems were solved 0, 1, ... k times."""
+    if cfg.kind == "passes":
+        return np.bincount(np.array(values, int), minlength=cfg.samples + 1).tolist()
+    if not values:
+        return {"median": None, "mad": None}
+    median = float(np.median(values))
+    return {"median": median, "mad": float(np.median(np.abs(np.array(values) - median)))}
 
 
 def summarise(cfg: Config, pairs: list[tuple[str, dict]]) -> dict:
     """(source, record) of all rows -> {kind: {source: summary}, "not_measured": {source: rows}}."""
-    by_source, missing = defaultdict(list), Counter()
+    measured, missing = defaultdict(list), Counter()
     for source, record in pairs:
-        measured = [] if record[cfg.kind] is None else [record[cfg.kind]]
-        by_source[source] += measured
-        missing[source] += not measured
-    summary = {"loss": loss_summary, "passes": pass_summary}[cfg.kind]
-    found = {source: summary(by_source[source], cfg.samples) for source in sorted(by_source)}
+        measured[source] += [] if record[cfg.kind] is None else [record[cfg.kind]]
+        missing[source] += record[cfg.kind] is None
+    found = {source: summary_of(measured[source], cfg) for source in sorted(measured)}
     return {cfg.kind: found, "not_measured": {source: missing[source] for source in found}}
 
 
 def print_table(cfg: Config, summary: dict, rows: Counter):
-    names = ["median", "mad"] if cfg.kind == "loss" else [*range(cfg.samples + 1)]
     unit = "nats a token" if cfg.kind == "loss" else f"problems by passes of {cfg.samples}"
-    print(f"{'source':28} {'rows':>9} {'null':>6}", *(f"{name:>7}" for name in names), f" {unit}")
+    print(f"{'source':28} {'rows':>9} {'null':>6}  {unit}")
     for source, found in summary[cfg.kind].items():
-        cells = [found[name] for name in names]
+        cells = found if cfg.kind == "passes" else found.values()
         cells = [f"{'-' if x is None else round(x, 4):>7}" for x in cells]
         missing = summary["not_measured"][source]
         print(f"{source or '(no source)':28.28} {rows[source]:9,} {missing:6,}", *cells)
@@ -361,7 +314,10 @@ def close(cfg: Config, protocol: dict, rows: list[tuple[str, str]]):
     """
     found = records_of(cfg.out)
     pairs = [(source, found[name]) for name, source in rows]
-    write_whole(Path(cfg.out), "".join(json.dumps(record) + "\n" for _, record in pairs))
+    whole = beside(cfg.out, "part")
+    with whole.open("w", encoding="utf-8") as file:
+        append(file, [record for _, record in pairs])
+    whole.replace(cfg.out)
     summary = summarise(cfg, pairs)
     write_report(cfg.out, cfg, [cfg.rows], {}, protocol=protocol, **summary)
     for part in parts_of(cfg.out):

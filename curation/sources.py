@@ -1,4 +1,4 @@
-"""The public sets that the paper names, and one reader that turns each of them into our rows.
+"""The public sets that the paper names, others like them, and one reader that makes rows of them.
 
     the Hub, or a directory ──raw_rows──▶ rows as the set has them ──Source.rows──▶ question and
     answer ──finish──▶ {"id", "source", "prompt", "images", "answer", ...} or Dropped
@@ -9,8 +9,9 @@
              "choices" and in the prompt as (A), (B), ...; "answer" is then the letter.
     Dropped  a row that cannot be used, with its reason. The caller counts them: none goes silently.
 
-Everything streams: what is in memory is a batch of rows and the ids that the set itself gives. Only
-OpenR1's rows carry a response, an R1 trace each; for all other sets a response has to be distilled.
+The Hub is read through `datasets`, which streams; local files here, a batch of rows in memory: JSON
+line by line, for arrow wants one type a column, and PuzzleVQA's options are numbers and texts in
+one list. Some sets bring responses, R1's traces; for the others they have to be distilled.
 
 The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours. `certainty` says how
 sure a line of the table is: C read from a data set card or a loader, P partly so, U from memory. A
@@ -55,7 +56,6 @@ MAX_RESPONSE = 400_000  # characters, some 100k tokens: beyond any context here
 MAX_ASPECT = 200  # of a picture's sides; transformers' smart_resize
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "testmini"}
 ROW_FILES = (".parquet", ".jsonl", ".json")
-CHUNK = 1 << 20  # of a file read at once: characters of JSON, bytes of a parquet column
 BATCH = 32  # rows of parquet in memory; with pictures of 1 MB that is 32 MB
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ODD = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # a row of another shape
@@ -80,18 +80,13 @@ class Source:
     rows: Callable[[dict], list]  # raw row -> our rows so far, or Unfit in place of one
     needs: str  # columns without which the reader stops, by commas
     license: str
-    size: int  # raw rows of the split
+    size: int  # raw rows of the split; 0: unknown
     used_for: str  # "coldstart", "rl" or "both"
     certainty: str  # C, P or U: see above
     note: str
-    also: str = ""  # columns that are read where they are there
     configs: tuple[str | None, ...] = (None,)
     split: str = "train"
     local: str = ""  # why it cannot come from the Hub as it is, and where it comes from
-
-
-def columns(names: str) -> list[str]:
-    return names.split(", ") if names else []
 
 
 # ---- reading
@@ -122,8 +117,9 @@ def checked_rows(
     source: Source, place: Path | None, split: str, images_to: Path, limit: int | None
 ) -> Iterator[dict | Dropped]:
     seen, kept, index = set(), 0, None
-    for index, raw, folders in raw_rows(source, place, split):
-        for row in rows_of(source, split, index, raw, folders, images_to, seen):
+    for found in raw_rows(source, place, split):
+        index = found[0]
+        for row in rows_of(source, split, found, images_to, seen):
             if kept == limit:
                 return
             kept += not isinstance(row, Dropped)
@@ -139,24 +135,20 @@ def named(name: str) -> Source:
     raise ValueError(f"no set is called {name!r}; there are {', '.join(s.name for s in SOURCES)}")
 
 
-def rows_of(
-    source: Source,
-    split: str,
-    index: int,
-    raw: dict | Unfit,
-    folders: list[Path],
-    images_to: Path,
-    seen: set[str],
-) -> Iterator[dict | Dropped]:
-    """One raw row: one row of ours, or several (a generation each), each of them checked."""
-    where = str(index) if split == source.split else f"{split}-{index}"
+def parts_of(source: Source, raw: dict | Unfit) -> list[dict | Unfit]:
     try:
-        parts = [raw] if isinstance(raw, Unfit) else source.rows(raw)
+        return [raw] if isinstance(raw, Unfit) else source.rows(raw)
     except Unfit as unfit:
-        parts = [unfit]
+        return [unfit]
     except ODD as error:
-        parts = [Unfit("malformed row", repr(error))]
-    for k, part in enumerate(parts):
+        return [Unfit("malformed row", repr(error))]
+
+
+def rows_of(source: Source, split: str, found: tuple, images_to: Path, seen: set[str]):
+    """One raw row: one row of ours, or several (a generation each), each of them checked."""
+    index, raw, folders = found
+    where = str(index) if split == source.split else f"{split}-{index}"
+    for k, part in enumerate(parts := parts_of(source, raw)):
         own = {} if isinstance(part, Unfit) else part
         number = own.pop("id", None) or None  # the set's own may repeat; a running number cannot
         name = f"{source.name}/{where if number is None else number}"
@@ -179,11 +171,13 @@ def finish(row: dict, folders: list[Path], images_to: Path) -> dict:
     pictures = row.pop("images", [])
     if not isinstance(pictures, list):
         raise Unfit("no picture", f"{pictures!r:.80}")
+    pictures = [p for some in pictures for p in (some if isinstance(some, list) else [some])]
     row = {key: value for key, value in row.items() if value is not None}
     row["prompt"] = words(row.get("prompt"), "prompt", MAX_PROMPT)
-    row["answer"] = words(row.get("answer"), "answer", MAX_ANSWER)
     if "response" in row:
         row["response"] = words(row["response"], "response", MAX_RESPONSE)
+    if "response" not in row or "answer" in row:  # a trace is of use without a gold
+        row["answer"] = words(row.get("answer"), "answer", MAX_ANSWER)
     markers = row["prompt"].count(IMAGE_MARKER)
     if not markers:
         row["prompt"] = IMAGE_MARKER * len(pictures) + row["prompt"]
@@ -267,9 +261,7 @@ def image_bytes(picture: Any, folders: list[Path]) -> bytes:
 # ---- raw rows
 
 
-def raw_rows(
-    source: Source, place: Path | None, split: str
-) -> Iterator[tuple[int, dict | Unfit, list[Path]]]:
+def raw_rows(source: Source, place: Path | None, split: str) -> Iterator[tuple[int, dict, list]]:
     """(running number, row, folders where its pictures may lie) over all configs of the set."""
     configs = source.configs
     if place:  # a folder for each config, or one that holds them all
@@ -285,52 +277,75 @@ def raw_rows(
             index += 1
 
 
-def refuse_unreachable(hub: str) -> None:
-    """FileNotFoundError at once; datasets would ask for half a minute before it gives up."""
-    try:
-        HfApi().dataset_info(hub, timeout=10)
-    except (OSError, HTTPError) as error:
-        raise FileNotFoundError(
-            f"{hub} cannot be read from the Hub: {error}. Get it where the Hub can be reached "
-            f"(`hf download --repo-type dataset {hub} --local-dir DIR`), then give --place DIR"
-        ) from error
-
-
-def hub_rows(source: Source, config: str | None, split: str) -> Iterator[tuple[dict, list[Path]]]:
-    """As load_dataset(..., streaming=True), but a shard of 500 MB takes 0.6 GB and not 1.2."""
+def hub_rows(source: Source, config: str | None, split: str) -> Iterator[tuple[dict, list]]:
     if on_hub(source.hub):
-        refuse_unreachable(source.hub)
+        try:  # at once; datasets would ask for half a minute before it gives up
+            HfApi().dataset_info(source.hub, timeout=10)
+        except (OSError, HTTPError) as error:
+            raise FileNotFoundError(
+                f"{source.hub} cannot be read from the Hub: {error}. Get it where the Hub can be "
+                f"reached (`hf download --repo-type dataset {source.hub} --local-dir DIR`), then "
+                f"give --place DIR"
+            ) from error
+    # as load_dataset(..., streaming=True), but a shard of 500 MB takes 0.6 GB and not 1.2
     builder = load_dataset_builder(source.hub, config)
     if hasattr(builder.config, "fragment_scan_options"):  # parquet
         builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
         builder.config.batch_size = BATCH
-    stream = builder.as_streaming_dataset(split=split)
-    stream = stream.decode(False) if stream.features else stream  # pictures as bytes, not pixels
-    for i, raw in enumerate(stream):
-        if i == 0:
-            require(source, f"{source.hub}, split {split}", raw)
-        yield raw, []
+    rows = builder.as_streaming_dataset(split=split)
+    rows = rows.decode(False) if rows.features else rows  # pictures as bytes, not pixels
+    yield from ((raw, []) for raw in checked(source, f"{source.hub}, split {split}", rows))
 
 
 def local_rows(
     source: Source, place: Path, config: str | None, split: str
 ) -> Iterator[tuple[dict | Unfit, list[Path]]]:
-    files = [place] if place.is_file() else row_files(place, config, split)
-    for path in files:
+    for path in [place] if place.is_file() else row_files(place, config, split):
         root = path.parent if place.is_file() else place
         folders = list(dict.fromkeys([path.parent, root, root / "images"]))
         if path.suffix == ".parquet":
-            # by default the whole file is buffered ahead: 228 MB for one of 200 MB; so 28 MB
-            table = pq.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK)
-            require(source, str(path), table.schema_arrow.names)
-            wanted = columns(source.needs) + columns(source.also)
-            there = [name for name in wanted if name in table.schema_arrow.names]
-            batches = table.iter_batches(batch_size=BATCH, columns=there)
+            # through `datasets` a file of 40 MB took 100 MB; so 20
+            table = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+            batches = table.iter_batches(batch_size=BATCH)
             rows = (row for batch in batches for row in batch.to_pylist())
         else:
-            rows = json_rows(source, path)
-        for raw in rows:
-            yield raw, folders
+            rows = json_rows(path)
+        yield from ((raw, folders) for raw in checked(source, str(path), rows))
+
+
+def checked(source: Source, place: str, rows: Iterable) -> Iterator[dict | Unfit]:
+    """Rows of which the first has the columns that the reader needs. A list of turns becomes
+    {"0": .., "1": ..}, as `datasets` names them."""
+    for i, raw in enumerate(rows):
+        raw = {str(k): turn for k, turn in enumerate(raw)} if isinstance(raw, list) else raw
+        if not isinstance(raw, dict | Unfit):
+            raw = Unfit("malformed row", f"{raw!r:.80}")
+        missing = [c for c in source.needs.split(", ") if isinstance(raw, dict) and c not in raw]
+        if i == 0 and missing:
+            raise ValueError(
+                f"set {source.name}, {place}: no column {missing}; there are {sorted(raw)}. Is it "
+                f"{source.hub or source.name}, or has the set changed since its line in sources.py?"
+            )
+        yield raw
+
+
+def json_rows(path: Path) -> Iterator[Any]:
+    """JSON lines, or one list, whatever the name says. A list is held whole: AtomThink's
+    214 MB take 1 GB."""
+    with path.open("rb") as file:
+        if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            try:
+                yield from json.loads(path.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                yield Unfit("malformed row", f"{path}, line {number}: {error}")
 
 
 def row_files(place: Path, config: str | None, split: str) -> list[Path]:
@@ -349,57 +364,6 @@ def row_files(place: Path, config: str | None, split: str) -> list[Path]:
     if len({p.suffix for p in files}) > 1:
         raise ValueError(f"{place}: {[p.name for p in files]} are of several kinds; give one file")
     return files
-
-
-def require(source: Source, place: str, there: Any) -> None:
-    missing = [column for column in columns(source.needs) if column not in there]
-    if missing:
-        raise ValueError(
-            f"set {source.name}, {place}: no column {missing}; there are {sorted(there)}. Is it "
-            f"{source.hub or source.name}, or has the set changed since its line in sources.py?"
-        )
-
-
-def json_rows(source: Source, path: Path) -> Iterator[dict | Unfit]:
-    """JSON lines, or one list, whatever the name says. A list of turns becomes {"0": .., "1": ..},
-    as `datasets` names them."""
-    with path.open("rb") as file:
-        is_list = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    for i, raw in enumerate(list_items(path) if is_list else line_items(path)):
-        raw = {str(k): turn for k, turn in enumerate(raw)} if isinstance(raw, list) else raw
-        if not isinstance(raw, dict | Unfit):
-            raw = Unfit("malformed row", f"{raw!r:.80}")
-        if i == 0 and isinstance(raw, dict):
-            require(source, str(path), raw)
-        yield raw
-
-
-def line_items(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if line.strip():
-                    yield json.loads(line)
-            except ValueError as error:
-                yield Unfit("malformed row", f"{path}, line {number}: {error}")
-
-
-def list_items(path: Path) -> Iterator[Any]:
-    """The items of one long list, a chunk of text at a time: AtomThink's is 214 MB."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    with path.open(encoding="utf-8-sig") as file:
-        text = file.read(CHUNK).lstrip()
-        at = 1  # behind the bracket
-        while not text.startswith("]", at := gap.match(text, at).end()):
-            try:
-                item, at = decode(text, at)
-            except ValueError as error:  # cut by the chunk, or wrong
-                more = file.read(max(CHUNK, len(text) - at))  # twice as much: linear in the end
-                if not more:
-                    raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
-                text, at = text[at:] + more, 0
-                continue
-            yield item
 
 
 # ---- what the sets have in common
@@ -476,22 +440,49 @@ def numina_rows(raw: dict) -> list:
 
 def openr1_rows(raw: dict) -> list:
     """One row for each R1 trace that is complete and that either verifier of the set accepts."""
-    complete, rows = raw["is_reasoning_complete"], []
     verdicts = [raw["correctness_math_verify"] or [], raw.get("correctness_llama") or []]
+    rows = []
     for k, trace in enumerate(raw["generations"]):
-        right = any(k < len(verdict) and verdict[k] is True for verdict in verdicts)
-        row = {"id": f"{raw['uuid']}/{k}", "prompt": raw["problem"], "answer": raw["answer"]}
-        row |= {"response": trace, "level": raw["source"]}
-        if complete[k] is not True:
+        row = traced(f"{raw['uuid']}/{k}", raw["problem"], raw["answer"], trace)
+        if raw["is_reasoning_complete"][k] is not True:
             row = Unfit("trace incomplete", f"generation {k} of {raw['uuid']}")
-        elif not right:
+        elif not any(k < len(verdict) and verdict[k] is True for verdict in verdicts):
             row = Unfit("trace not verified", f"generation {k} of {raw['uuid']}")
-        elif not isinstance(trace, str):
-            row = Unfit("no trace", f"generation {k} of {raw['uuid']} is {trace!r:.40}")
-        elif not trace.lstrip().startswith("<think>") or trace.count("</think>") != 1:
-            row = Unfit("trace without <think>", f"generation {k} of {raw['uuid']}")
-        rows.append(row)
+        rows.append(row if isinstance(row, Unfit) else row | {"level": raw["source"]})
     return rows or [Unfit("no trace", raw["uuid"])]
+
+
+def traced(name: Any, prompt: str, answer: Any, trace: Any) -> dict | Unfit:
+    """A row with R1's response. Some sets leave out <think>, which R1's chat template writes."""
+    if not isinstance(trace, str) or not trace.strip():
+        return Unfit("no trace", f"{trace!r:.40} of {name}")
+    if trace.count("</think>") != 1 or "<think>" in trace.strip()[1:]:
+        return Unfit("trace without <think>", f"of {name}")
+    opened = trace if trace.lstrip().startswith("<think>") else f"<think>\n{trace}"
+    return {"id": name, "prompt": prompt, "answer": answer, "response": opened}
+
+
+def deepmath_rows(raw: dict) -> list:
+    traces = [raw[f"r1_solution_{k}"] for k in (1, 2, 3)]
+    return [traced(None, raw["question"], raw["final_answer"], trace) for trace in traces]
+
+
+def octomed_rows(raw: dict) -> list:
+    """Several R1-0528 traces a problem, right ones and wrong ones: curate.py grades each."""
+    return [traced(None, raw["question"], raw["answer"], trace) for trace in raw["responses"]]
+
+
+def chat_rows(raw: dict) -> list:
+    """[{"role", "content"}], or ShareGPT's [{"from", "value"}]; the last box after the thought is
+    the answer. Problems of code have none: their traces are kept without a gold."""
+    turns = raw.get("messages") or raw["conversations"]
+    said = {t.get("role") or t["from"]: t.get("content") or t["value"] for t in turns}
+    trace = said.get("assistant") or said["gpt"]
+    about = [of["info"] for of in (raw, *turns) if of.get("info")]  # of AM's set
+    gold = next(filter(None, (info.get("reference_answer") for info in about)), None)
+    answer = gold or last_box(trace.split("</think>")[-1])
+    row = traced(None, said.get("user") or said["human"], answer, trace)
+    return [row if isinstance(row, Unfit) else row | {"level": raw.get("difficulty")}]
 
 
 def tulu_rows(raw: dict) -> list:
@@ -529,13 +520,15 @@ def geoqa_rows(raw: dict) -> list:
 def iconqa_rows(raw: dict) -> list:
     """Options are texts, joined by commas, or pictures, which stand in the prompt; or none."""
     row = {"id": raw["question_id"], "images": [raw["query_image"]], "level": raw.get("grade")}
+    options = raw["choices"]
+    options = options.split(",") if isinstance(options, str) else options or []
     if raw["ques_type"] == "choose_txt":
-        options = raw["choices"]
-        options = options.split(",") if isinstance(options, str) else options
         return [row | chosen(raw["question"], options, raw["answer"])]
     if raw["ques_type"] == "fill_in_blank":
         return [row | {"prompt": raw["question"], "answer": raw["answer"]}]
     pictures = [raw[f"choice_image_{k}"] for k in range(5) if raw.get(f"choice_image_{k}")]
+    if len(pictures) != len(options):  # the copy on the Hub has columns for two pictures only
+        raise Unfit("options without pictures", f"{len(pictures)} of {len(options)}")
     number = re.search(r"\d+", str(raw["answer"]))  # choice_1.png
     if not number or int(number.group()) >= len(pictures):
         raise Unfit("answer not among the options", f"{raw['answer']!r:.80} of {len(pictures)}")
@@ -543,6 +536,31 @@ def iconqa_rows(raw: dict) -> list:
     row["answer"] = string.ascii_uppercase[int(number.group())]
     prompt = with_options(raw["question"], [IMAGE_MARKER] * len(pictures))
     return [row | {"prompt": prompt and IMAGE_MARKER + prompt}]
+
+
+def verl_rows(raw: dict) -> list:
+    """The layout of verl: turns, pictures, and the gold in reward_model."""
+    kind = raw.get("reward_type") or "exact_match"
+    if kind not in ("multiple_choice", "numeric", "exact_match", "list_match"):
+        raise Unfit("graded otherwise", kind)  # by a model, or by where a box lies
+    turns = raw["prompt"] if isinstance(raw["prompt"], list) else [raw["prompt"]]
+    prompt = next(turn["content"] for turn in turns if turn.get("role", "user") == "user")
+    images = raw.get("images") or raw.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    return [{"prompt": prompt, "answer": raw["reward_model"]["ground_truth"], "images": images}]
+
+
+def virl_rows(raw: dict) -> list:
+    row = {"id": raw["qid"], "prompt": raw["question"], "images": raw["image"]}
+    return [
+        row | {"answer": last_box(raw["answer"]) or raw["answer"], "level": raw.get("category")}
+    ]
+
+
+def llava_rows(raw: dict) -> list:
+    """LLaVA's turns: the picture's marker stands in the question, the reply is the answer."""
+    asked, told = (turn["value"] for turn in raw["conversations"][:2])
+    return [{"prompt": asked, "answer": final_answer(told) or told, "images": [raw["image"]]}]
 
 
 def pixmo_rows(raw: dict) -> list:
@@ -565,27 +583,6 @@ def puzzle_rows(raw: dict) -> list:
     if raw.get("options"):
         return [row | chosen(raw["question"], raw["options"], raw["answer"])]
     return [row | {"prompt": raw["question"], "answer": raw["answer"]}]
-
-
-def tqa_rows(raw: dict) -> list:
-    """A raw row is a lesson. Its text questions need the lesson's text, so diagrams only."""
-    rows = []
-    for name, asked in raw["questions"]["diagramQuestions"].items():
-        try:
-            rows.append({"id": name} | tqa_question(asked))
-        except Unfit as unfit:
-            rows.append(unfit)
-        except ODD as error:
-            rows.append(Unfit("malformed row", f"{name}: {error!r}"))
-    return rows
-
-
-def tqa_question(asked: dict) -> dict:
-    options, key = asked["answerChoices"], asked["correctAnswer"]["processedText"]
-    texts = [options[label]["processedText"] for label in sorted(options)]  # a, b, c, ...
-    place = sorted(options).index(key) if key in options else -1
-    row = chosen(asked["beingAsked"]["processedText"], texts, place, is_index=True)
-    return row | {"images": [asked["imagePath"]]}
 
 
 def scienceqa_rows(raw: dict) -> list:
@@ -615,10 +612,6 @@ def atomthink_rows(raw: dict) -> list:
     return [{"prompt": prompt, "answer": final_answer(solved), "images": images}]
 
 
-def no_rows(raw: dict) -> list:
-    raise Unfit("no canonical set", "")
-
-
 # ---- the table
 
 SUBJECTS = (
@@ -626,77 +619,112 @@ SUBJECTS = (
     *("number_theory", "prealgebra", "precalculus"),
 )
 ORZ = "Open-Reasoner-Zero/orz_math_"
+ZIP = (
+    "its pictures are in images.zip; `hf download` the set to DIR, unpack images.zip there and "
+    "give place=DIR"
+)
 
 # fmt: off
 SOURCES = (
-    # text
+    # text: problems
     Source("math", "EleutherAI/hendrycks_math", math_rows, "problem, solution, level",
            "MIT", 7_500, "both", "C", "train only: MATH500 is drawn from test", configs=SUBJECTS),
     Source("numinamath", "AI-MO/NuminaMath-1.5", numina_rows,
            "problem, answer, question_type, source", "Apache-2.0", 896_215, "both", "C",
-           "level is its source; 110,998 proofs go; amc_aime may hold benchmark problems",
-           also="problem_is_valid"),
+           "level is its source; 110,998 proofs go; amc_aime may hold benchmark problems"),
     Source("tulu3_math", "allenai/tulu-3-sft-personas-math", tulu_rows, "id, prompt, messages",
-           "ODC-BY 1.0", 149_960, "coldstart", "P",
-           "how its solutions name the answer is from memory; unread ones are counted"),
+           "ODC-BY 1.0", 149_960, "coldstart", "C",
+           "solutions end `The final answer is $...$` (open-instruct); column id from memory"),
+    Source("aime", "di-zhang-fdu/AIME_1983_2024", aime_rows,
+           "ID, Year, Problem Number, Question, Answer", "MIT", 933, "both", "C",
+           "its card says not to train on it; cut at 2023, for 2024 is a benchmark"),
+    Source("orz_57k", f"{ORZ}57k_collection", orz_rows, "0, 1", "MIT", 56_878, "both", "C",
+           "pairs of turns; or place=orz_math_57k_collected.json of its repository"),
+    Source("orz_72k", f"{ORZ}72k_collection_extended", orz_rows, "0, 1", "MIT", 72_400, "both", "C",
+           "a user of it found duplicates"),
+    Source("orz_13k_hard", "", orz_rows, "0, 1", "MIT", 13_000, "both", "C",
+           "seven public loaders take the file of the repository",
+           local="it is not on the Hub; fetch orz_math_13k_collection_hard.json from the "
+                 "repository Open-Reasoner-Zero, data/, and give place=the file"),
+    # text: R1's traces, in place of distilling
     Source("openr1_math", "open-r1/OpenR1-Math-220k", openr1_rows,
            "uuid, problem, answer, source, generations, is_reasoning_complete, "
            "correctness_math_verify", "Apache-2.0", 93_733, "coldstart", "C",
-           "R1 traces, several a row; config extended has 131,396 more rows",
-           also="correctness_llama", configs=("default",)),
-    Source("aime", "di-zhang-fdu/AIME_1983_2024", aime_rows,
-           "ID, Year, Problem Number, Question, Answer", "MIT", 933, "both", "P",
-           "2024 is held out; size and licence from memory"),
-    Source("orz_57k", f"{ORZ}57k_collection", orz_rows, "0, 1", "MIT", 56_878, "both", "P",
-           "Hub id unsure; place=orz_math_57k_collected.json of its repository is not"),
-    Source("orz_72k", f"{ORZ}72k_collection_extended", orz_rows, "0, 1", "MIT", 72_000, "both", "P",
-           "a user of it found duplicates"),
-    Source("orz_13k_hard", f"{ORZ}13k_collection_hard", orz_rows, "0, 1", "MIT", 13_000, "both",
-           "P", "Hub id unsure; place=orz_math_13k_collection_hard.json is not"),
-    # pictures
+           "R1 traces, several a row; config extended has 131,396 more rows", configs=("default",)),
+    Source("deepmath", "zwhe99/DeepMath-103K", deepmath_rows,
+           "question, final_answer, r1_solution_1, r1_solution_2, r1_solution_3",
+           "MIT", 103_110, "coldstart", "C", "three R1 traces a problem, without <think>"),
+    Source("octomed_orz", "OctoMed/OrzMath", octomed_rows, "question, answer, responses",
+           "Apache-2.0", 16_000, "coldstart", "C", "up to 5 traces of R1-0528 on orz_57k"),
+    Source("mixture_of_thoughts", "open-r1/Mixture-of-Thoughts", chat_rows, "messages",
+           "not stated", 349_317, "coldstart", "C",
+           "R1; math 93,733, science 172,514, code 83,070", configs=("all",)),
+    Source("openthoughts3", "open-thoughts/OpenThoughts3-1.2M", chat_rows, "conversations",
+           "Apache-2.0", 1_200_000, "coldstart", "C", "level is its difficulty"),
+    Source("am_r1_distilled", "a-m-team/AM-DeepSeek-R1-Distilled-1.4M", chat_rows, "messages",
+           "not stated", 1_400_000, "coldstart", "P", ".jsonl.zst: `pip install zstandard` first"),
+    # pictures: the paper's
     Source("geometry3k", "hiyouga/geometry3k", geometry3k_rows, "images, problem, answer",
            "MIT", 2_101, "rl", "C", "free answers; MathVista and MathVerse draw on Geometry3K"),
     Source("geoqa", "leonardPKU/GEOQA_R1V_Train_8K", geoqa_rows, "image, problem, solution",
-           "not stated", 8_031, "rl", "P",
-           "as released with R1-V, in English; MathVista and MathVerse draw on GeoQA"),
-    Source("geos", "", no_rows, "", "unknown", 186, "rl", "U", "no canonical release",
-           local="GEOS has no canonical release with its pictures; leave it out, or bring your "
-                 "copy into the form of our rows yourself"),
-    Source("iconqa", "lmms-lab/ICON-QA", iconqa_rows,
+           "not stated", 8_031, "rl", "C",
+           "R1-V's, in English; MathVista and MathVerse draw on GeoQA; size from memory"),
+    Source("geos", "lmms-lab/LLaVA-OneVision-Data", llava_rows, "image, conversations",
+           "not stated", 186, "rl", "P", "or FineVision's geos(mathv360k); size of the original",
+           configs=("GEOS(MathV360K)",)),
+    Source("iconqa", "lmms-lab-encoder/ICON-QA", iconqa_rows,
            "question_id, question, choices, answer, query_image, ques_type",
-           "CC BY-NC-SA 4.0", 21_488, "rl", "P", "this copy has val and test, no train",
-           also="grade, choice_image_0, choice_image_1, choice_image_2, choice_image_3, "
-                "choice_image_4", split="val"),
+           "CC BY-NC-SA 4.0", 21_488, "rl", "C", "moved by lmms-eval; val and test, no train; "
+           "questions with more than two pictures as options go", split="val"),
     Source("pixmo_count", "allenai/pixmo-count", pixmo_rows, "image_sha256, count, label",
            "ODC-BY 1.0", 36_916, "rl", "C",
            "the wording of the question is ours; the counts of train come from a detector",
-           also="image",
            local="the Hub has the addresses of its pictures only; fetch the image_url of each row "
                  "to DIR/images/<image_sha256> beside its parquet files, and give place=DIR"),
     Source("chartqa", "HuggingFaceM4/ChartQA", chartqa_rows, "image, query, label",
            "GPL-3.0", 28_299, "rl", "C", "matched without the benchmark's tolerance of 5 %"),
     Source("puzzlevqa", "declare-lab/PuzzleVQA", puzzle_rows, "image, question, options, answer",
-           "MIT", 2_000, "rl", "C", "or place=PuzzleVQA/data of its repository", also="id"),
+           "MIT", 2_000, "rl", "C", "or place=PuzzleVQA/data of its repository"),
     Source("algopuzzlevqa", "declare-lab/AlgoPuzzleVQA", puzzle_rows, "image, question, answer",
-           "Apache-2.0 or MIT", 1_800, "rl", "P",
-           "Hub split unsure; place=AlgoPuzzleVQA/data of its repository is not",
-           also="id, options"),
-    Source("tqa", "", tqa_rows, "questions", "CC BY-NC 3.0", 6_501, "rl", "C",
-           "diagram questions only; size counts them",
-           local="it is not on the Hub; unpack tqa_train_val_test.zip, which the Allen Institute "
-                 "for AI offers, and give place=tqa_train_val_test"),
+           "Apache-2.0", 1_800, "rl", "C", "three loaders read split data; the answer is an "
+           "option's text; or place=AlgoPuzzleVQA/data of its repository", split="data"),
+    Source("tqa", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "prompt, images, reward_model",
+           "not stated", 6_501, "rl", "P",
+           "diagram questions; also OneVision's config MathV360K_TQA; size of the original",
+           configs=("tqa_train",)),
     Source("scienceqa", "derek-thomas/ScienceQA", scienceqa_rows,
            "image, question, choices, answer", "CC BY-NC-SA 4.0", 12_726, "rl", "C",
-           "half of its rows have no picture; level is the school grade", also="hint, grade"),
+           "half of its rows have no picture; level is the school grade"),
     Source("mmk12", "FanqingM/MMK12", mmk12_rows, "question, answer, image",
            "Apache-2.0", 15_616, "rl", "C",
-           "K12 of MM-Eureka; level is the subject; test is a benchmark", also="id, subject"),
+           "K12 of MM-Eureka; level is the subject; test is a benchmark"),
     Source("atomthink", "Kun-Xiang/AMATH-SFT", atomthink_rows, "conversations",
            "Apache-2.0", 124_000, "rl", "P",
            "SMAT, formerly AMATH; how its solutions name the answer: from its evaluation code",
-           also="image",
-           local="its pictures are in images.zip; download AMATH-SFT.json and images.zip to DIR, "
-                 "unpack images.zip there and give place=DIR"),
+           local=ZIP + " (and AMATH-SFT.json)"),
+    # pictures: others, ready for RL
+    Source("mmr1_rl", "MMR1/MMR1-RL", geometry3k_rows, "images, problem, answer",
+           "not stated", 14_996, "rl", "C", ""),
+    Source("mmrl", "csfufu/mmrl", geometry3k_rows, "images, problem, answer",
+           "not stated", 30_937, "rl", "C", ""),
+    Source("virl39k_embedded", "Kun-Xiang/ViRL39K", geometry3k_rows, "images, problem, answer",
+           "not stated", 38_870, "rl", "C", "ViRL39K with its pictures inside"),
+    Source("virl39k", "TIGER-Lab/ViRL39K", virl_rows, "question, answer, image, qid",
+           "MIT", 38_870, "rl", "C", "level is the category", local=ZIP),
+    Source("openmmreasoner", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows,
+           "prompt, images, reward_model", "not stated", 74_000, "rl", "C", "without tqa_train",
+           configs=("virl39k", "thinklite_vl_hard", "wemath_standard", "mmk12", "wemath_pro",
+                    "algopuzzle")),
+    Source("mmpr_tiny", "OpenGVLab/MMPR-Tiny", verl_rows, "prompt, images, reward_model",
+           "not stated", 70_000, "rl", "C", "", local=ZIP),
+    Source("vero", "zlab-princeton/Vero-600k", verl_rows, "prompt, image, reward_model",
+           "not stated", 600_000, "rl", "P", "a config a source; fetched whole, split by split",
+           local="it has a config a source; `hf download` those that you want and give "
+                 "place=one of their folders"),
+    Source("clevr_cogen", "leonardPKU/clevr_cogen_a_train", geoqa_rows, "image, problem, solution",
+           "not stated", 0, "rl", "C", "counting"),
+    Source("multimodal_open_r1", "lmms-lab/multimodal-open-r1-8k-verified", geoqa_rows,
+           "image, problem, solution", "not stated", 8_000, "rl", "C", "size by its name"),
 )
 # fmt: on
 
@@ -708,9 +736,8 @@ def table() -> str:
     for s in SOURCES:
         configs = [c for c in s.configs if c]
         hub = (s.hub or "-") + (f" ({len(configs)} configs)" if len(configs) > 1 else "")
-        rows.append(
-            (s.name, s.used_for, s.certainty, f"{s.size:,}", s.split, s.license, hub, s.note)
-        )
+        size = f"{s.size:,}" if s.size else "?"
+        rows.append((s.name, s.used_for, s.certainty, size, s.split, s.license, hub, s.note))
     wide = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, wide, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -737,24 +764,16 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Rows into cfg.out, what was dropped and the report beside it; an error if no row is left."""
     if not cfg.set:
         return print(table())
-    source, out = named(cfg.set), Path(cfg.out)
+    source, out, kept, reasons = named(cfg.set), Path(cfg.out), 0, Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"images_to": out.parent / "images", "limit": cfg.limit or None}
     found = read(source, cfg.place or None, cfg.split or None, **options)
-    into_file(progress(found, source.name, total=cfg.limit or None), cfg, source)
-
-
-def into_file(found: Iterable[dict | Dropped], cfg, source) -> None:
-    """Rows into cfg.out, what was dropped and the report beside it; exits if nothing can be used.
-
-    cfg has place and out; source has name, hub and size: a Source, or a Benchmark.
-    """
-    out, kept, reasons = Path(cfg.out), 0, Counter()
-    part = beside(out, "part")
-    with part.open("w") as rows, beside(out, "dropped.jsonl").open("w") as dropped:
-        for row in found:
+    part, why = beside(out, "part"), beside(out, "dropped.jsonl")
+    with part.open("w") as rows, why.open("w") as dropped:
+        for row in progress(found, source.name, total=cfg.limit or None):
             if isinstance(row, Dropped):
                 reasons[row.reason] += 1
                 dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")
@@ -767,7 +786,6 @@ def into_file(found: Iterable[dict | Dropped], cfg, source) -> None:
     write_report(out, cfg, inputs, {"read": {source.name: of}}, hub=hub)
     print(f"{out}: {kept:,} of {source.size:,} rows; dropped: {dict(reasons) or 'none'}")
     if not kept:
-        why = beside(out, "dropped.jsonl")
         sys.exit(f"{out}: no row of {source.name} can be used; {why} says why")
 
 

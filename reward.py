@@ -2,22 +2,22 @@ r"""The reward: 1 if the last \boxed{} of a response is the reference answer, el
 
     response --extract--> box --clean--> text --tokenize--> tokens --read--> answer --same--> 0 or 1
 
-Expressions are parsed whole into a tree and compared by value. Without symbols the value is exact
-as long as it is rational (so 1/2^120 is not 1/2^121), else 72 digits long. With symbols both sides
-are evaluated at the same few fixed points: (x+1)^2 and x^2+2x+1, \sin^2 x and 1-\cos^2 x agree at
-all of them, x and |x| do not.
+The parser is the evaluator: reading the tokens of an expression, with numbers for its symbols,
+gives its value. It is an exact Fraction as long as it can be (1/2^120 is not 1/2^121), then a float
+or a complex number. Two expressions are equal if they agree at a few fixed points, where some
+symbols are negative: (x+1)^2 and x^2+2x+1 agree at all of them, x and |x| do not.
 
 Policy; each rule is held by the tests named after it: pytest tests/test_reward.py -k rule_1
- 1. Only a closed \boxed{} counts, the last one. Boxes joined by "," or "and" are one list; joined
-    by "or" or "/" they are a hedge: 0. Inside one box "or" is one too, unless all is the same.
+ 1. Only a closed \boxed{} counts, the last one. Boxes joined by "," or "and" are one list; "or" and
+    "/" are a hedge, in a box or between boxes: 0, unless all of them are the gold.
  2. Numbers must be equal: no tolerance, no x100. `precision` (MathVista): round both first.
     `digits=6` (benchmarks, never RL): an irrational gold may be given in 6 or more right digits.
  3. Lists and sets are order-free and may name an item twice, tuples and intervals not; [ differs
-    from (; \pm is both signs.
+    from (; \pm is both signs. Names must agree where both sides give them.
  4. 50% = 0.5, and 25% = 25 if one side lacks the sign; never 50 = 0.5. A unit may be left out but
     not contradicted.
- 5. Equations up to a factor; x = x and 1 = 1 never match; `y =` may be dropped; of x = 2+3 = 5
-    the last counts; different symbols never match.
+ 5. Equations up to a factor; x = x and 1 = 1 never match; `y =` may be dropped; of a+b = 2+3 = 5
+    the last counts.
  6. Letters: B, (B), B. text, Option B; two letters or "not B": 0. With choices, a value stands for
     the one option that it equals.
  7. An unreadable gold is never rewarded. A status stands beside every score.
@@ -25,42 +25,41 @@ Policy; each rule is held by the tests named after it: pytest tests/test_reward.
     compared like words.
 
 The text comes from a model that is paid to fool this file, so nothing in it is ever executed: no
-eval, no float(), no int() on unbounded digits, no sympy. Characters, tokens, depth, digits and
-arithmetic are counted and capped before they cost anything, so no timeout is needed: any input
-costs milliseconds, in any thread. In doubt, 0.
+eval, no int() of unbounded digits, no sympy. Characters, tokens, depth, items and bits are capped
+before they cost anything, so no timeout is needed, in any thread. In doubt, 0.
 
     python reward.py --gold '\frac{1}{2}' --response 'so it is \boxed{0.5}'   # explains itself
     python reward.py cases.jsonl                                              # scores a file
 """
 
-import functools
+import cmath
 import itertools
 import json
 import math
+import operator
 import re
 import string
+import threading
 import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, namedtuple
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
-import mpmath
 import tyro
+from tqdm import tqdm
 
 MAX_CHARS = 2_000  # of a box; longer ones are loops or attacks
 MAX_TOKENS = 600
 MAX_DEPTH = 60  # brackets and exponents inside each other
 MAX_ITEMS = 64  # of a list, and boxes joined into one
-MAX_BITS = 32_000  # of a numerator or denominator: 2^1009 passes, 10^(10^10) does not
-MAX_WORK = 1_500  # units of up to 5 microseconds, for all the arithmetic of a box
-
-STATUSES = "match mismatch no_box unclosed hedged unparsed too_big gold_unparsed".split()
+MAX_BITS = 24_000  # of a numerator or denominator: 2^1009 passes, 10^(10^10) does not
+MAX_WORK = 800  # steps in reading and comparing one answer; real ones need 500 at most
+STATUSES = "match mismatch no_box unclosed hedged unparsed too_big gold_unparsed failed".split()
 
 
 class Verdict(NamedTuple):
@@ -77,31 +76,37 @@ class TooBig(Exception):
     """Reading on would cost more than the caps allow."""
 
 
-class Undefined(Exception):
-    """The expression has no value here: 1/0, 0^0, (1/2)!."""
+class Budget(threading.local):
+    """What is left of MAX_WORK, in each thread; no call has to hand it on."""
 
+    left = 0
+
+    def spend(self, steps: int = 1):
+        self.left -= steps
+        if self.left < 0:
+            raise TooBig
+
+
+BUDGET = Budget()
 
 # --- 1. extract: the last box --------------------------------------------------------------------
 
-BRACE = re.compile(r"\\.|[{}]", re.S)  # an escaped brace is eaten by the first half
 OPENING = re.compile(r"\\boxed\s{0,8}\{")
-GAP = re.compile(
-    r"[\s$~]|\\[()\[\],;!]|\\quad|\\text\s*(?=\{)|(?<!\\)[{}]"
-)  # decoration between boxes
+BRACE = re.compile(r"\\.|[{}]", re.S)  # an escaped brace is eaten by the first half
+DECORATION = re.compile(r"[\s$~*]|\\[()\[\],;!]|\\quad|\\text\s*(?=\{)|(?<!\\)[{}]")
 JOINT = re.compile(r",?(,|;|and|or|/)(?:[a-z](?:_?[0-9])?=)?")  # `and y =` too
 
 
 def box_at(text: str, start: int) -> tuple[int, int] | None:
     """Begin and end of what the box that opens at `start` holds; None if it does not close."""
-    opening = OPENING.match(text, start)
-    if not opening:
+    if not (opening := OPENING.match(text, start)):
         return None
-    depth = 1
-    for brace in BRACE.finditer(text, opening.end(), opening.end() + MAX_CHARS + 2):
+    depth, limit = 1, opening.end() + MAX_CHARS
+    for brace in BRACE.finditer(text, opening.end(), limit + 2):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
             return opening.end(), brace.start()
-    if len(text) > opening.end() + MAX_CHARS:
+    if len(text) > limit:
         raise TooBig
     return None
 
@@ -112,30 +117,27 @@ def extract(response: str) -> tuple[str, str | None]:
     Scans back from the end and stops at the first box that does not belong to the group, so a long
     chain of thought is never read. Of a box inside a box the outer one counts.
     """
-    contents, begin, hedged = [], len(response), False
+    boxes, begin, hedged = [], len(response), False
     for _ in range(MAX_ITEMS):
         start = response.rfind("\\boxed", 0, begin)
         span = box_at(response, start) if start >= 0 else None
-        if span is None and not contents:
-            opened = start >= 0 and OPENING.match(response, start)
-            return ("unclosed" if opened else "no_box"), None
         if span is None:
             break
-        content = response[slice(*span)]
-        if contents and span[1] > begin:  # encloses the box found before
-            contents[-1] = content
-        else:
-            gap = response[span[1] + 1 : begin]
-            gap = GAP.sub("", gap).lower() if len(gap) <= 40 else "too far"
-            joint = JOINT.fullmatch(gap)
-            if contents and not joint:
+        if boxes and span[1] > begin:  # encloses the box found before
+            boxes.pop()
+        elif boxes:
+            gap = response[span[1] + 1 : begin][:40]  # a joint is short
+            if not (joint := JOINT.fullmatch(DECORATION.sub("", gap).lower())):
                 break
-            hedged |= bool(contents) and joint[1] in {"or", "/"}
-            contents.append(content)
+            hedged |= joint[1] in {"or", "/"}
+        boxes.append(response[slice(*span)])
         begin = start
     else:
         raise TooBig
-    return ("hedged" if hedged else ""), ", ".join(reversed(contents))
+    if boxes:
+        joined = (r" \text{ or } " if hedged else ", ").join(reversed(boxes))
+        return ("hedged" if hedged else ""), joined
+    return ("unclosed" if start >= 0 and OPENING.match(response, start) else "no_box"), None
 
 
 # --- 2. clean: one spelling for each thing -------------------------------------------------------
@@ -143,78 +145,109 @@ def extract(response: str) -> tuple[str, str | None]:
 # fmt: off
 # An explicit table, never NFKC: that would turn 4² into 42. The backtick is ours: it marks a word.
 CHARACTERS = str.maketrans({
-    **dict.fromkeys("−–—‐‑－", "-"), **dict.fromkeys("×·⋅∗✕•∙", "*"),
+    **dict.fromkeys("−–—‐‑－", "-"), **dict.fromkeys("×·⋅∗✕•∙", "*"), **dict.fromkeys("÷⁄∕", "/"),
     **dict.fromkeys("\u00a0\u2009\u202f\u200a\u2002\u2003\u3000\t\n\r", " "),
-    **dict.fromkeys("`\"\u200b\u2061\ufeff“”。", ""),
+    **dict.fromkeys("`\"\u200b\u2061\ufeff“”。", ""), **dict.fromkeys("⟨〈", "("),
     **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # fullwidth （Ａ＋１）
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}",
-    "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ",
-    "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "λ": r"\lambda ",
-    "μ": r"\mu ", "µ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ",
-    "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∞": r"\infty ", "∪": r"\cup ",
-    "∩": r"\cap ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "±": r"\pm ",
-    "°": r"\degree ", "∈": r"\in ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=",
-    "≈": r"\approx ", "→": r"\to ", "÷": "/", "⁄": "/", "′": "'", "’": "'", "″": "''",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "℃": r"\degree C",
-    "，": ",", "、": ",", "；": ";", "：": ":", "（": "(", "）": ")",
-    "¢": " `cents ", "٫": ".", "٬": ",", "€": " `euros ", "£": " `pounds ", "¥": " `yen ",
-    "₹": " `rupees ", "元": " `yuan ",
-    **dict.fromkeys("⟨〈", "("), **dict.fromkeys("⟩〉", ")"),
+    **{c: rf"\frac{{{n[0]}}}{{{n[1]}}}" for c, n in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅛",
+       "12 13 23 14 34 15 25 35 45 16 18".split(), strict=True)}, "∛": r"\sqrt[3] ",
+    **{c: f"\\{name} " for c, name in zip("√πθαβγδεηκλμµνρστφχψωΔΓΛΣΦΩ∞∪∩∅±∈≈→⌊⌋⌈⌉°∠∖",
+       "sqrt pi theta alpha beta gamma delta epsilon eta kappa lambda mu mu nu rho sigma tau phi "
+       "chi psi omega Delta Gamma Lambda Sigma Phi Omega infty cup cap emptyset pm in approx to "
+       "lfloor rfloor lceil rceil degree angle setminus".split(), strict=True)},
+    **dict.fromkeys("⟩〉", ")"), "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "℃": r"\degree C",
+    "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "′": "'", "’": "'", "″": "''",
+    "，": ",", "、": ",", "；": ";", "：": ":", "（": "(", "）": ")", "٫": ".", "٬": ",",
+    **{c: f" `{name} " for c, name in zip(
+       "¢€£¥₹元", "cents euros pounds yen rupees yuan".split(), strict=True)},
 })
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
 SCRIPTS = str.maketrans(RAISED + LOWERED, "0123456789+-n" * 2)
-COMMANDS = {  # \name -> what it means here; all others stay as they are
-    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr".split(), ""),
-    **dict.fromkeys("displaystyle textstyle boxed limits rm bf it mathrm mathbf".split(), ""),
-    **dict.fromkeys([*"quad qquad , ; : ! > ( ) [ ]".split(), " "], " "),
-    **dict.fromkeys("dfrac tfrac cfrac".split(), r"\frac "), "sfrac": r"\frac ",
-    **dict.fromkeys("dbinom tbinom".split(), r"\binom "),
-    **dict.fromkeys("cdot times ast bullet".split(), "*"), **dict.fromkeys("ne neq".split(), "!="),
-    **dict.fromkeys("le leq leqslant".split(), "<="), "lt": "<", "div": "/",
-    **dict.fromkeys("ge geq geqslant".split(), ">="), "gt": ">", "langle": "(", "rangle": ")",
-    "%": "%", "$": " `dollars ", "textdollar": " `dollars ",
-    "degree": " `degrees ", "varnothing": r"\emptyset ", "colon": ":",
-    **dict.fromkeys("ldots dots cdots".split(), r"\dots "), "iff": r"\Leftrightarrow ",
-    **dict.fromkeys("rightarrow longrightarrow".split(), r"\to "), "setminus": r"\setminus ",
-    "backslash": r"\setminus ", "mid": "|", "vert": "|", "lbrace": r"\{", "rbrace": r"\}",
-    "prime": "'", "land": " `and ", "lor": " `or ", "R": r"\Reals ", "&": " `and ",
-    "simeq": r"\approx ", "varphi": r"\phi ", "varepsilon": r"\epsilon ",
-    **dict.fromkeys("mathbb mathcal mathscr mathsf mathnormal".split(), ""),
+MEANINGS = {  # of commands: \name is read as the text before its names; others stay as they are
+    "": "left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle boxed "
+        "limits nolimits rm bf it mathrm mathbf mathbb mathcal mathscr mathsf mathnormal underline",
+    " ": "quad qquad , ; : ! > ( ) [ ] /", r"\frac ": "dfrac tfrac cfrac sfrac",
+    r"\binom ": "dbinom tbinom", "*": "cdot times ast bullet", "/": "div", "!=": "ne neq",
+    "<": "lt", "<=": "le leq leqslant", ">": "gt", ">=": "ge geq geqslant", "(": "langle",
+    ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", "'": "prime", ":": "colon", "%": "%",
+    " `dollars ": "$ textdollar", " `degrees ": "degree", r"\emptyset ": "varnothing",
+    r"\dots ": "ldots dots cdots", r"\to ": "rightarrow longrightarrow", r"\approx ": "simeq",
+    r"\setminus ": "backslash textbackslash", r"\Reals ": "R", "|": "mid vert lVert rVert Vert",
+    " `and ": "land &", " `or ": "lor", r"\phi ": "varphi", r"\epsilon ": "varepsilon",
+    r"\theta ": "vartheta",
 }
-# fmt: on
+COMMANDS = {name: meaning for meaning, names in MEANINGS.items() for name in names.split()}
+COMMANDS[" "] = " "
+GROUPS = r"(?<![0-9.,])([0-9]{1,3}(?:SEP[0-9]{3})+)(?![0-9])"  # 58,500 but not 1,00,0
+SEPARATORS = r"(?:\\[, ]|,\\! ?|\{,\}|~|[ \u202f\u00a0\u2009])"
+SPACED_GROUPS = re.compile(GROUPS.replace("SEP", SEPARATORS))
+COMMA_GROUPS = re.compile(GROUPS.replace("SEP", ","))  # but inside brackets (1,234) is a pair
 COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
 WRAPPED = re.compile(
     r"\\(text(?:rm|bf|it|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)|operatorname|boldsymbol|ce|bm)"
-    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+ACCENT = re.compile(r"\\(dot|vec|hat|bar|tilde|widehat|overrightarrow|overline)(?![A-Za-z])\s*"
+                    r"(?:\{\\?([\w ]+)\}|(\w))")
+TIME = re.compile(r"(?i)\b0?([0-9]{1,2})(?::([0-5][0-9]))? ?`?([ap])m\b")
+PERIODIC = re.compile(r"(?<![0-9])([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
+
+
+DAMAGE = (  # golds come with \f, \t or \b of \frac, \text, \boxed read as control characters
+    (r"\t(?=ext|imes|heta|an)", r"\\t"), (r"\r(?=ight|m\{)", r"\\r"), (r"\n(?=eq\b|e\b)", r"\\n"),
+    ("\f", r"\\f"), ("\b", r"\\b"), (r"(?<=\S)\$\$\s+\$\$(?=\S)", " ; "),
+    (r"\\(q?quad)(?=[A-Za-z])", r"\\\1 "),
 )
-ACCENT = re.compile(
-    r"\\(dot|vec|hat|bar|tilde|widehat|overrightarrow|overline)(?![A-Za-z])\s*"
-    r"(?:\{\\?([\w ]+)\}|(\w))"
+SPELLINGS = (
+    (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}|\\tag\{[^{}]*\}", " "),
+    (r"\\(?:left|right|[bB]igg?[lr]?) *\.|^\*\*(?=[^*]+\*\*$)|(?<=[^*])\*\*$", ""),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
+    (r"\\(begin|end)\{(?:[pb]?matrix|smallmatrix|array)\}(?: ?\{[clr| ]+\})?", r"\\\1{matrix}"),
+    (r"\\angle *([0-9])", r"\\theta_{\1}"), (r"\\angle\s*=", ""),
+    (r"\\angle(?![A-Za-z])|(?<=\\\\) ?\[[0-9]+pt\]", " "),
+    (r"\\mathbb\s*(?:\{R\}|R)", r"\\Reals "),
+    (r"\\left\s*(?:\||\\vert)|\\lVert", r"\\lvert "),
+    (r"\\right\s*(?:\||\\vert)|\\rVert", r"\\rvert "),
+    (r"\b([AaPp])\. ?([Mm])\.?(?![A-Za-z])", r" \1\2 "),
+    (r"\^ ?\{? ?('+) ?\}?", r"\1"),  # f^{\prime}
+    (r"\(([0-9A-F]+)\)(?=_)", r"\1"),  # (1011)_2
+    (r"(?<![0-9./])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9/])", r"\1\\frac{\2}{\3}"),  # 2 1/2
 )
-DEGREE = re.compile(r"(?:\{\})?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))")
-GROUPS = r"(?<![0-9.,])([0-9]{1,3}(?:SEP[0-9]{3})+)(?![0-9])"  # 58,500 but not 1,00,0
-SPACED_GROUPS = re.compile(
-    GROUPS.replace("SEP", r"(?:\\[, ]|,\\! ?|\{,\}|~|\u202f|\u00a0|\u2009| )")
-)  # one number
-COMMA_GROUPS = re.compile(GROUPS.replace("SEP", ","))  # but inside brackets (1,234) is a pair
-ODDS = re.compile(r"(?<=[0-9]) *(?:`?in|`?out +`?of) +(?=[0-9])")  # 1 in 6
-UNIT_FRACTION = re.compile(r"\\frac *\{ *(`[^{}]*)\} *\{ *(`(?:[^{}]|\{[^{}]*\})*)\}")
-PART = re.compile(r"(?:^|[,;.]?\s)\(?`?(?:[a-d]|i{1,3}|[1-4])\)\s*(?=[^\s,)])")
-SPELLINGS = [  # applied where the first text stands
-    ("angle", re.compile(r"\\angle *([0-9])"), r"\\theta_{\1}"),
-    ("angle", re.compile(r"\\angle(?=\s*=)"), r"\\theta "),
-    ("angle", re.compile(r"\\angle(?![A-Za-z])"), ""),
-    ("pt]", re.compile(r"\\\\ ?\[[0-9]+pt\]"), r"\\\\ "),
-    ("mathbb", re.compile(r"\\mathbb\s*(?:\{R\}|R)"), r"\\Reals "),
-    ("|", re.compile(r"\\left\s*\|"), r"\\lvert "),
-    ("|", re.compile(r"\\right\s*\|"), r"\\rvert "),
-    ("ert", re.compile(r"\\lVert"), r"\\lvert "),
-    ("ert", re.compile(r"\\rVert"), r"\\rvert "),
-    ("m", re.compile(r"\b([AaPp])\. ?([Mm])\.?(?![A-Za-z])"), r" \1\2 "),  # p.m.
-    ("'", re.compile(r"\^ ?\{? ?('+) ?\}?"), r"\1"),  # f^{\prime}
-    ("10^", re.compile(r"(?<=[0-9.}]) ?[xX] ?(?=10\^)"), "*"),  # 1.5 x 10^6
-]
+WORDINGS = (  # once words are marked
+    (r"(?:\{\})?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))", r"\\degree "),
+    (r"(?<=[0-9]) *(?:`?in|`?out +`?of) +(?=[0-9])", "/"),  # 1 in 6
+    (r"(?<=[0-9)}])(or|and)(?=[-+0-9\\(]|[a-z](?:_\{?[0-9]\}?)? ?[=<>\\])", r" `\1 "),  # x=1orx=2
+)
+MONEY = "`(?:euros|dollars|pounds|yen|rupees|yuan|cents|USD)"
+PHRASES = (  # once commands are read
+    (r"(?i)^(?:`?the )?(?:`?(?:final|correct) )?`?answer(?: `?is)? ?:? (?=.)", ""),
+    (r"(?i)^(?:`?(?:approximately|approx|about|roughly)\b\.?|\\approx) ?(?=.)", ""),
+    (rf"({MONEY} ?[0-9]+|\b[0-9]+(?=,[0-9][0-9] ?{MONEY})),([0-9][0-9])\b", r"\1.\2"),  # 3,50 €
+    (r"(?i)^(`?yes|`?no)\b ?, `?(?:it|they|he|she|there) `?[a-z']+(?: `?not)?$", r"\1"),
+    (r"^\(?`?(?:a|i|1)\) ?([^()]+?)[ ,;.]*\(`?(?:b|ii|2)\) ?([^()]+)$", r"(\1, \2)"),  # (a) 5 (b) 7
+    (r"(?<=[0-9]:[0-5][0-9]):00\b|\b0(?=[0-9]:[0-5][0-9])", ""),  # 08:34:00 is 8:34
+    (r"\\(frac|binom) *([0-9])", r"\\\1{\2}"),  # \frac12 is a half
+    (r"(?<=[0-9]) ?\^? ?\{? ?`?(?:st|nd|rd|th)\b ?\}?", ""),  # 5^{th}
+    (rf"(^|[=,(] ?)({MONEY}) ?(-?[0-9.,]*[0-9])", r"\1\3 \2"),  # $5
+    (r"(?i)^`?(?:year|point|day|number) (?=[0-9(])", ""),
+    (r"`(?:square|sq) (`[A-Za-z]+)", r"\1^2"),
+    (r"`cubic (`[A-Za-z]+)", r"\1^3"),
+    (r"`per\b", "/"), (r"`degrees ?`?([CF])\b", r"`\1"),
+    (r"`?\bk(?:mp?h|ph)\b", "`km/`h"), (r"`?\bmph\b", "`mi/`h"), (r"`?\bmpg\b", "`mi/`gal"),
+    (r"\\mu ?`?m\b", "`um"), (r"(?<=[0-9]) ?\\Omega\b", " `ohm"),
+)
+# fmt: on
+# Templates are expanded where a pattern is found: `sub` would parse each of them each time.
+DAMAGE, SPELLINGS, WORDINGS, PHRASES = (
+    [(re.compile(pattern), lambda m, text=text: m.expand(text)) for pattern, text in pairs]
+    for pairs in (DAMAGE, SPELLINGS, WORDINGS, PHRASES)
+)
+
+
+def rewritten(text: str, pairs: list) -> str:
+    for pattern, replacement in pairs:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def clean(text: str) -> str:
@@ -225,24 +258,17 @@ def clean(text: str) -> str:
     text = text.translate(CHARACTERS) if text.isascii() else from_unicode(text)
     if "\\\\" in text and "\\begin" not in text:  # escaped once too often, or a broken line
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = text.replace("\\prime", "'")
-    for needle, pattern, replacement in SPELLINGS:
-        if needle in text:
-            text = pattern.sub(replacement, text)
-    if "\\" in text:
-        for _ in range(2):  # \textbf{\text{B}}
-            text = WRAPPED.sub(unwrap, text)
-        text = DEGREE.sub(r"\\degree ", ACCENT.sub(unaccent, text)).replace("{:}", ":")
-    if "`" in text:
-        text = UNIT_FRACTION.sub(r" \1 / \2 ", text)
-    if "in" in text or "of" in text:
-        text = ODDS.sub("/", text)
-    bare = text.replace(r"\$", "")
-    if bare.count("$") != 1:  # a pair is math mode; a lone dollar, like \$, is money
+    text = rewritten(text.replace("\\prime", "'"), SPELLINGS)
+    if "\\" in text:  # twice for \textbf{\text{B}}
+        text = ACCENT.sub(unaccent, WRAPPED.sub(unwrap, WRAPPED.sub(unwrap, text)))
+    text = PERIODIC.sub(as_fraction, rewritten(text.replace("{:}", ":"), WORDINGS))
+    if text.replace(r"\$", "").count("$") != 1:  # a pair is math mode; a lone one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = COMMAND.sub(lambda m: COMMANDS.get(m.group(1), m.group()), text)
     text = text.replace("$", " `dollars ").replace("%", " `percent ").replace("~", " ")
-    text = " ".join(text.split()).rstrip(" .;")
+    text = rewritten(" ".join(text.split()).rstrip(" .;"), PHRASES)
+    to_24 = lambda m: f"{int(m[1]) % 12 + 12 * (m[3] in 'pP')}:{m[2] or '00'}"  # noqa: E731
+    text = TIME.sub(to_24, text)
     if not re.search(r"[(\[]|\\\{", text):
         text = COMMA_GROUPS.sub(lambda m: m.group().replace(",", ""), text)
     return text
@@ -261,74 +287,65 @@ def unwrap(match: re.Match) -> str:
     kind, content = match.groups()
     if kind == "ce":
         return re.sub(r"(?<=[A-Za-z)])([0-9]+)", r"_{\1}", content)
-    if len(content.strip()) == 1 and kind not in {"text", "mbox", "textrm", "textnormal"}:
-        if kind == "mathrm" and content in UNIT_LETTERS:
-            return f" `{content} "
-        in_bold = kind in {"mathbf", "boldsymbol", "bm"} and content in "ijk"
-        return f" {content}_{{vec}} " if in_bold else f" {content} "
-    return re.sub(r"(?<![\\A-Za-z`])[A-Za-z]+", r"`\g<0>", f" {content} ")
+    if len(content.strip()) > 1 or kind in {"text", "mbox", "textrm", "textnormal"}:
+        return re.sub(r"(?<![\\A-Za-z`])[A-Za-z]+", r"`\g<0>", f" {content} ")
+    if kind in {"mathbf", "boldsymbol", "bm"} and content in "ijk":
+        return f" {content}_{{vec}} "
+    return f" `{content} " if kind == "mathrm" and content in UNIT_LETTERS else f" {content} "
 
 
 def unaccent(match: re.Match) -> str:
     r"""\vec{a} is a, but \hat{i} is no imaginary unit, \bar{z} not z and 0.\overline{3} a third."""
-    accent, content = match.group(1), (match.group(2) or match.group(3)).replace(" ", "")
-    content = {"imath": "i", "jmath": "j"}.get(content, content)
+    content = (match[2] or match[3]).replace(" ", "").replace("math", "")
     if content.isdecimal():
         return rf"\overline{{{content}}}"
-    if accent in {"bar", "overline"}:
-        return f"{content}_{{bar}}" if len(content) == 1 else content
-    return f"{content}_{{vec}}" if content in {"i", "j", "k"} else f" {content} "
+    mark = "_{bar}" if match[1] in {"bar", "overline"} else "_{vec}"
+    is_marked = len(content) == 1 and (mark == "_{bar}" or content in "ijk")
+    return content + mark if is_marked else f" {content} "
 
 
-def repair(gold: str) -> str:
-    r"""Golds come damaged: \f, \t or \b of \frac, \text, \boxed read as control characters."""
-    gold = re.sub(r"\t(?=ext|imes|heta|an)", r"\\t", gold)
-    gold = re.sub(r"\r(?=ight|m\{)", r"\\r", gold)
-    gold = re.sub(r"\n(?=eq\b|e\b)", r"\\n", gold)
-    gold = re.sub(r"(?<=\S)\$\$\s+\$\$(?=\S)", " ; ", gold)  # $$a$$ $$b$$
-    gold = re.sub(r"\\(q?quad)(?=[A-Za-z])", r"\\\1 ", gold)  # \quadx_2
-    return gold.replace("\f", "\\f").replace("\b", "\\b")
+def as_fraction(match: re.Match) -> str:
+    """0.1\\overline{6} is (16 - 1) / 90."""
+    before, digits, period = match.groups()
+    nines = "9" * len(period) + "0" * len(digits)
+    return rf"\frac{{{before}{digits}{period}-{before}{digits}}}{{{nines}}}"
 
 
 # --- 3. tokenize ---------------------------------------------------------------------------------
 
-ALIASES = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre
-|in inch inches|ft foot feet|yd yard|mi mile|s sec second|min minute|h hr hour|day|week|month|year
-|yr|mg milligram|g gram|kg kilogram|lb pound|ml mL milliliter|l L liter litre|dollar usd USD|cent
-|euro|degree deg|radian rad|percent pct percentage|n N newton|j J joule|w W watt|kw kW kilowatt
-|v V volt|a A amp ampere|k K kelvin|C coulomb celsius|F fahrenheit|pa Pa pascal|hz Hz hertz|mol mole
-|ohm|ev eV|unit|th st nd rd|yuan|yen|rupee|ha hectare|acre|kj kJ kilojoule|cal calorie|t ton tonne
-|nm nanometer|um micrometer micron|rpm|atm|bit|byte|oz ounce|gal gallon|am AM|pm PM"""
-UNITS = {alias: names.split()[0] for names in ALIASES.split("|") for alias in names.split()}
+# fmt: off
+UNIT_NAMES = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer
+kilometre|in inch inches|ft foot feet|yd yard|mi mile|s sec second|min minute|h hr hour|day|week
+|month|year yr|mg milligram|g gram|kg kilogram|lb pound|ml mL milliliter|L l liter litre
+|dollar usd USD|cent|euro|degree deg|radian rad|percent pct percentage|N n newton|J j joule|W w watt
+|kw kW kilowatt|V v volt|A a amp ampere|K k kelvin|C coulomb celsius|F fahrenheit|pa Pa pascal
+|hz Hz hertz|mol mole|ohm|ev eV|yuan|yen|rupee|ha hectare|acre|kj kJ kilojoule
+|cal calorie|t ton tonne|nm nanometer|um micrometer micron|rpm|atm|bit|byte|oz ounce|gal gallon"""
+UNITS = {alias: names.split()[0] for names in UNIT_NAMES.split("|") for alias in names.split()}
 UNIT_LETTERS = set("mgshLNJWVKCF")
-COMPOUND_UNITS = {"mph": "mi / h", "mpg": "mi / gal", "kmh": "km / h", "kph": "km / h"}
+FILLERS = {"`the", "`a", "`an", "`old", "`different"}
 SHORT_WORDS = set("no on or is in at an am pm AM PM if to of up by as".split())
-NOT_UNITS = set("""or and not to nor but no is are if then than either about maybe perhaps true
-false other none hundred thousand million billion dozen times of out in""".split())  # fmt: skip
+NOT_UNITS = {"`" + word for word in """or and not to nor but no is are if then than either about
+maybe perhaps possibly true false other none hundred billion dozen times of out in""".split()}
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(
     """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty""".split())}  # fmt: skip
-ORDINALS = {word: str(n) for n, word in enumerate(
-    "first - third fourth fifth sixth seventh eighth ninth tenth".split(), 1)}  # fmt: skip
-POWERS_OF_TEN = {"hundred": "100", "thousand": "1000", "million": "1000000"}
+    sixteen seventeen eighteen nineteen twenty""".split())}
 GREEK = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi
 psi omega pi Gamma Delta Theta Lambda Sigma Phi Psi Omega ell hbar""".split()
-SYMBOLS = {*string.ascii_letters, *("\\" + name for name in GREEK)}
-FUNCTIONS = """sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log lg gcd
-lcm max min""".split()
-COMMAND_WORDS = {"sqrt", "pi", *FUNCTIONS}
-OTHER_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot"}
-OTHER_NAMES |= {"cosec": "csc", "hcf": "gcd", "infinity": "infty", "inf": "infty"}
+SYMBOLS = {*string.ascii_letters, *("\\" + name for name in GREEK), "\\infty"}
+OTHER_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot",
+               "cosec": "csc", "hcf": "gcd", "infinity": "infty", "inf": "infty",
+               **{a + name: "arc" + name for a in ("ar", "a") for name in ("sinh", "cosh", "tanh")}}
+MATRIX = "\\begin{matrix}"  # that of all its styles
+BRACKETS = {"(": ")", "{": "}", "[": "]", "\\{": "\\}", "\\lfloor": "\\rfloor",
+            "\\lceil": "\\rceil", MATRIX: "\\end{matrix}"}
+OPEN, CLOSE = {*BRACKETS}, {*BRACKETS.values()}
+# fmt: on
 PRODUCTS = set("abcdxyz"), set("kmnpqrstxyz")  # xyz and mnp are products, cat is a word
 TOKEN = re.compile(
     r"`[A-Za-z]+|[0-9]+(?:\.[0-9]+|\.(?=\\))?(?:[eE][+-]?[0-9]+)?|\.[0-9]+"
     r"|\\(?:begin|end)\{[A-Za-z]+\*?\}|\\[A-Za-z]+|\\[{}\\]|[<>!]=|\*\*|->|[A-Za-z]+|\S"
 )
-MATRICES = {"pmatrix", "bmatrix", "matrix", "array", "smallmatrix"}
-SYSTEMS = {"cases", "aligned", "align", "gathered"}  # of equations, or of cases
-ENVIRONMENTS = MATRICES | SYSTEMS
-OPEN = {"(", "[", "{", "\\{", "\\lfloor", "\\lceil", *(f"\\begin{{{e}}}" for e in ENVIRONMENTS)}
-CLOSE = {")", "]", "}", "\\}", "\\rfloor", "\\rceil", *(f"\\end{{{e}}}" for e in ENVIRONMENTS)}
 
 
 def tokenize(text: str) -> list[str]:
@@ -347,21 +364,16 @@ def tokenize(text: str) -> list[str]:
 def split_letters(run: str, before: str) -> list[str]:
     """`ab` is a times b, `cm` and `square` are words, `sqrt` and `sin` commands, `five` is 5."""
     word = run.lstrip("`")
-    name = OTHER_NAMES.get(word, word)
+    name, lower = OTHER_NAMES.get(word, word), word.lower()
     is_minute = word == "min" and (run != word or is_number(before) or before in UNIT_LETTERS)
-    if (name in COMMAND_WORDS or name != word) and not is_minute:
+    if (name in FUNCTIONS or name in {"sqrt", "pi"} or name != word) and not is_minute:
         return ["\\" + name]
-    if len(word) > 2 and word.lower() in NUMBER_WORDS:
-        return [NUMBER_WORDS[word.lower()]]
-    if word.lower() in ORDINALS:
-        return [ORDINALS[word.lower()], "`th"]
-    if is_number(before) and word.lower() in POWERS_OF_TEN:
-        return ["*", POWERS_OF_TEN[word.lower()]]
+    if len(word) > 2 and lower in NUMBER_WORDS:
+        return [NUMBER_WORDS[lower]]
     if run != word:
         return [run]
-    for function in ("sin", "cos", "tan", "ln", "log"):  # sinx, ln n
-        if word[:-1] == function:
-            return ["\\" + function, word[-1]]
+    if word[:-1] in {"sin", "cos", "tan", "ln", "log"}:  # sinx, ln n
+        return ["\\" + word[:-1], word[-1]]
     is_product = any(set(word) <= letters for letters in PRODUCTS) and sorted(word) == list(word)
     is_word = is_minute or len(run) > 2 and not (is_product and len(run) < 5 and run not in UNITS)
     is_word |= len(run) == 2 and (run in UNITS or run in SHORT_WORDS)
@@ -369,82 +381,183 @@ def split_letters(run: str, before: str) -> list[str]:
 
 
 def is_number(token: str) -> bool:
-    return token[:1] in set("0123456789.") and token != "."
+    return token != "" and token[0] in "0123456789." and token != "."
 
 
-def split_top(tokens: list[str], separators: set[str]) -> list[list[str]]:
-    """Cuts at the separators that stand outside all brackets; empty pieces (", and") vanish."""
-    pieces, depth = [[]], 0
+def cut(tokens: list[str], separators) -> tuple[list, list]:
+    """The pieces, none empty, between separators outside all brackets, and these separators."""
+    if {*separators}.isdisjoint(tokens):
+        return [tokens] if tokens else [], []
+    BUDGET.spend(len(tokens) // 16)
+    pieces, found, depth = [[]], [], 0
     for token in tokens:
         depth += (token in OPEN) - (token in CLOSE)
         if depth == 0 and token in separators:
+            found.append(token)
             pieces.append([])
         else:
             pieces[-1].append(token)
-    return [piece for piece in pieces if piece]
+    if len(pieces) > MAX_ITEMS:
+        raise TooBig
+    return [piece for piece in pieces if piece], found
 
 
-def at_top(tokens: list[str]) -> list[str]:
-    """The tokens outside all brackets, and the closing ones."""
-    depth, top = 0, []
-    for token in tokens:
-        depth += (token in OPEN) - (token in CLOSE)
-        if depth == 0:
-            top.append(token)
-    return top
+# --- 4. values: Fraction, float, complex or Matrix; None where there is none ---------------------
 
 
-# --- 4. expressions: from tokens to a tree -------------------------------------------------------
+class Matrix(tuple):
+    """Rows of numbers. A tuple (1, 2) is a column in brackets "()", an interval [0, 1) in "[)"."""
 
-# A tree is ("number", Fraction), ("symbol", name) or (operation, tree, ...).
-Tree = tuple
-STARTS = {*SYMBOLS, *("\\" + name for name in FUNCTIONS), "(", "{", "\\lvert"}
-STARTS |= {"\\frac", "\\sqrt", "\\binom", "\\lfloor", "\\lceil"}
-TRIGONOMETRIC = {"\\" + name for name in "sin cos tan cot sec csc".split()}
+    brackets = ""
 
+    def __add__(self, other):
+        return Matrix(tuple(map(operator.add, *rows)) for rows in zip(self, other, strict=True))
 
-def number(value: int | Fraction) -> Tree:
-    return ("number", Fraction(value))
+    def __mul__(self, other):
+        if type(other) is not Matrix:
+            return Matrix(tuple(x * other for x in row) for row in self)
+        columns = list(zip(*other, strict=True))
+        pairs = [[zip(row, column, strict=True) for column in columns] for row in self]
+        return Matrix(tuple(sum(x * y for x, y in cell) for cell in row) for row in pairs)
 
-
-def negative(tree: Tree) -> Tree:
-    return ("number", -tree[1]) if tree[0] == "number" else ("-", tree)
-
-
-def product_of(factors: list[Tree]) -> Tree:
-    return factors[0] if len(factors) == 1 else ("*", *factors)
+    __rmul__ = __mul__
 
 
-def divided(top: Tree, bottom: Tree) -> Tree:
-    if top[0] == bottom[0] == "number" and bottom[1]:
-        return ("number", top[1] / bottom[1])
-    return ("/", top, bottom)
+def entries(x) -> list:
+    """The numbers of a matrix, or the number."""
+    return [cell for row in x for cell in row] if type(x) is Matrix else [x]
+
+
+def calculate(operation: Callable, *values):
+    """The one place where numbers are made: None where there is no value (1/0, the larger of two
+    complex numbers), TooBig before the next step could get expensive."""
+    if any(x is None for x in values):
+        return None
+    BUDGET.spend()
+    try:
+        result = operation(*values)
+        for x in entries(result):
+            if type(x) is Fraction:
+                bits = max(map(abs, x.as_integer_ratio())).bit_length()
+                BUDGET.spend(bits // 256)
+                if bits > MAX_BITS:
+                    raise TooBig
+            elif not cmath.isfinite(x):
+                if cmath.isnan(x) or INFINITIES.isdisjoint(values):
+                    return None
+    except (ArithmeticError, ValueError, TypeError):
+        return None
+    is_noise = type(result) is complex and abs(result.imag) <= 1e-13 * abs(result)
+    return result.real if is_noise else result
+
+
+def power(a, b):
+    """Exact where it can be; the odd root of a negative number is the real one."""
+    if a == 0 and not b > 0:
+        raise ZeroDivisionError
+    if type(b) is not Fraction:
+        return complex(a) ** b
+    if b.denominator == 1:
+        size = max(map(abs, a.as_integer_ratio())).bit_length() - 1 if type(a) is Fraction else 0
+        if size * abs(b) > MAX_BITS:  # before, not after
+            raise TooBig
+        return a ** int(b)
+    if type(a) is complex or (a < 0 and b.denominator % 2 == 0):
+        return complex(a) ** float(b)
+    if a < 0:
+        return (-1) ** (b.numerator % 2) * power(-a, b)
+    if type(a) is Fraction:
+        degree = b.denominator
+        nearest = math.isqrt if degree == 2 else lambda n: round(n ** (1 / degree))
+        root = Fraction(*map(nearest, a.as_integer_ratio()))
+        if root**degree == a:
+            return power(root, Fraction(b.numerator))
+    return float(a) ** float(b)
+
+
+def whole(function: Callable, most: int = 10**9) -> Callable:
+    """A function of whole numbers, none over `most`."""
+
+    def call(*values):
+        if max(values) > most:
+            raise TooBig
+        if any(type(x) is not Fraction or x.denominator > 1 or x < 0 for x in values):
+            raise ValueError
+        return Fraction(function(*map(int, values)))
+
+    return call
+
+
+# fmt: off
+INFINITIES = {math.inf, -math.inf}
+POINTS = range(5)  # at three of them some symbols are negative, which matters to roots and bars
+FUNCTIONS = {
+    **{name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp".split()},
+    **{"arc" + name: getattr(cmath, "a" + name) for name in "sin cos tan sinh cosh tanh".split()},
+    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+    "cot": lambda x: cmath.cos(x) / cmath.sin(x), "sech": lambda x: 1 / cmath.cosh(x),
+    "csch": lambda x: 1 / cmath.sinh(x), "coth": lambda x: 1 / cmath.tanh(x),
+    "arcsec": lambda x: cmath.acos(1 / x), "arccsc": lambda x: cmath.asin(1 / x),
+    "arccot": lambda x: cmath.pi / 2 - cmath.atan(x), "max": max, "min": min,
+    **dict.fromkeys(("ln", "log"), lambda x, base=math.e: cmath.log(x) / cmath.log(base)),
+    "lg": lambda x, base=10: cmath.log(x) / cmath.log(base),
+    "gcd": whole(math.gcd), "lcm": whole(math.lcm),
+}
+ENCLOSED = BRACKETS | {"|": "|", "\\lvert": "\\rvert"}
+SUM, PRODUCT, JUXTAPOSED, FACTOR, POWER = range(1, 6)  # how tight operations bind
+BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER}
+TINY = Fraction(1, 10**12)  # \log_{10} 1000 is 2.9999999999999996 as a float
+OPERATIONS = {"+": operator.add, "-": lambda a, b: a + b * -1, "*": operator.mul,
+              **dict.fromkeys(("/", "\\frac"), lambda a, b: a * (1 / b)),
+              "\\binom": whole(math.comb, 1_000), "!": whole(math.factorial, 1_000),
+              "|": abs, "\\lvert": abs,
+              "\\lfloor": lambda x: Fraction(math.floor(x + TINY)),
+              "\\lceil": lambda x: Fraction(math.ceil(x - TINY))}
+CONSTANTS = {"\\pi": math.pi, "e": math.e, "i": 1j, "\\infty": math.inf}
+CONSTANTS |= {f"{axis}_vec": Matrix((Fraction(axis == c),) for c in "ijk") for axis in "ijk"}
+STARTS = {*SYMBOLS, *("\\" + name for name in FUNCTIONS), *BRACKETS, "\\lvert", "\\frac",
+          "\\sqrt", "\\binom"} - {"\\{"}
+# fmt: on
+
+
+@lru_cache(maxsize=4096)
+def stand_in(name: str, point: int, discrete: bool) -> Fraction:
+    """What a symbol is at a point: in (0, 1), (5, 45), (1, 3), (2, 3), (1, 2), or below -1."""
+    u, code = Fraction(crc32(f"{name} at {point}".encode()) % 1008 + 1, 1009), sum(map(ord, name))
+    if discrete:  # only whole numbers make sense: n!, (-1)^n; odd ones and even ones
+        n = int(2 + (4 + 9 * point) * u)
+        return Fraction(n + (n + point + code) % 2)
+    is_negative = (0, 0, code % 2, not code % 2, code // 2 % 2)[point]
+    return (-1 if is_negative else 1) * (u, 5 + 40 * u, 1 + 2 * u, 2 + u, 1 + u)[point]
 
 
 @lru_cache(maxsize=1024)
 def to_fraction(token: str) -> Fraction:
     """12, 0.5, .5, 2.5e-10, exactly."""
-    if token.isdecimal() and len(token) < 1_000:
-        return Fraction(int(token))
-    digits, _, exponent = token.lower().partition("e")
-    whole, _, decimals = digits.partition(".")
-    if len(digits) > 1_000 or len(exponent) > 4:
+    if len(token) > 1_000 or len(token.lower().partition("e")[2]) > 4:
         raise TooBig
-    value = Fraction(int(whole + decimals), 10 ** len(decimals))
-    return value * Fraction(10) ** int(exponent or "0")
+    return Fraction(token)
 
 
-class Parser:
-    """Recursive descent over the tokens of one expression; all must be used: no prefix parsing.
+# --- 5. expressions: from tokens to the value at a point -----------------------------------------
 
-    sum > product > mixed > power > atom.
-    """
 
-    def __init__(self, tokens: list[str]):
-        self.tokens, self.at, self.depth, self.bars = list(tokens), 0, 0, 0
+class Reader:
+    """Reads the tokens of one expression by precedence climbing; every step returns a value. All
+    tokens must be used: no prefix parsing."""
+
+    def __init__(self, tokens: tuple, symbol_at: Callable):
+        self.tokens, self.symbol_at = (*tokens, "", ""), symbol_at
+        self.at = self.depth = self.bars = self.arguments = 0
+
+    def value(self):
+        result = self.operand(SUM)
+        if self.peek():
+            raise Unparsed
+        return result
 
     def peek(self, ahead: int = 0) -> str:
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ""
+        return self.tokens[self.at + ahead]
 
     def take(self, expected: str = "") -> str:
         token = self.peek()
@@ -453,1658 +566,840 @@ class Parser:
         self.at += 1
         return token
 
-    def sign(self) -> int:
-        sign = 1
-        for _ in range(2):  # 5 - -3, but not ----5
-            if self.peek() in {"+", "-"}:
-                sign = -sign if self.take() == "-" else sign
-        return sign
+    def skip(self, token: str) -> bool:
+        found = self.peek() == token
+        self.at += found
+        return found
 
-    def signed(self, read) -> Tree:
-        return negative(read()) if self.sign() < 0 else read()
-
-    def sum(self) -> Tree:
-        terms = [self.signed(self.product)]
-        while self.peek() in {"+", "-"}:
-            terms.append(self.signed(self.product))
-        return terms[0] if len(terms) == 1 else ("+", *terms)
-
-    def product(self) -> Tree:
-        factors = [self.mixed()]
+    def operand(self, level: int):
+        """What comes next and all that is bound to it at least as tight as `level`."""
+        sign, start = 1, self.at
+        while self.peek() in {"+", "-"} and self.at < start + 2:  # 5 - -3, but not ----5
+            sign = -sign if self.take() == "-" else sign
+        if self.at > start:
+            result = self.operand(max(level, PRODUCT))
+            result = calculate(operator.mul, -1, result) if sign < 0 else result
+        else:
+            result = self.atom()
         while token := self.peek():
-            if token == "*":
-                self.take()
-                factors.append(self.signed(self.mixed))
-            elif token == "/":
-                self.take()
-                factors = [divided(product_of(factors), self.signed(self.mixed))]
-            elif token in STARTS or (token == "|" and not self.bars) or token[:6] == "\\begin":
-                factors.append(self.power())  # juxtaposed; "2 3" is not 6, and not 23
-            elif factors[-1][0] + self.peek(1) in {"symbol^", "!!", "!^"} and is_number(token):
-                factors.append(self.power())  # n 2^n, 2! 3!
-            else:
+            binding = BINDING.get(token) or self.juxtaposed(token, level)
+            if binding < level:
                 break
-        return product_of(factors)
+            before, name = self.tokens[self.at - 1], self.take() if token in BINDING else "*"
+            is_mixed = token == "\\frac" and before.isdecimal() and result == to_fraction(before)
+            other = self.operand({SUM: PRODUCT, POWER: POWER}.get(binding, FACTOR))
+            if is_mixed and type(other) is Fraction and 0 < other < 1:
+                name = "+"  # 2\frac{1}{2} is 2.5, not 1
+            result = calculate(power if name == "^" else OPERATIONS[name], result, other)
+        return result
 
-    def mixed(self) -> Tree:
-        """2\\frac{1}{2} and 2 1/2 are 2.5, not 1."""
-        if not self.peek().isdecimal():
-            return self.power()
-        if is_number(self.peek(1)) and self.peek(2) == "/" and is_number(self.peek(3)):
-            whole, top, bottom = (to_fraction(self.peek(i)) for i in (0, 1, 3))
-            if not top < bottom:
-                raise Unparsed
-            self.at += 4
-            return number(whole + top / bottom)
-        follows_fraction = self.peek(1) == "\\frac"
-        whole = self.power()
-        if not follows_fraction:
-            return whole
-        part = self.power()
-        if part[0] == "number" and 0 < part[1] < 1:
-            return ("+", whole, part)
-        return ("*", whole, part)
+    def juxtaposed(self, token: str, level: int) -> int:
+        """2x, 2|x|, x(x+1), 5 `cm, n 2^n, 2! 3!, 2^6 3^5; not "2 3". The argument of
+        \\sin 2(x+1) is a product, that of \\sin x (x+1) and \\sin x \\cos x is not."""
+        before, caret = self.tokens[self.at - 1], self.tokens[max(self.at - 2, 0)]
+        if is_number(token):
+            after_power = before in SYMBOLS or before in {"!", "}"} or caret == "^"
+            return JUXTAPOSED if after_power and self.peek(1) in {"^", "!"} else 0
+        is_next_factor = token[1:] in FUNCTIONS or (token == "(" and not is_number(before))
+        if level == JUXTAPOSED and is_next_factor and before != "\\pi":
+            return 0
+        starts = token in STARTS or token[:1] == "`" or (token == "|" and not self.bars)
+        return JUXTAPOSED if starts else 0
 
-    def power(self) -> Tree:
-        base = self.atom()
-        while self.peek() in {"^", "!", "`degrees"}:
-            token = self.take()
-            if token == "^":
-                self.depth += 1  # x^x^x^...
-                base = ("^", base, self.signed(self.power))
-                self.depth -= 1
-            elif token == "!":
-                if self.peek() == "!":  # a double factorial, or an exclamation
-                    raise Unparsed
-                base = ("!", base)
-            else:
-                base = ("*", base, ("symbol", "\\pi"), number(Fraction(1, 180)))
-        return base
-
-    def atom(self) -> Tree:
+    def atom(self):
+        BUDGET.spend()
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooBig
         token = self.take()
         if is_number(token):
-            tree = self.decimal(token)
-        elif token in {"(", "{"} or (token == "[" and self.peek()[:6] == "\\begin"):
-            tree = self.sum()
-            if token == "{" and self.peek() in {"\\over", "\\choose"}:
-                tree = self.combine(self.take(), tree, self.sum())
-            self.take({"(": ")", "{": "}", "[": "]"}[token])
-        elif token in {"|", "\\lvert"}:
-            self.bars += token == "|"
-            tree = ("abs", self.sum())
-            self.bars -= token == "|"
-            self.take({"|": "|", "\\lvert": "\\rvert"}[token])
-        elif token in {"\\lfloor", "\\lceil"}:
-            tree = (token[2:], self.sum())
-            self.take(token.replace("l", "r", 1))
-        elif token in {"\\frac", "\\binom"}:
-            tree = self.combine(token, self.argument(), self.argument())
-        elif token == "\\sqrt":
-            index = number(2)
-            if self.peek() == "[":
-                self.take()
-                index = self.sum()
-                self.take("]")
-            tree = ("^", self.atom(), divided(number(1), index))
+            result = to_fraction(token)
+        elif token in SYMBOLS or token[0] == "`":
+            name = (unit_name(token[1:]) if token[0] == "`" else token) + self.subscript()
+            result = CONSTANTS[name] if name in CONSTANTS else self.symbol_at(name)
         elif token[1:] in FUNCTIONS and token[0] == "\\":
-            tree = self.function(token[1:])
-        elif token.startswith("\\begin"):
-            tree = self.matrix()
-        elif token in SYMBOLS:
-            tree = ("symbol", token + self.subscript())
+            result = self.function(token[1:])
+        elif token in {"\\frac", "\\binom"}:
+            result = calculate(OPERATIONS[token], self.atom(), self.atom())
+        elif token == "\\sqrt":
+            index = self.enclosed(self.take()) if self.peek() == "[" else Fraction(2)
+            result = calculate(power, self.atom(), calculate(operator.truediv, 1, index))
         else:
-            raise Unparsed
+            result = self.enclosed(token)
+        while self.peek() == "!" or (self.peek() == "`degrees" and self.arguments):
+            is_factorial = self.take() == "!"
+            if is_factorial and self.peek() == "!":  # a double factorial, or an exclamation
+                raise Unparsed
+            result = calculate(OPERATIONS["!"] if is_factorial else math.radians, result)
         self.depth -= 1
-        return tree
+        return result
 
-    def decimal(self, token: str) -> Tree:
-        value = to_fraction(token)
-        if self.peek() == "\\overline":  # 0.1\overline{6}
-            self.take()
-            self.take("{")
-            period = self.take()
-            self.take("}")
-            if "." not in token or not period.isdecimal():
-                raise Unparsed
-            places = len(token.partition(".")[2])
-            value += Fraction(int(period[:300]), 10**places * (10 ** len(period[:300]) - 1))
-        if self.peek() == "_":  # 52_8 is in base 8
+    def enclosed(self, opening: str):
+        """(x), {x}, [x], |x|; (1, 2) and [0, 1) as columns; matrices by rows."""
+        closings, rows = {ENCLOSED.get(opening)}, [[]]
+        outer, self.bars = self.bars, opening == "|"
+        while self.peek() not in closings:
+            rows[-1].append(self.operand(SUM))
+            if opening in {"(", "[", "\\{"} and (self.skip(",") or self.skip(";")):
+                closings = {")", "]"} if opening != "\\{" else closings  # \min\{3, 5\}
+                rows.append([])
+            elif opening == MATRIX and self.skip("\\\\"):
+                rows += [[]] if self.peek() not in closings else []
+            elif not (opening == MATRIX and self.skip("&")):
+                break
+        closing, self.bars = self.take(), outer
+        if closing not in closings or not all(len(row) == len(rows[0]) > 0 for row in rows):
             raise Unparsed
-        return ("number", value)
-
-    def argument(self) -> Tree:
-        """What \\frac takes: a group or ONE digit, so \\frac12 is a half."""
-        token = self.peek()
-        if is_number(token) and len(token) > 1:
-            if not token.isdecimal():
-                raise Unparsed
-            self.tokens[self.at : self.at + 1] = [token[0], token[1:]]
-        return self.atom()
+        if len(rows) > 1 or opening == MATRIX:
+            return calculate(as_matrix, opening + closing, len(rows), *itertools.chain(*rows))
+        return calculate(OPERATIONS[opening], rows[0][0]) if opening in OPERATIONS else rows[0][0]
 
     def subscript(self) -> str:
         name = ""
-        if self.peek() == "_":
-            self.take()
-            if self.peek() != "{":
-                name = "_" + self.take()
-            elif "}" not in self.tokens[self.at :]:
-                raise Unparsed
-            else:
-                end = self.tokens.index("}", self.at)
-                name, self.at = "_" + "".join(self.tokens[self.at + 1 : end]), end + 1
+        if self.skip("_"):
+            name = "_" + self.take()
+            while name[1] == "{" and name[-1] != "}":
+                name += self.take()
         while self.peek() == "'":
             name += self.take()
-        return name.replace("`", "")
+        return re.sub("[`{}]", "", name)
 
-    def combine(self, command: str, top: Tree, bottom: Tree) -> Tree:
-        is_fraction = command in {"\\frac", "\\over"}
-        return divided(top, bottom) if is_fraction else ("binomial", top, bottom)
-
-    def function(self, name: str) -> Tree:
+    def function(self, name: str):
         """\\sin^2 x, \\sin 2x, \\log_2(x), \\gcd(n, k); \\sin x \\cos x is a product."""
-        base, exponent = None, None
+        base, exponent = [], None
         for _ in range(2):
-            if self.peek() == "_" and name == "log":
-                self.take()
-                base = self.atom()
-            elif self.peek() == "^":
-                self.take()
-                exponent = self.signed(self.atom)
-        if name in {"gcd", "lcm", "max", "min"}:
-            close = {"(": ")", "\\{": "\\}"}.get(self.take(), "")
-            arguments = [self.sum()]
-            while self.peek() == ",":
-                self.take()
-                arguments.append(self.sum())
-            self.take(close or "?")
-            tree = (name, *arguments)
-        else:
-            argument = self.function_argument()
-            if name in {"log", "lg"}:
-                base = base or (number(10) if name == "lg" else ("symbol", "\\log"))
-                tree = ("log", base, argument)
-            elif exponent == number(-1) and "arc" + name in FUNCTIONS:
-                return ("arc" + name, argument)
-            else:
-                tree = (name, argument)
-        return tree if exponent is None else ("^", tree, exponent)
+            if name in {"log", "lg"} and self.skip("_"):
+                base = [self.atom()]
+            elif self.skip("^"):
+                exponent = self.operand(POWER)
+        self.arguments += 1  # \sin 30^\circ
+        x = self.atom() if self.peek() in {"(", "\\{"} else self.operand(JUXTAPOSED)
+        self.arguments -= 1
+        if exponent == -1 and "arc" + name in FUNCTIONS:
+            return calculate(FUNCTIONS["arc" + name], x)
+        result = calculate(FUNCTIONS[name], *entries(x), *base)
+        return result if exponent is None else calculate(power, result, exponent)
 
-    def function_argument(self) -> Tree:
-        if self.peek() == "(":
-            return self.atom()
-        sign = self.sign()
-        factors = [self.power()]
-        while (token := self.peek()) in STARTS or is_number(token):
-            after_number = all(f[0] == "number" or f[1] == "\\pi" for f in factors)
-            if token[1:] in FUNCTIONS or (token == "(" and not after_number) or is_number(token):
-                break
-            factors.append(self.power())
-        return product_of(factors) if sign > 0 else negative(product_of(factors))
 
-    def matrix(self) -> Tree:
-        r"""\begin{pmatrix} a & b \\ c & d \end{pmatrix}; brackets of all shapes are the same."""
-        name = self.tokens[self.at - 1][7:-1]
-        if name not in MATRICES:
+def as_matrix(brackets: str, height: int, *cells) -> Matrix:
+    width = len(cells) // height
+    matrix = Matrix(cells[i : i + width] for i in range(0, len(cells), width))
+    matrix.brackets = brackets if len(brackets) == 2 else ""
+    return matrix
+
+
+WHOLE_ONLY = re.compile(
+    r"!|\\binom|\\[lr](?:floor|ceil)|\\gcd|\\lcm|\(-[0-9./]+\)\^(?!\{?-?[0-9]+(?:\}|$))"
+)
+
+
+# `km/`h, m/s^2. A space ends each token: else there are 2^n ways to read n letters.
+UNITS_LAST = re.compile(r"(?:(?:`[A-Za-z]+|[mgshLNJWVKCF/*{}()]|\^ (?:\{ )?(?:- )?[1-6]) )+")
+
+
+class Expression:
+    """Tokens as a function of their symbols; values are kept, for the samples of a problem share a
+    gold. Units are symbols. `discrete`: its symbols are whole numbers, as in n!, floors, (-1)^n."""
+
+    def __init__(self, tokens, ones: frozenset = frozenset()):
+        self.ones, self.tokens = ones, tuple(t for t in tokens if t.lower() not in FILLERS)
+        self.discrete = bool(WHOLE_ONLY.search("".join(tokens)))
+        words = {t.lower() for t in self.tokens if t[0] == "`"}
+        is_text = not NOT_UNITS.isdisjoint(words) or "".join(self.tokens[:1])[:1] == "`"
+        is_text |= bool(ones) and not self.ends_in({t for t in tokens if t[0] == "`"} | ones)
+        if is_text or len(words) > 5 or self.tokens.count("`percent") > 1:
             raise Unparsed
-        if name == "array":  # {cc}
-            self.take("{")
-            while self.take() != "}":
-                pass
-        rows = [[]]
-        while self.peek() != f"\\end{{{name}}}":
-            rows[-1].append(self.sum())
-            if self.peek() == "&":
-                self.take()
-            elif self.peek() == "\\\\":
-                self.take()
-                rows += [[]] if self.peek()[:4] != "\\end" else []
-        self.take()
-        if len({len(row) for row in rows}) != 1:
-            raise Unparsed
-        return ("matrix", *(tuple(row) for row in rows))
+        self.known, names = {}, set()
 
+        def symbol_at(name: str) -> Fraction:
+            names.add(name)
+            return stand_in(name, 0, self.discrete)
 
-# --- 5. values: a tree at a point ----------------------------------------------------------------
+        self.known[0, self.discrete] = self.read_with(symbol_at)
+        self.symbols = frozenset(names)
+        self.units = self.symbols & {unit_name(t[1:]) for t in self.tokens if t[0] == "`"}
 
-# A number is a Fraction as long as it is rational, then an mpmath number of 240 bits: real or, with
-# i, complex. A private context whose precision never changes is safe in any thread.
-MP = mpmath.MPContext()
-MP.prec = 240
-HALF = Fraction(1, 2)
-CLOSE_ENOUGH, NOTHING = MP.mpf(10) ** -40, MP.mpf(10) ** -55
-COSTS = {"+": 1, "*": 1, "/": 1, "^": 4, "matrix": 1, "abs": 1, "-": 1}  # others 8
+    def ends_in(self, units) -> bool:
+        """Whether the units stand last, behind a value: 9.8 m/s^2, 2+x cm; not 2 dollars + 3 cents,
+        2 + cm, \\sqrt{2g}."""
+        start = next((i for i, t in enumerate(self.tokens) if t in units), len(self.tokens))
+        tail, before = self.tokens[start:], ["", "", *self.tokens[:start]]
+        is_open = sum(map(tail.count, "})")) > sum(map(tail.count, "{("))
+        is_root = before[-2] in {"\\sqrt", "}"}
+        starts_inside = before[-1] in {"{", "("} and not is_root  # 3 \frac{m}{s}, 3 (m)
+        are_units = UNITS_LAST.fullmatch(" ".join((*tail, "")))
+        has_value = any(is_number(t) or t in SYMBOLS for t in before) and before[-1] not in {*"+-^"}
+        return bool(are_units) and has_value and (starts_inside or not is_open)
 
+    def read_with(self, symbol_at: Callable):
+        one = Fraction(1)
+        return Reader(self.tokens, lambda x: one if x in self.ones else symbol_at(x)).value()
 
-class Purse:
-    """The work that one box may cost, shared by its parts: 64 list items get no 64 budgets."""
-
-    def __init__(self, is_gold: bool = False):
-        self.work, self.is_gold = 0, is_gold
-
-    def spend(self, work: int):
-        self.work += work
-        if self.work > MAX_WORK:
-            raise TooBig
-
-
-def value(tree: Tree, symbols: dict, purse: Purse):
-    """The value of a tree: Fraction, MP.mpf, MP.mpc, or a tuple of rows of them for a matrix."""
-    operation = tree[0]
-    if operation == "number":
-        return tree[1]
-    if operation == "symbol":
-        return symbols[tree[1]]
-    purse.spend(COSTS.get(operation, 8))
-    if operation == "matrix":
-        return tuple(tuple(value(cell, symbols, purse) for cell in row) for row in tree[1:])
-    values = [value(part, symbols, purse) for part in tree[1:]]
-    if operation in {"+", "*"}:
-        total, join = values[0], plus if operation == "+" else times
-        for x in values[1:]:
-            total = join(total, x, purse)
-        return total
-    if any(type(x) is tuple for x in values) and operation != "-":
-        raise Undefined  # the power of a matrix
-    x = OPERATIONS[operation](*values)
-    if type(x) in {MP.mpf, MP.mpc} and not MP.isfinite(x):
-        raise Undefined
-    return paid(x, purse)
-
-
-def paid(x, purse: Purse):
-    """x, if it is small enough to go on with; a complex number without imaginary part is real."""
-    if type(x) is Fraction:
-        bits = x.numerator.bit_length() + x.denominator.bit_length()
-        if bits > MAX_BITS:
-            raise TooBig
-        purse.spend(bits >> 8)
-    return x.real if type(x) is MP.mpc and abs(x.imag) < NOTHING else x
-
-
-def plus(a, b, purse: Purse):
-    if type(a) is type(b) is MP.mpf:
-        return a + b
-    if type(a) is not tuple and type(b) is not tuple:
-        a, b = alike(a, b)
-        return paid(a + b, purse)
-    if type(a) is not type(b) or [len(row) for row in a] != [len(row) for row in b]:
-        raise Undefined
-    return tuple(
-        tuple(plus(x, y, purse) for x, y in zip(*rows, strict=True))
-        for rows in zip(a, b, strict=True)
-    )
-
-
-def times(a, b, purse: Purse):
-    if type(a) is type(b) is MP.mpf:
-        return a * b
-    if type(a) is not tuple and type(b) is not tuple:
-        a, b = alike(a, b)
-        return paid(a * b, purse)
-    if type(a) is not tuple:
-        return tuple(tuple(times(a, x, purse) for x in row) for row in b)
-    if type(b) is not tuple:
-        return times(b, a, purse)
-    if len(a[0]) != len(b):
-        raise Undefined
-    purse.spend(len(a) * len(b) * len(b[0]))
-
-    def cell(row, column):
-        return sum((times(x, y, purse) for x, y in zip(row, column, strict=True)), Fraction(0))
-
-    return tuple(tuple(cell(row, column) for column in zip(*b, strict=True)) for row in a)
-
-
-def quotient(a, b):
-    if not b or type(a) is tuple or type(b) is tuple:
-        raise Undefined
-    a, b = alike(a, b)
-    return a / b
-
-
-def alike(a, b) -> tuple:
-    """Both rational, or both mpmath numbers."""
-    return (a, b) if type(a) is type(b) is Fraction else (inexact(a), inexact(b))
-
-
-def inexact(x):
-    if type(x) is not Fraction:
-        return x
-    return MP.make_mpf(mpmath.libmp.from_rational(x.numerator, x.denominator, MP.prec, "n"))
-
-
-def power(a, b):
-    """a^b. Exact where it can be; the odd root of a negative number is the real one."""
-    if a == 0:
-        if not (is_real(b) and b > 0):
-            raise Undefined
-        return Fraction(0)
-    if type(b) is Fraction and b.denominator == 1:
-        n = int(b)
-        if type(a) is Fraction:
-            bits = max(a.numerator.bit_length(), a.denominator.bit_length())
-            if (bits - 1) * abs(n) > MAX_BITS:  # before, not after
-                raise TooBig
-        elif n.bit_length() > 64:
-            raise TooBig
-        return a**n
-    if type(b) is Fraction and is_real(a) and a < 0 and b.denominator % 2:
-        return (-1) ** (b.numerator % 2) * power(-a, b)
-    if type(b) is Fraction and type(a) is Fraction and a > 0 and b.denominator < 100:
-        roots = [whole_root(n, b.denominator) for n in (a.numerator, a.denominator)]
-        if None not in roots:
-            return power(Fraction(*roots), Fraction(b.numerator))
-    if b == HALF:
-        return MP.sqrt(tame(a, 10**6))
-    return MP.power(tame(a, 10**6), tame(b))
-
-
-def whole_root(n: int, degree: int) -> int | None:
-    """The root if it is whole; None if not, or if n is too long to tell."""
-    if n.bit_length() > 200:
-        return None
-    root = math.isqrt(n) if degree == 2 else int(MP.nint(MP.root(n, degree)))
-    return root if root**degree == n else None
-
-
-def tame(x, magnitude: int = 64):
-    """As an mpmath number, if a function of it costs little: nothing over 2^magnitude."""
-    x = inexact(x)
-    if x and abs(MP.mag(x)) > magnitude:
-        raise TooBig
-    return x
-
-
-def is_real(x) -> bool:
-    return type(x) in {Fraction, MP.mpf}
-
-
-def whole(x, low: int = -(10**9), high: int = 10**9) -> int:
-    if type(x) is not Fraction or x.denominator != 1 or x < low:
-        raise Undefined
-    if x > high:
-        raise TooBig
-    return int(x)
-
-
-def floor(x) -> Fraction:
-    if not is_real(x):
-        raise Undefined
-    return Fraction(math.floor(x) if type(x) is Fraction else int(MP.floor(tame(x))))
-
-
-def logarithm(base, x):
-    if not x or not base or base == 1:
-        raise Undefined
-    return MP.ln(tame(x, 10**6)) / MP.ln(tame(base, 10**6))
-
-
-def largest(*values, pick=max):
-    if not all(is_real(x) for x in values):
-        raise Undefined
-    return pick(values if all(type(x) is Fraction for x in values) else map(inexact, values))
-
-
-def of(function):
-    return lambda x: function(tame(x))
-
-
-OPERATIONS = {
-    "-": lambda a: times(Fraction(-1), a, Purse()),
-    "/": quotient,
-    "^": power,
-    "!": lambda n: Fraction(math.factorial(whole(n, 0, 2_000))),
-    "abs": abs,
-    "binomial": lambda n, k: Fraction(math.comb(whole(n, 0, 2_000), whole(k, 0, 2_000))),
-    "floor": floor,
-    "ceil": lambda x: -floor(-x),
-    "gcd": lambda *ns: Fraction(math.gcd(*map(whole, ns))),
-    "lcm": lambda *ns: Fraction(math.lcm(*map(whole, ns))),
-    "max": largest,
-    "min": functools.partial(largest, pick=min),
-    "log": logarithm,
-    "ln": lambda x: logarithm(CONSTANTS["e"], x),
-    "sec": of(lambda x: quotient(MP.one, MP.cos(x))),
-    "csc": of(lambda x: quotient(MP.one, MP.sin(x))),
-    "cot": of(lambda x: quotient(MP.cos(x), MP.sin(x))),
-    "arccot": of(lambda x: MP.pi / 2 - MP.atan(x)),
-    **{name: of(getattr(MP, name)) for name in "sin cos tan sinh cosh tanh exp".split()},
-    **{"arc" + name: of(getattr(MP, "a" + name)) for name in ("sin", "cos", "tan")},
-}
-
-
-CONSTANTS = {"\\pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
-
-
-@lru_cache(maxsize=4096)
-def stand_in(name: str, rank: int, point: int, discrete: bool):
-    """What a symbol is at a point: in (0, 1), (1, 8), (5, 45); at 3 and 4 every other is < 0."""
-    u = Fraction(crc32(f"{name} at {point}".encode()) + 1, 2**32 + 2)
-    if discrete:
-        return Fraction(int(2 + (4 + 9 * point) * u))
-    sign = -1 if point > 2 and (rank + point) % 2 else 1
-    return inexact(sign * (u, 1 + 7 * u, 5 + 40 * u, 1 + 2 * u, 2 + u)[point])
-
-
-WHOLE_NUMBERS_ONLY = {"!", "binomial", "floor", "ceil", "gcd", "lcm"}
-
-
-class Formula:
-    """An expression as a function of its symbols; values of golds are kept for the next sample.
-
-    `discrete`: the symbols can only be whole numbers, as in n!, floors and (-1)^n. `smooth`: sums,
-    products, quotients and whole powers alone, so that two points tell two of them apart.
-    """
-
-    def __init__(self, tree: Tree):
-        self.tree, self.known = tree, {}
-        self.discrete, self.smooth, names = False, True, set()
-        trees = [tree]
-        while trees:
-            operation, *parts = trees.pop()
-            if operation == "symbol":
-                names.add(parts[0])
-            elif operation == "matrix":
-                trees += [cell for row in parts for cell in row]
-            elif operation != "number":
-                trees += parts
-                is_power = operation == "^"
-                self.discrete |= operation in WHOLE_NUMBERS_ONLY or (
-                    is_power
-                    and parts[1][0] != "number"
-                    and parts[0][0] == "number"
-                    and parts[0][1] < 0
-                )
-                whole_power = is_power and parts[1][0] == "number" and parts[1][1].denominator == 1
-                self.smooth &= operation in {"+", "-", "*", "/"} or whole_power
-        self.symbols = frozenset(names - CONSTANTS.keys() - {"\\log"})
-        self.bare_log = "\\log" in names  # without a base: either logarithm
-
-    def at(self, point: int, purse: Purse, discrete: bool = False, decimal: bool = False):
+    def at(self, point: int = 0, discrete: bool = False):
         """The value at a point, or None where there is none."""
-        key = point, discrete, decimal
+        key = point, discrete or self.discrete
         if key not in self.known:
-            symbols = {"\\log": Fraction(10) if decimal else CONSTANTS["e"], **CONSTANTS}
-            for rank, name in enumerate(sorted(self.symbols)):
-                symbols[name] = stand_in(name, rank, point, discrete)
-            self.known[key] = self.where(symbols, purse)
+            self.known[key] = self.read_with(lambda name: stand_in(name, *key))
         return self.known[key]
 
-    def where(self, symbols: dict, purse: Purse):
-        """The value where the symbols have these values, or None where there is none."""
-        try:
-            return value(self.tree, symbols, purse)
-        except (Undefined, ZeroDivisionError, ValueError):
-            return None
+    def where(self, x):
+        """The value where every symbol is x."""
+        return self.read_with(lambda name: x) if self.symbols else self.at()
+
+    def real(self) -> Fraction | float | None:
+        """The value if it is one real number."""
+        x = None if self.symbols else self.at()
+        return x if type(x) in {Fraction, float} else None
+
+    def __repr__(self) -> str:
+        return f"{''.join(self.tokens)} = {self.at()}"
 
 
-# --- 6. answers: what a whole box can be ---------------------------------------------------------
+def near(a, b) -> bool:
+    """Exactly equal if both are rational, else to eleven of the sixteen digits of a float. What
+    floats leave of 0, as in \\sin \\pi, is below 1e-14."""
+    if type(a) is Matrix or type(b) is Matrix:
+        brackets = {x.brackets if type(x) is Matrix else "x" for x in (a, b)}
+        shapes = [[len(row) for row in x] if brackets == {""} else len(entries(x)) for x in (a, b)]
+        is_alike = shapes[0] == shapes[1] and (len(brackets) == 1 or brackets == {"", "()"})
+        return is_alike and all(map(near, entries(a), entries(b)))
+    if a == b or type(a) is type(b) is Fraction:
+        return a == b
+    least = 1e-14 if not (a and b) and type(a or b) is not Fraction else 0
+    gap = calculate(lambda a, b: abs(a - b) - max(1e-11 * max(abs(a), abs(b)), least), a, b)
+    return gap is not None and gap <= 0
 
 
-class Text(NamedTuple):
-    """Words, and whatever could not be read: equal only if written alike."""
-
-    text: str
-    has_words: bool = True
-
-
-class Value(NamedTuple):
-    formula: Formula
-    unit: str  # "" if none
-    tokens: tuple = ()
+def same_expression(gold: Expression, answer: Expression) -> bool:
+    """\\log is either logarithm."""
+    if gold.tokens == answer.tokens or agree(gold, answer):
+        return True
+    common = [["\\lg" if t == "\\log" else t for t in side.tokens] for side in (gold, answer)]
+    return "\\log" in gold.tokens + answer.tokens and agree(*map(Expression, common))
 
 
-class Group(NamedTuple):
-    """Ordered: tuple, interval or ratio; `brackets` is "()", "[)", ":" and so on."""
-
-    brackets: str
-    items: tuple
-
-
-class Many(NamedTuple):
-    """Unordered: list, set, both signs of +-."""
-
-    items: tuple
-    hedged: bool = False  # joined by "or"
-
-
-class Named(NamedTuple):
-    """`x = 5`; the name alone decides nothing."""
-
-    name: str
-    value: object
-    equation: object = None  # the same as a Relation, for y = 2x+3 against 2x-y+3 = 0
+def agree(gold: Expression, answer: Expression) -> bool:
+    """The same values at the points where both have some, complex ones only if real ones lack. A
+    rational number equal to an irrational one as far as floats tell is a short fraction."""
+    real, unreal, symbols = 0, [], gold.symbols | answer.symbols
+    for point in POINTS if symbols else POINTS[:1]:
+        g, a = (side.at(point, gold.discrete or answer.discrete) for side in (gold, answer))
+        if g is None or a is None:
+            continue
+        if symbols and complex in (type(g), type(a)):  # \ln x^2 and 2\ln x for a negative x
+            unreal.append(near(g, a))
+        elif not near(g, a):
+            return False
+        elif not symbols and type(a) is Fraction and type(g) is not Fraction:
+            return sum(n.bit_length() for n in a.as_integer_ratio()) < 35  # 3.14159265358979 for pi
+        else:
+            real += not symbols or g != 0  # of \binom{n}{k} for n < k all are 0
+    return real > bool(symbols) or (unreal != [] and real + len(unreal) > 1 and all(unreal))
 
 
-class Relation(NamedTuple):
-    """left OP right as `formula OP 0`; equal up to a factor."""
+# --- 6. read: tokens to an answer of one of five kinds -------------------------------------------
 
-    operator: str  # = != < <=
-    formula: Formula
+# An Expression (a number, a formula, a tuple, an interval, a matrix, with or without a unit), or:
+# words, and whatever could not be read, equal only if written alike;
+# in no order: list, set, both signs of +-; hedged if joined by "or"; {1, {2}} is not {1, 2};
+Many = namedtuple("Many", "items hedged is_set", defaults=[False, False])
+# x = 5, 2x+y = 3, x < y: difference SIGN 0. `name` of the left side (x, f(x), |AB|; "" if it is
+# more), `last` side as an answer: of a+b = 2+3 = 5 it is 5;
+Relation = namedtuple("Relation", "name last sign difference left", defaults=["=", None, None])
+# real numbers: where the set may begin and end, and whether it holds a number.
+Reals = namedtuple("Reals", "ends holds")
 
-
-class Reals(NamedTuple):
-    """A set of real numbers: disjoint pieces (low, low is in, high, high is in) in order."""
-
-    pieces: tuple
-
-
-class Clock(NamedTuple):
-    """3:30 pm in minutes of the day."""
-
-    minutes: Fraction
-
-
-class Based(NamedTuple):
-    """52_8: digits and a base."""
-
-    digits: str
-    base: int
-
-
-RELATIONS = {"=", "!=", "<", "<=", ">", ">=", "\\in"}
-JOINS, RATIO = {",", ";", "`and", "`or"}, {":", "`to"}
-SET_OPERATIONS = {"\\cup", "\\cap", "\\setminus"}
-INF = float("inf")
-INFINITIES = {"\\infty": INF, "- \\infty": -INF}
-TOTALS = [  # how many of the first one each is
-    {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800},
-    {"in": 1, "ft": 12}, {"oz": 1, "lb": 16}, {"cm": 1, "m": 100}, {"g": 1, "kg": 1000},
-    {"''": 1, "'": 60, "degree": 3600},
-]  # fmt: skip
-PREFIXES = {"`year", "`point", "`answer", "`day", "`number"}
-ARTICLES = {"the", "a", "an"}
-MONTHS = """january february march april may june july august september october november december
-""".split()
-ISO_DATE = re.compile(r"([12][0-9]{3})-(0[1-9]|1[0-2])-([0-3][0-9])")
+# fmt: off
+RELATIONS = {"=", "!=", "<", "<=", ">", ">=", "\\in", "\\approx"}
+SET_OPERATIONS = {"\\cup": operator.or_, "\\cap": operator.and_, "\\setminus": operator.gt}
+MONTHS = "january february march april may june july august september october november december"
+MONTHS = {spelling: name for name in MONTHS.split() for spelling in (name, name[:3])}
+IGNORED = {"{", "}", ".", "`and", *FILLERS}  # in texts
 SAME_WORDS = {
     **dict.fromkeys("oui sí si ja да 是 はい sim 对 yeah".split(), "yes"),
-    **dict.fromkeys("non nein нет 否 いいえ não 不是".split(), "no"),
+    **dict.fromkeys("non nein нет 否 いいえ não 不是".split(), "no"), "grey": "gray",
     **dict.fromkeys("doesnotexist undefined".split(), "dne"),
-    **dict.fromkeys("nosolution nosolutions nosuchnumber emptyset".split(), "\\emptyset"),
-    **dict.fromkeys("allrealnumbers allreals".split(), "\\Reals"),
-    "infinitelymanysolutions": "infinitelymany",
-    "grey": "gray",
-    **dict.fromkeys(["infinity", "+ \\infty"], "\\infty"),
+    **dict.fromkeys("nosolution nosolutions nosuchnumber emptyset \\{\\}".split(), "\\emptyset"),
+    "infinitelymanysolutions": "infinitelymany", "allrealnumbers": "\\Reals", "allreals": "\\Reals",
 }
+# fmt: on
 
 
-def to_text(tokens: list[str]) -> Text:
-    """Words lose case and articles, units and months get one name, digits in subscripts are digits;
-    symbols keep their case (S is not s)."""
-    words, dropped = [], {"{", "}", "_", ".", "`and"}
-    dropped |= {",", "&"} if "\\end{cases}" in tokens else set()
+def unit_name(word: str) -> str:
+    spellings = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+    known = (UNITS[spelling] for spelling in spellings if spelling in UNITS)
+    return next(known, spellings[-1] if len(word) > 1 else word)
+
+
+def to_text(tokens) -> str:
+    """Words lose case and articles, units and months get one name, subscripts of letters are
+    digits; symbols keep their case (S is not s)."""
+    words = []
     for before, token in zip(["", *tokens], tokens, strict=False):
-        word = token.removeprefix("`")
-        after_number = is_number(before) and (word in UNITS or word.removesuffix("s") in UNITS)
-        if after_number:
-            word = UNITS.get(word) or UNITS[word.removesuffix("s")]
-        if token[0] == "`" and word.lower() in ARTICLES and len(tokens) > 1:
-            continue
-        if token not in dropped or len(tokens) == 1:
-            words.append(word)
-    has_words = any(t[0] == "`" or not t.isascii() for t in tokens)
-    months = [i for i, w in enumerate(words) if len(w) > 2 and month_of(w)]
-    if len(months) == 1 and 2 <= len(words) <= 6:  # July 4, 2020 is 4 July 2020
-        name = month_of(words.pop(months[0]))
-        days = [w for w in words if w not in {",", "of", "th", "st", "nd", "rd"}]
-        words = [name, *sorted((d.lstrip("0") for d in days), key=len)]
-    text = re.sub(r"(?<=[^\W\d_]) (?=[^\W\d_])", "", " ".join(words))
-    return Text(SAME_WORDS.get(text.lower(), text), has_words)
+        is_subscript = token == "_" and not is_number(before)
+        if len(tokens) == 1 or not (is_subscript or token.lower() in IGNORED):
+            word = token.removeprefix("`")
+            words.append(unit_name(word) if is_number(before) else word)
+    if len(words) < 7 and any(word.lower() in MONTHS for word in words):  # July 4, 2020
+        words = [MONTHS.get(word.lower(), word).lstrip("0") for word in words]
+        words = ["date", *sorted(word for word in words if word not in {",", "of"})]
+    text = re.sub(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\W) (?=\W)", "", " ".join(words))
+    return SAME_WORDS.get(text.lower(), text)
 
 
-def month_of(word: str) -> str:
-    full = [m for m in MONTHS if m == word.lower() or m[:3] == word.lower()]
-    return full[0] if full else ""
-
-
-def to_formula(tokens: list[str]) -> Formula:
-    parser = Parser(tokens)
-    tree = parser.sum()
-    if parser.peek():
-        raise Unparsed
-    return Formula(tree)
-
-
-def difference(left: Formula, right: Formula) -> Formula:
-    return Formula(("+", left.tree, negative(right.tree)))
-
-
-# --- 7. read: tokens to an answer ----------------------------------------------------------------
-
-
-def read_answer(tokens: list[str], purse: Purse) -> tuple:
-    """Tokens -> an answer: separators first, then brackets, then numbers and words."""
+def read(tokens: list[str]):
+    """Tokens -> an answer: separators first, then relations, brackets, numbers and words."""
     if not tokens:
         raise Unparsed
-
-    def read_all(pieces):
-        if len(pieces) > MAX_ITEMS:
-            raise TooBig
-        return [read_answer(piece, purse) for piece in pieces]
-
-    top = at_top(tokens)
-    if tokens[0][7:-1] in SYSTEMS and len(top) == 1:
-        rows = split_top([t for t in tokens[1:-1] if t != "&"], {"\\\\"})
-        if all("=" in row for row in rows):
-            return flat(read_all(rows))
-    if "\\approx" in top:  # 1/3 \approx 0.33 is 1/3, x \approx 0.33 is 0.33
-        at = tokens.index("\\approx")
-        tokens[at] = "="
-        if not is_name(tokens[:at]):
-            tokens = tokens[:at]
-        return read_answer(tokens, purse)
-    if "`and" in top and (total := read_total(tokens)):
-        return total
-    if not JOINS.isdisjoint(top) and len(pieces := split_top(tokens, JOINS)) > 1:
-        if not (date := to_text(tokens)).text.startswith(tuple(MONTHS)):
-            return flat(read_all(pieces), hedged="`or" in top)
-        return date
-    if tokens == ["\\{", "\\}"]:
-        return Text("\\emptyset")
-    if operators := [t for t in top if t in RELATIONS]:
-        return read_relation(split_top(tokens, RELATIONS), operators, tokens, purse)
-    if tokens[0] == "\\Reals" or not SET_OPERATIONS.isdisjoint(top):
-        return read_set(tokens, [t for t in top if t in SET_OPERATIONS], purse)
-    if not RATIO.isdisjoint(top) and len(pieces := split_top(tokens, RATIO)) > 1:
-        half = pieces[-1].pop()[1:].lower() if pieces[-1][-1].lower() in {"`am", "`pm"} else ""
-        ratio = Group(":", tuple(read_all(pieces)))
-        return read_clock(ratio, half) if half else ratio
-    is_label = tokens[0] in SYMBOLS or tokens[0].lower() == "`point"
-    if len(tokens) > 3 and is_label and tokens[1] == "(" and "," in tokens:
-        tokens, top = tokens[1:], top[1:]  # the point P(3, -4)
-    if len(top) == 1 and tokens[0] in {"(", "[", "\\{", "{"} and tokens[-1] in CLOSE:
-        pieces = split_top(tokens[1:-1], {",", ";"})
-        bar = next((i for i, t in enumerate(tokens) if t in {"|", ":"}), 0)
-        if tokens[0] == "\\{" and bar and is_name(tokens[1:bar]):  # {x | x < 3}
-            return read_answer(tokens[bar + 1 : -1], purse)
-        if tokens[0] == "\\{" or (tokens[0] == "{" and len(pieces) > 1):
-            return flat(read_all(pieces))
-        if len(pieces) > 1 and "\\pm" not in tokens:
-            return Group(tokens[0] + tokens[-1], tuple(read_all(pieces)))
-        is_plain_group = tokens[0] == "(" or {"\\over", "\\choose"}.isdisjoint(tokens)
-        if len(pieces) == 1 and tokens[0] in {"(", "{"} and is_plain_group:
-            return read_answer(tokens[1:-1], purse)
-    if tokens.count("\\pm") == 1:
-        at = tokens.index("\\pm")
-        return flat(read_all([tokens[:at] + [sign] + tokens[at + 1 :] for sign in "+-"]))
-    return read_value(tokens, purse)
+    for read_kind in (read_list, read_relation, read_set, read_ratio, read_brackets, expression):
+        if (answer := read_kind(tokens)) is not None:
+            return answer
+    text = to_text(tokens)
+    return Reals((), lambda x: True) if text == "\\Reals" else text
 
 
-def flat(items: list, hedged: bool = False) -> Many:
-    """A list inside a list, as \\pm makes it, is one list."""
-    lists = (item.items if type(item) is Many else [item] for item in items)
-    return Many(tuple(x for items in lists for x in items), hedged)
-
-
-def read_value(tokens: list[str], purse: Purse) -> tuple:
-    """A number or expression, perhaps with a unit; text if it is neither."""
-    if len(tokens) == 5 and (date := ISO_DATE.fullmatch("".join(tokens))):
-        return Text(f"{MONTHS[int(date[2]) - 1]} {int(date[3])} {date[1]}")
-    if len(tokens) > 3 and (total := read_total(tokens)):
-        return total
-    if "_" in tokens[-4:-1] and (based := read_based(tokens)):
-        return based
+def expression(tokens: list[str]) -> Expression | None:
     try:
-        body, unit = split_unit(tokens, purse.is_gold)
-        if unit in {"am", "pm"} and len(body) == 1:
-            whole_hour = Value(Formula(number(0)), "")
-            return read_clock(Group(":", (Value(to_formula(body), ""), whole_hour)), unit)
-        return Value(to_formula(body), unit, tuple(body))
+        return Expression(tokens)
     except Unparsed:
-        pass
-    try:  # \cos 72^\circ + i \sin 72^\circ
-        return Value(to_formula(tokens), "", tuple(tokens))
-    except Unparsed:
-        text = to_text(tokens)
-        return REALS if text.text == "\\Reals" else text
-
-
-def read_clock(ratio: Group, half: str) -> Clock:
-    """3:30 pm is 15:30."""
-    hours, minutes = (x.formula.tree[1] if type(x) is Value else None for x in ratio.items[:2])
-    if type(hours) is not Fraction or type(minutes) is not Fraction:
-        raise Unparsed
-    return Clock((hours % 12 + 12 * (half == "pm")) * 60 + minutes)
-
-
-def read_total(tokens: list[str]) -> Value | None:
-    """2 hours 15 minutes, 5 ft 3 in, 63 degrees 45' as one number of the smallest unit."""
-    text = "".join(t for t in tokens if t not in {"`and", ","})
-    pairs = re.findall(r"([0-9]+(?:\.[0-9]+)?)(`?[A-Za-z]+|'+)", text)
-    if len(pairs) < 2 or "".join(n + unit for n, unit in pairs) != text:
         return None
-    units = [unit.lstrip("`") for _, unit in pairs]
-    units = [UNITS.get(unit) or UNITS.get(unit.removesuffix("s"), unit) for unit in units]
-    units = ["min" if unit == "m" and "h" in units else unit for unit in units]  # 3h 41m
-    for family in TOTALS:
-        if all(unit in family for unit in units):
-            total = sum(to_fraction(n) * family[u] for (n, _), u in zip(pairs, units, strict=True))
-            return Value(Formula(number(total)), f"total {next(iter(family))}")
+
+
+def combined(one, sign: str, other) -> Expression:
+    return Expression(["(", *one, ")", sign, "(", *other, ")"])
+
+
+def only_item(answer):
+    return answer.items[0] if type(answer) is Many and len(answer.items) == 1 else answer
+
+
+def are_named(items) -> bool:
+    """x = 1, y = 2, not x = 1, x = 2."""
+    return len({x.name for x in items if type(x) is Relation and x.name}) == len(items) > 1
+
+
+def flat(items, hedged: bool = False) -> Many:
+    """A list inside a list, as \\pm makes it, is one list; sets and x = 1, y = 2 stay together."""
+    is_list = lambda x: type(x) is Many and not x.is_set and not are_named(x.items)  # noqa: E731
+    return Many(tuple(y for x in items for y in (x.items if is_list(x) else [x])), hedged)
+
+
+def read_list(tokens: list[str]):
+    """x = 1, y = 2 or x = 3, y = 4: `or` cuts first, then semicolons, then commas."""
+    for separators in ({"`or"}, {";"}, {",", "`and"}):
+        if len(pieces := cut(tokens, separators)[0]) > 1:
+            text = to_text(tokens)
+            is_date = text.startswith("date ")
+            return text if is_date else flat(map(read, pieces), "`or" in separators)
+    if tokens.count("\\pm") == 1 and tokens[0] != "\\{":
+        at = tokens.index("\\pm")
+        return flat(read([*tokens[:at], sign, *tokens[at + 1 :]]) for sign in "+-")
     return None
 
 
-def read_based(tokens: list[str]) -> Based | None:
-    """1011_2, AB3_{16}, 52_{\\text{eight}}."""
-    text = re.sub("[{}()`]", "", "".join(tokens))
-    match = re.fullmatch(r"([0-9A-Za-z]*[0-9][0-9A-Za-z]*|[A-F]+)_([0-9]{1,2})", text)
-    if not match or not 2 <= int(match[2]) <= 36 or len(match[1]) > 200:
+def read_set(tokens: list[str]):
+    """[0, 1) \\cup (2, 3), \\mathbb{R} \\setminus \\{1\\}, from left to right."""
+    pieces, operations = cut(tokens, SET_OPERATIONS)
+    if not operations or len(pieces) != len(operations) + 1:
         return None
-    return Based(match[1].upper().lstrip("0"), int(match[2]))
+    answers = tuple(map(read, pieces))
+    if total := joined(operations, map(to_reals, answers)):
+        return total
+    return Many(answers) if {*operations} == {"\\cup"} else None  # ends with symbols
 
 
-# --- 8. units ------------------------------------------------------------------------------------
+def read_ratio(tokens: list[str]):
+    """3:4 is 3/4."""
+    parts, signs = cut(tokens, {":", "`to"})
+    if len(signs) == 1 and len(parts) == 2 and all(map(expression, parts)):
+        return combined(parts[0], "/", parts[1])
+    return None
 
 
-def split_unit(tokens: list[str], is_gold: bool) -> tuple[list[str], str]:
-    """`5 cm` -> 5, "cm"; "m s^-2" for m/s^2. A noun that is no unit counts as one: 5 apples."""
-    if tokens[0] in {"`dollars", "`euros", "`pounds", "`yen", "`rupees", "`yuan", "`USD"}:
-        tokens = tokens[1:] + tokens[:1]
-    if tokens[0].lower() in PREFIXES and len(tokens) > 1:
-        tokens = tokens[1:]
-    end, depths = None, [0, *itertools.accumulate((t in OPEN) - (t in CLOSE) for t in tokens)]
-    for start, token in enumerate(tokens):
-        if token[0] == "`":
-            end = start
-            while end and tokens[end - 1] in {"^", "{", "\\", "\\mu", "*"}:  # 5^{\text{th}}
-                end -= 1
-            if depths[end] == 0:
-                break
-    else:
-        return tokens, ""
-    body = tokens[:end]
-    tail = [t for t in tokens[len(body) :] if t not in {"{", "}"}]
-    if tail == ["`degrees"] and not TRIGONOMETRIC.isdisjoint(body):  # \sin 30^\circ
-        return tokens, ""
-    while tail[0] in {"^", "\\", "*"}:
-        tail.pop(0)
-    return body, unit_of(tail, is_gold)
-
-
-def unit_of(tail: list[str], is_gold: bool) -> str:
-    """Canonical text of a unit: names in order with their exponents."""
-    powers, sign, times, unknown, at, name = Counter(), 1, 1, [], 0, None
-    tail = " ".join(COMPOUND_UNITS.get(t.lstrip("`"), t) for t in tail)
-    tail = re.sub(r"\\mu `?(?=[A-Za-z])", "`u", tail).split()
-    while at < len(tail):
-        token = tail[at]
-        word = token.removeprefix("`")
-        known = (
-            UNITS.get(word) or UNITS.get(word.lower()) or UNITS.get(word.lower().removesuffix("s"))
-        )
-        if token in {"/", "`per"}:
-            sign, name = -1, None
-        elif token in {"^", "`squared", "`cubed"} and name:
-            exponent = {"`squared": 2, "`cubed": 3}.get(token)
-            if exponent is None:
-                at += 1
-                minus = at < len(tail) and tail[at] == "-"
-                at += minus
-                if at >= len(tail) or tail[at] not in set("123456"):
-                    raise Unparsed
-                exponent = int(tail[at]) * (-1 if minus else 1)
-            powers[name] += sign * (exponent - 1)
-        elif word in {"square", "sq", "cubic"}:
-            times = 3 if word == "cubic" else 2
-        elif token in {"*", "(", ")", "."}:
-            pass
-        elif known:
-            if powers["percent"]:
-                raise Unparsed  # 5\%\%
-            name = known
-            powers[name] += sign * times
-            times = 1
-        elif token[0] != "`" or word.lower() in NOT_UNITS or word.lower() in MONTHS:
-            raise Unparsed
-        elif word.lower() not in ARTICLES:
-            unknown.append(word.lower().removesuffix("s"))
-        at += 1
-    if len(unknown) > (3 if is_gold else 2):
-        raise Unparsed
-    for ignored in ("th", "unit", *(["degree"] if powers["C"] or powers["F"] else [])):
-        powers.pop(ignored, None)
-    if unknown and not powers:
-        powers[unknown[-1]] = 1
-    return " ".join(n if p == 1 else f"{n}^{p}" for n, p in sorted(powers.items()) if p)
-
-
-# --- 9. equations and inequalities ---------------------------------------------------------------
-
-
-def read_relation(parts: list, operators: list, tokens: list[str], purse: Purse) -> tuple:
-    """x = 5, 2x + y = 3, x < 3, 1 < x <= 2, x \\in [0, 1); anything else is text."""
-    if len(parts) != len(operators) + 1 or len(parts) > 6:
+def read_brackets(tokens: list[str]):
+    """{1, 2}, {x | x < 3}, (x = 1, y = 2), P(3, -4)."""
+    if tokens[0] in SYMBOLS and tokens[1:2] == ["("] and "," in tokens:
+        return read(tokens[1:])
+    opening, inside = tokens[0], tokens[1:-1]
+    if cut(tokens, CLOSE)[1] != tokens[-1:] or opening not in {"(", "[", "\\{", "{"} or not inside:
+        return None
+    pieces = cut(inside, {",", ";"})[0]
+    bar = next((i for i, t in enumerate(inside) if t in {"|", ":"}), 0)
+    if opening == "\\{" and bar and is_name(inside[:bar]):
+        return read(inside[bar + 1 :])
+    if opening == "\\{" or (opening == "{" and len(pieces) > 1):
+        return flat(map(read, pieces))._replace(is_set=True)
+    if opening == "[" and len(pieces) == 1 and inside[0] != MATRIX:
         return to_text(tokens)
-    if set(operators) <= {"=", "\\in"} and is_name(parts[0]):
-        return read_named(parts, operators, purse)
-    try:
-        sides = [to_formula(part) for part in parts]
-    except Unparsed:
-        return to_text(tokens)
-    if set(operators) == {"="}:
-        return read_equation(parts, sides, tokens, purse)
-    if "\\in" in operators or len(parts) > 3:
-        return to_text(tokens)
-    if any(operator in {">", ">="} for operator in operators):
-        if not all(operator in {">", ">="} for operator in operators):
-            return to_text(tokens)
-        operators, sides = [o.replace(">", "<") for o in reversed(operators)], sides[::-1]
-        parts = parts[::-1]
-    if found := as_interval(operators, sides, parts, purse):
-        return found
-    if len(sides) > 2:
-        return to_text(tokens)
-    return relation(operators[0], *sides, purse)
+    is_one = len(pieces) == 1 or 0 < inside.count("=") < 9
+    return read(inside) if opening in {"(", "{"} and is_one else None
 
 
-def read_named(parts: list, operators: list, purse: Purse) -> tuple:
-    """`x = 5 + 6 = 11` is 11: as with boxes, what comes last is the answer."""
-    name = re.sub("[`{}]|\\([a-z]\\)$", "", "".join(parts[0]))  # y(x) is y
-    name = re.sub(r"^\\fracd([a-z])d[a-z]$", r"\1'", name)
-    answer = read_answer(parts[-1], purse)
-    equation = None
-    if operators == ["="]:
-        try:
-            equation = relation("=", to_formula(parts[0]), to_formula(parts[1]), purse)
-        except Unparsed:
-            pass
-    return Named(name, answer, equation)
-
-
-def read_equation(parts: list, sides: list[Formula], tokens: list, purse: Purse) -> tuple:
-    """5 = x names x, 2 + 3 = 5 is 5, all else an equation."""
-    if len(parts) == 2 and is_name(parts[1]) and not sides[0].symbols:
-        return read_named(parts[::-1], ["="], purse)
-    if not any(side.symbols for side in sides):
-        values = [side.at(0, purse) for side in sides]
-        alike = len({to_text(part) for part in parts}) < len(parts)
-        if alike or None in values or not all(equal(v, values[-1]) for v in values):
-            raise Unparsed  # 1 = 1, 2 = 3
-        return read_value(parts[-1], purse)
-    return relation("=", *sides, purse) if len(sides) == 2 else to_text(tokens)
+# --- 7. equations, inequalities and sets of numbers ----------------------------------------------
 
 
 def is_name(tokens: list[str]) -> bool:
     """x, a_1, f(x), |AB|, (x, y), P(X > 2), `triangle area`; no arithmetic: 2+3 is no name."""
-    depth = 0
     if tokens[1:2] == ["^"] and tokens[0] in {*string.ascii_uppercase, "f", "g"}:  # A^n, f^{-1}(x)
-        exponent = "".join(tokens[2:6])
-        tokens = tokens[:1] + tokens[6:] if exponent == "{-1}" else tokens[:1] + tokens[3:]
+        tokens = tokens[:1] + tokens[6 if "".join(tokens[2:6]) == "{-1}" else 3 :]
+    depth = 0
     for before, token in zip(["", *tokens], tokens, strict=False):
         depth += (token in OPEN) - (token in CLOSE)
         is_subscript = is_number(token) and (before in {"_", "{"} or depth)
-        if token in {"+", "-", "*", "/", "^", "\\sqrt", "`not"} and not depth:
-            return False
-        if is_number(token) and not is_subscript:
+        is_operator = token in {"+", "-", "*", "/", "^", "\\sqrt"} and not depth
+        if is_operator or token == "`not" or (is_number(token) and not is_subscript):
             return False
     return any(token in SYMBOLS or token[0] == "`" for token in tokens)
 
 
-def fraction_of(tree: Tree) -> tuple[Tree, Tree]:
-    """(numerator, denominator), so that y = 6/x is xy = 6."""
-    operation, *parts = tree
-    if operation not in {"+", "*", "/", "-"}:
-        return tree, number(1)
-    split = [fraction_of(part) for part in parts]
-    if operation == "-":
-        return negative(split[0][0]), split[0][1]
-    if operation == "/":
-        (a, b), (c, d) = split
-        return product_of([a, d]), product_of([b, c])
-    bottoms = [bottom for _, bottom in split]
-    if operation == "*":
-        return product_of([top for top, _ in split]), product_of(bottoms)
-    if all(bottom == number(1) for bottom in bottoms):
-        return tree, number(1)
-    others = [bottoms[:i] + bottoms[i + 1 :] for i in range(len(split))]
-    tops = [product_of([top, *rest]) for (top, _), rest in zip(split, others, strict=True)]
-    return ("+", *tops), product_of(bottoms)
+def name_of(tokens: list[str]) -> str:
+    """y(x), f(x) and y are y; |AB| and AB are AB; dy/dx is y'."""
+    name = re.sub(r"[`{}|]|\\[lr]vert|\(([a-z])\)$", "", "".join(tokens))
+    name = re.sub(r"^\\frac(?:d|\\partial)([a-z])(?:d|\\partial)[a-z]$", r"\1'", name)
+    return re.sub(r"^f(?='*$)", "y", name)
 
 
-def relation(operator: str, left: Formula, right: Formula, purse: Purse) -> Relation:
-    """0 = 0, 1 = 1 and x = x say nothing: Unparsed."""
-    formula = difference(left, right)
-    if operator == "=":
-        tree, _ = fraction_of(formula.tree)
-        formula = Formula(tree)
-    if all(formula.at(k, Purse() if purse.is_gold else purse) in (0, None) for k in range(2)):
-        raise Unparsed
-    return Relation(operator, formula)
-
-
-def as_interval(operators: list, sides: list[Formula], parts: list, purse: Purse) -> Named | None:
-    """x <= 3 -> x = (-infinity, 3], 1 < 2x <= 2 -> x = (1/2, 1], x != 0 -> all but 0, |x| < 3 ->
-    (-3, 3); None unless one thing stands between numbers."""
-    middle = next((i for i, side in enumerate(sides) if side.symbols), None)
-    if middle is None or len(operators) > 1 + (middle == 1):
+def read_relation(tokens: list[str]):
+    """x = 5, 2x + y = 3, x < 3, 1 < x <= 2, x \\in [0, 1); anything else is text."""
+    parts, signs = cut(tokens, RELATIONS)
+    if not signs:
         return None
-    if any(side.symbols for i, side in enumerate(sides) if i != middle):
-        if len(sides) > 2:
-            return None
-        sides, middle = [difference(*sides), Formula(number(0))], 0
-    subject = sides[middle]
-    in_bars = subject.tree[0] == "abs" and len(sides) == 2
-    if in_bars:
-        subject = Formula(subject.tree[1])
-    line = as_line(subject, purse)
-    if line is None and len(sides) == 2:
-        return None
-    name, scale, shift = line or ("".join(parts[middle]), MP.one, MP.zero)
-    low, low_in, high, high_in = -INF, False, INF, False
-    for i, operator in enumerate(operators):
-        bound = sides[i + 1 if middle == i else i].at(0, purse)
-        if bound is None or not is_real(bound):
-            return None
-        bound = inexact(bound)
-        ends = sorted([(bound - shift) / scale, (-bound - shift) / scale])
-        if in_bars and bound > 0 and operator != "!=":
-            inside = ((ends[0], operator == "<=", ends[1], operator == "<="),)
-            outside = complement(((ends[0], operator == "<", ends[1], operator == "<"),))
-            return Named(name, Reals(inside if middle == 0 else outside))
-        bound = (bound - shift) / scale
-        if in_bars:
-            return None
-        if operator == "!=":
-            return Named(name, Reals(complement(((bound, True, bound, True),))))
-        if (middle == i) == (scale > 0):
-            high, high_in = bound, operator == "<="
-        else:
-            low, low_in = bound, operator == "<="
-    return Named(name, Reals(((low, low_in, high, high_in),))) if low < high else None
-
-
-def as_line(formula: Formula, purse: Purse) -> tuple | None:
-    """(x, a, b) if the formula is a x + b."""
-    if len(formula.symbols) != 1 or formula.discrete:
-        return None
-    (name,) = formula.symbols
-    symbols = {**CONSTANTS, "\\log": CONSTANTS["e"]}
-    values = [formula.where({**symbols, name: Fraction(x)}, purse) for x in (0, 1, 3)]
-    if not all(is_real(v) for v in values):
-        return None
-    at_0, at_1, at_3 = map(inexact, values)
-    slope = at_1 - at_0
-    return (name, slope, at_0) if slope != 0 and equal(at_3 - at_0, 3 * slope) else None
-
-
-# --- 10. sets of real numbers --------------------------------------------------------------------
-
-REALS = Reals(((-INF, False, INF, False),))
-
-
-def union(pieces: Iterator[tuple]) -> tuple:
-    """Overlapping and touching pieces become one."""
-    merged = []
-    for low, low_in, high, high_in in sorted(pieces, key=lambda p: (p[0], not p[1])):
-        if merged and (low < merged[-1][2] or (low == merged[-1][2] and (low_in or merged[-1][3]))):
-            before = merged[-1]
-            end = max((before[2], before[3]), (high, high_in))
-            merged[-1] = (before[0], before[1], *end)
-        else:
-            merged.append((low, low_in, high, high_in))
-    return tuple(merged)
-
-
-def complement(pieces: tuple) -> tuple:
-    """The gaps between the pieces: they end where a piece begins, with that point or without."""
-    starts = [(-INF, True), *((high, high_in) for *_, high, high_in in pieces)]
-    stops = [*((low, low_in) for low, low_in, *_ in pieces), (INF, True)]
-    gaps = [(a, not a_in, b, not b_in) for (a, a_in), (b, b_in) in zip(starts, stops, strict=True)]
-    return tuple(g for g in gaps if g[0] < g[2] or (g[0] == g[2] and g[1] and g[3]))
-
-
-def read_set(tokens: list[str], operations: list[str], purse: Purse) -> tuple:
-    """[0, 1) \\cup (2, 3), \\mathbb{R} \\setminus \\{1\\}, from left to right."""
-    if tokens == ["\\Reals"]:
-        return REALS
-    pieces = split_top(tokens, SET_OPERATIONS)
-    if len(pieces) != len(operations) + 1 or not operations:
+    if len(parts) != len(signs) + 1 or len(parts) > 6 or "`not" in tokens:
         return to_text(tokens)
-    answers = [read_answer(piece, purse) for piece in pieces]
-    sets = [to_reals(answer, purse) for answer in answers]
-    if None in sets:  # ends with symbols
-        return Many(tuple(answers)) if set(operations) == {"\\cup"} else to_text(tokens)
-    total = sets[0].pieces
-    for operation, other in zip(operations, sets[1:], strict=True):
-        if operation == "\\cup":
-            total = union((*total, *other.pieces))
-        else:
-            keep = other.pieces if operation == "\\cap" else complement(other.pieces)
-            total = complement(union((*complement(total), *complement(keep))))
-    return Reals(total)
+    if "\\approx" in signs and (signs[0] != "\\approx" or not is_name(parts[0])):
+        return read(tokens[: tokens.index("\\approx")])  # x = 1/3 \approx 0.33 is 1/3
+    sides = list(map(expression, parts))
+    if {*signs} <= {"=", "\\in", "\\approx"}:
+        return read_equation(parts, sides, signs) or to_text(tokens)
+    return (None not in sides and read_inequality(parts, sides, signs)) or to_text(tokens)
 
 
-def to_reals(answer: object, purse: Purse) -> Reals | None:
-    """An interval, or a list of them or of numbers, as a set; None if its ends are no numbers."""
-    if type(answer) is Named:
-        return to_reals(answer.value, purse)
-    if type(answer) is Reals:
-        return answer
-    if type(answer) is Many:
-        sets = [to_reals(item, purse) for item in answer.items]
-        if None in sets:
+def read_equation(parts: list, sides: list, signs: list[str]):
+    """`x = 5 + 6 = 11` names 11, as does `11 = x`; 5 + 6 = 11 is 11; all else is an equation."""
+    if len({*map(tuple, parts)}) < len(parts):
+        raise Unparsed  # x = x, 1 = 1
+    if len(parts) == 2 and sides[0] and not sides[0].symbols and is_name(parts[1]):
+        parts, sides = parts[::-1], sides[::-1]
+    last, is_known = only_item(read(parts[-1])), None not in sides and "\\in" not in signs
+    is_identity = is_known and all(same_expression(side, sides[-1]) for side in sides)
+    is_equation = is_known and len(parts) == 2 and not is_identity
+    zero = combined(parts[0], "-", parts[1]) if is_equation else None
+    if is_name(parts[0]) or (sides[0] is None and "\\in" not in signs):  # \int_0^2 3x dx = 6
+        return spread(Relation(name_of(parts[0]), last, "=", zero))
+    if is_known and any(side.symbols for side in sides):
+        return Relation("", last, "=", zero, None if is_identity else sides[0])
+    if is_known and not is_identity:
+        raise Unparsed  # 2 = 3
+    return last if is_known else None
+
+
+def spread(relation: Relation):
+    """x = \\pm 1 says x = 1, x = -1, and (p, q) = (5, 2) says p = 5, q = 2."""
+    name, last = relation.name, relation.last
+    if type(last) is Many:
+        return flat(Relation(name, x) for x in last.items)
+    if name[:1] != "(" or type(last) is not Expression:
+        return relation
+    names, values = (cut([*text[1:-1]], {","})[0] for text in (name, last.tokens))
+    if len(names) != len(values):
+        return relation
+    return Many(tuple(map(Relation, map("".join, names), map(read, values))))
+
+
+def read_inequality(parts: list, sides: list[Expression], signs: list[str]):
+    """A set of numbers if it is about one thing: x <= 3, 1 < 2x <= 2, x != 0, |x| < 3, f(x) > 0."""
+    if {*signs} <= {">", ">="}:
+        signs = [sign.replace(">", "<") for sign in reversed(signs)]
+        parts, sides = parts[::-1], sides[::-1]
+    things, functions = set(), []
+    for part, side in zip(parts, sides, strict=True):
+        is_thing = len(side.symbols) > 1 and is_name(part)  # f(x)
+        things |= {name_of(part)} if is_thing else side.symbols
+        functions.append((lambda x: x) if is_thing else side.where)
+    if not {*signs} <= {"<", "<=", "!="} or not things:
+        return None
+    steps = list(zip(functions, signs, functions[1:], strict=False))
+    ends = [roots(lambda x, f=f, g=g: calculate(operator.sub, f(x), g(x))) for f, _, g in steps]
+    if len(things) > 1 or None in ends or any(side.discrete for side in sides):
+        zero = combined(parts[0], "-", parts[1])
+        return Relation("", None, signs[0], zero) if len(parts) == 2 else None
+    holds = lambda x: all(in_order(f(x), sign, g(x)) for f, sign, g in steps)  # noqa: E731
+    return Relation(*things, Reals(tuple(itertools.chain(*ends)), holds), signs[0])
+
+
+def roots(f: Callable) -> list | None:
+    """Where f is zero, if it is a line or, with bars, two that meet: its far ends tell."""
+    far, near_by = 10**6, [Fraction(n, 7) for n in (-17, 1, 22)]
+    points = [*(Fraction(n) for n in (-far, -far // 2, far // 2, far)), *near_by]
+    values = [f(x) for x in points]
+    if any(type(y) not in {Fraction, float} or abs(y) > 1e100 for y in values):
+        return None
+    slopes = [(values[i + 1] - values[i]) * 2 / far for i in (0, 2)]
+    lines = [(slopes[0], values[0] + slopes[0] * far), (slopes[1], values[3] - slopes[1] * far)]
+    for x, y in zip(points, values, strict=True):
+        if all(abs(slope * x + shift - y) > 1e-6 * (1 + abs(y)) for slope, shift in lines):
             return None
-        names = {item.name if type(item) is Named else None for item in answer.items}
-        gaps = union(p for s in sets for p in complement(s.pieces))
-        if len(names) == 1 and None not in names and not answer.hedged and complement(gaps):
-            return Reals(complement(gaps))  # x > 2, x != 3: both
-        return Reals(union(p for s in sets for p in s.pieces))
-    if type(answer) is Value:
-        x = real_of(answer, purse)
-        return None if x is None else Reals(((x, True, x, True),))
-    if type(answer) is not Group or len(answer.items) != 2 or answer.brackets == ":":
+    return [-shift / slope for slope, shift in lines if abs(slope) > 1e-9]
+
+
+def in_order(a, sign: str, b) -> bool:
+    """a < b, a <= b or a != b; the noise of floats decides nothing."""
+    if a is None or b is None or complex in (type(a), type(b)):
+        return False
+    return sign == "<=" if near(a, b) else sign == "!=" or a < b
+
+
+def to_reals(answer) -> Reals | None:
+    """An interval, or a list of them or of numbers, as a set; None if its ends are no numbers."""
+    if type(answer) is Relation:
+        return to_reals(answer.last)
+    if type(answer) is Many:  # x > 2, x != 3 are both; what cannot be both and 1, [2, 3] are either
+        names = {x.name if type(x) is Relation else "" for x in answer.items}
+        sets, count = list(map(to_reals, answer.items)), len(answer.items) - 1
+        is_both = len(names) == 1 and "" not in names and not answer.hedged
+        both = joined(["\\cap"] * count, sets) if is_both else None
+        if both and any(map(both.holds, probes(both))):
+            return both
+        return joined(["\\cup"] * count, sets)
+    if type(answer) is not Expression or answer.symbols:
+        return answer if type(answer) is Reals else None
+    ends, brackets = entries(answer.at()), getattr(answer.at(), "brackets", "[]")  # 5 is [5, 5]
+    if not all(type(x) in {Fraction, float} for x in ends) or len(ends) > 2 or not brackets:
         return None
-    low, high = (real_of(item, purse) for item in answer.items)
-    if low is None or high is None or not low < high:
+    low, high = ["<=" if bracket in "[]" else "<" for bracket in brackets]
+    holds = lambda x: in_order(ends[0], low, x) and in_order(x, high, ends[-1])  # noqa: E731
+    return Reals(tuple(x for x in ends if abs(x) < 1e100), holds)
+
+
+def joined(operations: list[str], sets) -> Reals | None:
+    """From left to right."""
+    if None in (sets := list(sets)):
         return None
-    return Reals(((low, answer.brackets[0] == "[", high, answer.brackets[1] == "]"),))
+
+    def holds(x) -> bool:
+        BUDGET.spend(1 + len(sets) // 4)
+        held = sets[0].holds(x)
+        for operation, other in zip(operations, sets[1:], strict=True):
+            held = SET_OPERATIONS[operation](held, other.holds(x))
+        return held
+
+    return Reals(tuple(end for one in sets for end in one.ends), holds)
 
 
-def real_of(answer: object, purse: Purse):
-    """The real number that an answer is, or None; infinities are numbers here."""
-    if type(answer) is Text:
-        return INFINITIES.get(answer.text)
-    if type(answer) is not Value or answer.formula.symbols or answer.unit:
-        return None
-    x = answer.formula.at(0, Purse() if purse.is_gold else purse)
-    return inexact(x) if x is not None and is_real(x) else None
+def probes(*sets: Reals) -> list:
+    """All ends, and a number between any two and beyond the last: a set is what it holds there."""
+    ends = sorted({end for reals in sets for end in reals.ends}) or [Fraction(0)]
+    between = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+    return [ends[0] - abs(ends[0]) - 1, *ends, *between, ends[-1] + abs(ends[-1]) + 1]
 
 
-# --- 11. same: by the type of the gold -----------------------------------------------------------
+# --- 8. same: by the kind of the gold ------------------------------------------------------------
+
+Rules = namedtuple("Rules", "precision digits", defaults=[None, None])  # of grade
 
 
-class Rules(NamedTuple):
-    purse: Purse  # pays for the answer; each value of a gold, which is trusted, has its own
-    gold_purse: Purse | None = None
-    precision: float | None = None  # decimals to round to
-    digits: int | None = None  # right digits that stand for an irrational number
+def same(gold, answer, rules: Rules) -> bool:
+    """Both sides in a common form, then by the kind of the gold."""
+    is_several = type(gold.last if type(gold) is Relation else gold) in {Many, Reals}
+    if type(answer) is Many and answer.hedged and not is_several:  # 1/2 or 0.5
+        return all(type(x) is not str and same(gold, x, rules) for x in answer.items)
+    kinds = {type(gold), type(answer)}
+    if kinds == {Expression, Many}:
+        gold, answer = as_tuple(gold), as_tuple(answer)
+    if Relation in kinds and Many not in kinds:
+        return same_relation(gold, answer, rules)
+    if Reals in {type(getattr(x, "last", x)) for x in (gold, answer)}:
+        sets = to_reals(gold), to_reals(answer)
+        held = None not in sets and [(sets[0].holds(x), sets[1].holds(x)) for x in probes(*sets)]
+        return bool(held) and any(map(all, held)) and all(a == b for a, b in held)
+    if kinds == {str, Expression}:  # \text{e}
+        gold, answer = (x if type(x) is str else to_text(x.tokens) for x in (gold, answer))
+    return type(gold) is type(answer) and COMPARISONS[type(gold)](gold, answer, rules)
 
 
-def equal(a, b) -> bool:
-    """Two values: exactly if both are rational, else to 40 digits."""
-    if type(a) is tuple or type(b) is tuple:
-        if type(a) is not type(b) or [len(row) for row in a] != [len(row) for row in b]:
+def as_tuple(answer):
+    """p = 5, q = 2 as (5, 2), by the order of the names."""
+    if type(answer) is not Many or not are_named(answer.items):
+        return answer
+    values = [x.last for x in sorted(answer.items, key=lambda x: x.name)]
+    if not all(type(x) is Expression for x in values):
+        return answer
+    return Expression(["(", *[t for x in values for t in (",", *x.tokens)][1:], ")"])
+
+
+def same_relation(gold, answer, rules: Rules) -> bool:
+    """Equations up to a factor; else names must agree where both sides give them."""
+    if type(answer) is not Relation:
+        return bool(gold.name) and same(gold.last, answer, rules)
+    if type(gold) is not Relation:  # a^2+b^2 = 5 says 5, (x+1)^2 = x^2+2x+1 its right side
+        symbols = getattr(gold, "symbols", frozenset())
+        is_unsolved = answer.left and len(answer.left.symbols - symbols) < 2  # 2x = 5
+        is_zero = type(answer.last) is Expression and answer.last.real() == 0  # 2x-y = 0
+        says_last = answer.last and (answer.name or not (is_unsolved or is_zero))
+        return bool(says_last) and same(gold, answer.last, rules)
+    if gold.name == answer.name != "" and same(gold.last, answer.last, rules):
+        return True
+    return bool(gold.difference and answer.difference) and same_up_to_factor(gold, answer)
+
+
+def same_up_to_factor(gold: Relation, answer: Relation) -> bool:
+    """Their quotient is one number at all points, a positive one if both are < or <=."""
+    top, bottom, factors = gold.difference, answer.difference, []
+    if top.symbols != bottom.symbols or gold.sign != answer.sign:
+        return False
+    kind = top.discrete or bottom.discrete
+    values = ((top.at(point, kind), bottom.at(point, kind)) for point in POINTS)
+    quotients = (calculate(operator.truediv, *pair) for pair in values)
+    for factor in itertools.islice(filter(None, quotients), 4):
+        factors.append(factor)
+        if not near(factor, factors[0]):
             return False
-        return all(map(equal, entries(a), entries(b)))
-    if type(a) is Fraction and type(b) is Fraction:
-        return a == b
-    a, b = inexact(a), inexact(b)
-    size = max(abs(a), abs(b))
-    return abs(a - b) <= (size * CLOSE_ENOUGH if a and b else NOTHING)
+    is_ordered = gold.sign in {"=", "!="} or in_order(Fraction(0), "<", (factors or [None])[0])
+    return is_ordered and len(factors) > 1
 
 
-def values_at_points(gold: Formula, answer: Formula, rules: Rules, decimal: bool) -> Iterator:
-    """Pairs of values at the points where both exist; complex ones only if real ones lack."""
-    discrete, real, unreal = gold.discrete or answer.discrete, 0, []
-    must = [0, 3, 4][: 1 + len(gold.symbols)]  # the signs matter to roots and bars
-    points = must + [1, 2]
-    if not gold.symbols:
-        must = points = [0]
-    elif discrete:
-        must = points = [0, 1, 2, 3]
-    elif gold.smooth and answer.smooth:
-        must = points = [0, 1]
-    for point in points:
-        if real >= 2 and point not in must:
-            return
-        g = gold.at(point, rules.gold_purse or Purse(), discrete, decimal)
-        a = answer.at(point, rules.purse, discrete, decimal)
-        if g is None or a is None:
-            continue
-        if gold.symbols and MP.mpc in (type(g), type(a)):  # \ln x^2 and 2\ln x for a negative x
-            unreal.append((g, a))
-        else:
-            real += 1
-            yield g, a
-    yield from (unreal if real < 2 else [])
+def same_text(gold: str, answer: str, rules: Rules) -> bool:
+    is_words = len(gold) > 1 and "\\" not in gold
+    return gold == answer or (is_words and gold.lower() == answer.lower())
 
 
-def same_formula(gold: Formula, answer: Formula, rules: Rules) -> bool:
-    """The same symbols, and at the fixed points the same values."""
-    if gold.symbols != answer.symbols:
-        return False
-    for decimal in (False, True)[: 1 + (gold.bare_log or answer.bare_log)]:
-        agree = [equal(*pair) for pair in until_they_differ(gold, answer, rules, decimal)]
-        if all(agree) and len(agree) > bool(gold.symbols):
-            return True
-    return False
-
-
-def until_they_differ(gold, answer, rules, decimal) -> Iterator[tuple]:
-    for pair in values_at_points(gold, answer, rules, decimal):
-        yield pair
-        if not equal(*pair):
-            return
-
-
-def entries(x) -> list:
-    """The numbers of a matrix, or the number."""
-    return [cell for row in x for cell in row] if type(x) is tuple else [x]
-
-
-def same_relation(gold: Relation, answer: Relation, rules: Rules) -> bool:
-    """The same operator, and one side a constant times the other; a positive one for < and <=."""
-    left, right = gold.formula, answer.formula
-    if gold.operator != answer.operator or left.symbols != right.symbols:
-        return False
-    pairs = []
-    for u, v in values_at_points(left, right, rules, decimal=False):
-        if len(entries(u)) != len(entries(v)):
-            return False
-        pairs += zip(entries(u), entries(v), strict=True)
-    zeros = [bool(u) == bool(v) for u, v in pairs]
-    pairs = [(u, v) for u, v in pairs if u and v]
-    if len(pairs) < 2 or not all(zeros):
-        return False
-    first, second = pairs[0]
-    if gold.operator in {"<", "<="} and not all(is_real(x) for pair in pairs for x in pair):
-        return False
-    if gold.operator in {"<", "<="} and first * second < 0:
-        return False
-    return all(equal(u * second, v * first) for u, v in pairs[1:])
-
-
-def same(gold: object, answer: object, rules: Rules) -> bool:
-    """Both sides in a common form, then by the type of the gold."""
-    gold, answer = (
-        x.items[0] if type(x) is Many and len(x.items) == 1 else x for x in (gold, answer)
-    )
-    several = type(gold.value if type(gold) is Named else gold) in {Many, Reals}
-    if type(answer) is Many and answer.hedged and not several:  # 1/2 or 0.5
-        return all(type(x) in {Value, Named} and same(gold, x, rules) for x in answer.items)
-    if type(gold) is Named and type(answer) is Named:
-        fits = gold.name == answer.name or (  # y = 2x is not z = 2x, x = -3 not y = -3
-            is_plain(answer.value) and not {gold.name, answer.name} <= {"x", "y", "z"}
-        )
-        if fits and same(gold.value, answer.value, rules):
-            return True
-        if gold.name == answer.name and None in (gold.equation, answer.equation):
-            return False
-    if Relation in (type(gold), type(answer)) or type(gold) is type(answer) is Named:
-        gold, answer = (x.equation if type(x) is Named else x for x in (gold, answer))
-        both = type(gold) is type(answer) is Relation
-        return both and same_relation(gold, answer, rules)
-    if Many in (type(gold), type(answer)):
-        gold, answer = by_name(gold), by_name(answer)
-        gold, answer = in_order(gold, answer), in_order(answer, gold)
-    gold, answer = (x.value if type(x) is Named else x for x in (gold, answer))
-    if Reals in (type(gold), type(answer)):
-        sets = to_reals(gold, rules.gold_purse or Purse()), to_reals(answer, rules.purse)
-        return None not in sets and same_reals(*sets)
-    if Clock in (type(gold), type(answer)):
-        return same_clock(gold, answer)
-    if type(gold) is Group and type(answer) is Group and gold.brackets == answer.brackets == ":":
-        return same_ratio(gold, answer, rules)
-    gold, answer = as_quotient(gold, answer), as_quotient(answer, gold)
-    gold, answer = as_tuple(gold, answer), as_tuple(answer, gold)
-    if {type(gold), type(answer)} == {Text, Value}:  # \text{e}
-        gold, answer = (to_text(x.tokens) if type(x) is Value else x for x in (gold, answer))
-    if type(gold) is not type(answer):
-        return False
-    if type(gold) is Value:
-        return same_value(gold, answer, rules)
-    if type(gold) is Text and (gold.has_words or answer.has_words) and len(gold.text) > 1:
-        return gold.text.lower() == answer.text.lower()
-    if type(gold) in {Text, Based}:
-        return gold[:1] == answer[:1] if type(gold) is Text else gold == answer
-    return same_items(gold, answer, rules)
-
-
-def same_items(gold: Group | Many, answer: Group | Many, rules: Rules) -> bool:
-    """In order, or every item of the gold takes one of the answer's. A set may name one twice."""
-    if type(gold) is Many and len(answer.items) > len(gold.items):
-        first, one_box = [], rules._replace(gold_purse=rules.purse)
-        for item in answer.items:
-            first += [] if any(same(item, other, one_box) for other in first) else [item]
-        answer = Many(tuple(first))
-    if len(gold.items) != len(answer.items):
-        return False
-    if type(gold) is Group:
-        kinds = {gold.brackets, answer.brackets}
-        pairs = zip(gold.items, answer.items, strict=True)
-        return (len(kinds) == 1 or kinds == {"parts", "()"}) and all(
-            same(g, a, rules) for g, a in pairs
-        )
+def same_many(gold: Many, answer: Many, rules: Rules) -> bool:
+    """Every item of the gold takes one of the answer's. A set may name one twice."""
     left = list(answer.items)
-    named = all(type(x) is Named for x in gold.items + answer.items)
+    if len(gold.items) < len(left) <= 2 * len(gold.items):
+        left = [x for i, x in enumerate(left) if not any(same(x, y, rules) for y in left[:i])]
+    is_listed = are_named(gold.items) and not any(type(x) is Relation for x in left)
+    if is_listed and len({x.name[0] for x in gold.items}) == len(left):  # p, q, but not x_1, x_2
+        return all(same(g, a, rules) for g, a in zip(gold.items, left, strict=False))
     for g in gold.items:
-        fitting = (a for a in left if (not named or g.name == a.name) and same(g, a, rules))
-        if (found := next(fitting, None)) is None:
+        if (found := next((a for a in left if same(g, a, rules)), None)) is None:
             return False
         left.remove(found)
-    return True
+    return not left
 
 
-def by_name(answer: object) -> object:
-    """(p, q) = (5, 2) -> p = 5, q = 2."""
-    if type(answer) is Named and type(answer.value) is Group and answer.name[:1] == "(":
-        names, items = answer.name[1:-1].split(","), answer.value.items
-        if len(names) == len(items):
-            pairs = zip(names, items, strict=True)
-            return Many(tuple(Named(name, item) for name, item in pairs))
-    return answer
+def same_value(gold: Expression, answer: Expression, rules: Rules) -> bool:
+    """A unit may be left out but not contradicted; 50% is 0.5, or 50 where one side lacks the %."""
+    gold_units, answer_units = gold.units, answer.units
+    if gold_units or not gold.symbols:  # 9.8 m/s^2 and 20 J, whose letters were read as symbols
+        answer_units |= unit_letters(answer)
+    gold_units |= unit_letters(gold) if answer.units else frozenset()
+    if gold_units and answer_units:
+        return same_expression(gold, answer)
+    g, a = Expression(gold.tokens, gold_units), Expression(answer.tokens, answer_units)
+    x, y = g.real(), a.real()
+    if x is not None and y is not None:
+        if "percent" in gold.units ^ answer.units:
+            percent, other = (x, y) if "percent" in gold.units else (y, x)
+            return near(other * 100, percent) or (near(other, percent) and abs(other) > 1)
+        if rules.precision is not None and rounded(x, rules) == rounded(y, rules):
+            return True
+        if rules.digits and is_decimal_of(x, a.tokens, rules.digits):
+            return True
+    return same_expression(g, a)
 
 
-def in_order(answer: object, other: object) -> object:
-    """x = 1, y = 2 where the other side is a tuple; a list where it is (a) ... (b) ..."""
-    if type(answer) is not Many or type(other) is not Group:
-        return answer
-    names = [x.name for x in answer.items if type(x) is Named]
-    if other.brackets == "()" and len(set(names)) == len(answer.items) and names == sorted(names):
-        return Group("()", tuple(x.value for x in answer.items))
-    return Group("parts", answer.items) if other.brackets == "parts" else answer
+def unit_letters(value: Expression) -> frozenset[str]:
+    """m and s of `9.8 m/s^2`: letters behind a number that can be nothing but its unit."""
+    start = next((i for i, t in enumerate(value.tokens) if t in UNIT_LETTERS), 0)
+    is_unit = any(map(is_number, value.tokens[:start])) and value.ends_in(UNIT_LETTERS)
+    return value.symbols & UNIT_LETTERS if is_unit else frozenset()
 
 
-def is_plain(answer: object) -> bool:
-    return type(answer) is Value and not answer.formula.symbols
-
-
-def same_reals(gold: Reals, answer: Reals) -> bool:
-    if len(gold.pieces) != len(answer.pieces):
-        return False
-    return all(
-        (a, b) == (c, d)
-        and all(x == y or (abs(x) != INF != abs(y) and equal(x, y)) for x, y in ends)
-        for (e, a, f, b), (g, c, h, d) in zip(gold.pieces, answer.pieces, strict=True)
-        for ends in [((e, g), (f, h))]
-    )
-
-
-def same_clock(gold: object, answer: object) -> bool:
-    """3:30 pm is 15:30, and 3:30 where a side does not say which half of the day."""
-    minutes = []
-    for side in (gold, answer):
-        if type(side) is Group and side.brackets == ":" and all(map(is_plain, side.items)):
-            hours, rest = (item.formula.tree[1] for item in side.items[:2])
-            minutes.append(hours * 60 + rest if type(hours) is type(rest) is Fraction else None)
-        else:
-            minutes.append(side.minutes if type(side) is Clock else None)
-    if None in minutes:
-        return False
-    unsaid = type(gold) is not type(answer) and min(minutes) <= 720
-    return minutes[0] == minutes[1] or (unsaid and abs(minutes[0] - minutes[1]) == 720)
-
-
-def same_ratio(gold: Group, answer: Group, rules: Rules) -> bool:
-    """2:4 is 1:2: every item against the first. But 2:40 and 1:20 are times of day."""
-    if len(gold.items) != len(answer.items):
-        return False
-    if all(same(g, a, rules) for g, a in zip(gold.items, answer.items, strict=True)):
-        return True
-    if not all(type(x) is Value and not x.unit for x in gold.items + answer.items):
-        return False
-    if all(len("".join(x.items[1].tokens)) == 2 for x in (gold, answer)):
-        return False
-    g, a = ([x.formula for x in side.items] for side in (gold, answer))
-    crossed = zip(
-        [of_two("*", x, a[0]) for x in g[1:]], [of_two("*", y, g[0]) for y in a[1:]], strict=True
-    )
-    return all(same_formula(x, y, rules) for x, y in crossed) and not any(
-        x.tree == number(0) for x in g + a
-    )
-
-
-def of_two(operation: str, a: Formula, b: Formula) -> Formula:
-    return Formula((operation, a.tree, b.tree))
-
-
-def as_quotient(answer: object, other: object) -> object:
-    """3:4 where the other side is a number."""
-    if type(other) is not Value or type(answer) is not Group or answer.brackets != ":":
-        return answer
-    if len(answer.items) != 2 or not all(is_plain(x) and not x.unit for x in answer.items):
-        return answer
-    top, bottom = (x.formula for x in answer.items)
-    return Value(of_two("/", top, bottom), "")
-
-
-AXES = ["i_vec", "j_vec", "k_vec"]
-
-
-def along(tree: Tree, axis: str) -> Tree:
-    """The coefficient of a unit vector: it is 1 and the others are 0."""
-    if tree[0] == "symbol":
-        return number(tree[1] == axis) if tree[1] in AXES else tree
-    return tree if tree[0] == "number" else (tree[0], *(along(part, axis) for part in tree[1:]))
-
-
-def as_tuple(answer: object, other: object) -> object:
-    """A column or row vector where the other side is a tuple."""
-    is_vector = type(other) is Group and other.brackets == "()"
-    is_vector |= type(other) is Value and other.formula.tree[0] == "matrix"
-    if type(answer) is not Value:
-        return answer
-    axes = answer.formula.symbols & set(AXES)
-    if axes and (is_vector or type(other) is Group):
-        size = len(other.items) if type(other) is Group else 3
-        return Group("()", tuple(
-            Value(Formula(along(answer.formula.tree, axis)), "")
-            for axis in AXES[:size]))  # fmt: skip
-    if not is_vector or type(other) is Value:
-        return answer
-    operation, *rows = answer.formula.tree
-    if operation != "matrix" or 1 not in (len(rows), len(rows[0])):
-        return answer
-    cells = [Formula(cell) for row in rows for cell in row]
-    return Group("()", tuple(Value(cell, "") for cell in cells))
-
-
-# --- 12. same numbers: units, percent, rounding --------------------------------------------------
-
-
-def same_value(gold: Value, answer: Value, rules: Rules) -> bool:
-    if bool(gold.unit) != bool(answer.unit):  # 9.8 m/s^2 where letters could be units
-        gold, answer = with_unit(gold, answer), with_unit(answer, gold)
-    if gold.unit != answer.unit and "total" in gold.unit + answer.unit:
-        gold, answer = as_total(gold, answer), as_total(answer, gold)
-    if gold.unit and answer.unit and gold.unit != answer.unit:
-        return False
-    if same_constant(gold, answer, rules):
-        return True
-    return not disagree_on_percent(gold, answer) and same_formula(
-        gold.formula, answer.formula, rules
-    )
-
-
-def with_unit(answer: Value, other: Value) -> Value:
-    """`9.8 m/s^2` read again with its letters as a unit, if the other side has one."""
-    if answer.unit or not other.unit or not answer.formula.symbols:
-        return answer
-    letters = {*UNIT_LETTERS, "\\mu", "\\Omega"}
-    start = next((i for i, t in enumerate(answer.tokens) if t in letters), 0)
-    body, tail = list(answer.tokens[:start]), " ".join(answer.tokens[start:])
-    while body and body[-1] in {"*", "{", "\\frac"}:
-        body.pop()
-    tail = tail.replace("} {", "/").replace("\\Omega", "`ohm").replace("{", "").replace("}", "")
-    try:
-        return Value(to_formula(body), unit_of(tail.split(), False), tuple(body))
-    except Unparsed:
-        return answer
-
-
-def as_total(answer: Value, other: Value) -> Value:
-    """135 minutes in seconds where the other side is 2 hours 15 minutes."""
-    for family in TOTALS:
-        if other.unit == f"total {next(iter(family))}" and answer.unit in family:
-            scale = Formula(number(family[answer.unit]))
-            return Value(of_two("*", answer.formula, scale), other.unit)
-    return answer
-
-
-def disagree_on_percent(gold: Value, answer: Value) -> bool:
-    return gold.unit != answer.unit and "percent" in (gold.unit, answer.unit)
-
-
-def same_constant(gold: Value, answer: Value, rules: Rules) -> bool:
-    """Percent, rounding and decimals for irrational golds, where both sides are real numbers."""
-    if gold.formula.symbols or answer.formula.symbols:
-        return False
-    g = gold.formula.at(0, rules.gold_purse or Purse())
-    a = answer.formula.at(0, rules.purse)
-    if any(x is None or type(x) is tuple or not is_real(x) for x in (g, a)):
-        return False
-    if disagree_on_percent(gold, answer):  # 50% is 0.5, and 50 where the question asks for percent
-        percent, plain = (g, a) if gold.unit else (a, g)
-        return equal(plain * 100, percent) or (equal(plain, percent) and abs(plain) > 1)
-    if rules.precision is not None and rounded(g, rules.precision) == rounded(a, rules.precision):
-        return True
-    return rules.digits is not None and is_decimal_of(g, answer.tokens, rules.digits)
-
-
-def rounded(x, decimals: float) -> int:
+def rounded(x, rules: Rules) -> int:
     """Half away from zero, as people do it; in units of the last place."""
-    scaled = abs(x) * 10 ** min(max(int(decimals), 0), 12)
-    nearest = floor(scaled + Fraction(1, 2))
-    return int(nearest) * (1 if x > 0 else -1)
+    scale = 10 ** min(max(int(rules.precision), 0), 12)
+    return math.floor(abs(Fraction(x)) * scale + Fraction(1, 2)) * (1 if x > 0 else -1)
 
 
 def is_decimal_of(gold, tokens: tuple, digits: int) -> bool:
-    """3.14159 for pi: every digit right, the last one rounded, at least `digits` of them."""
+    """3.14159 for pi: every digit right, the last one rounded, at least `digits` of them; no more
+    than the 15 that a float knows."""
     text = "".join(tokens)
     if type(gold) is Fraction or not re.fullmatch(r"-?[0-9]*\.[0-9]{1,60}", text):
         return False
-    places = len(text.partition(".")[2])
-    significant = len(text.replace(".", "").lstrip("-0"))
-    error = abs(gold - inexact(Fraction(text)))
-    return significant >= digits and error * 2 <= MP.mpf(10) ** -places
+    places, significant = len(text.partition(".")[2]), len(text.replace(".", "").lstrip("-0"))
+    tolerance = Fraction(1, 2 * 10**places) + abs(Fraction(gold)) / 10**15
+    return significant >= digits and abs(Fraction(gold) - Fraction(text)) <= tolerance
 
 
-# --- 13. letters ---------------------------------------------------------------------------------
+COMPARISONS = {
+    str: same_text,
+    Expression: same_value,
+    Many: same_many,
+}
+
+# --- 9. letters ----------------------------------------------------------------------------------
 
 LABEL = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer|选项|答案是?)(?: is)?:? ?)?"
-    r"(?:\(([A-Z])\)|([A-Z]))(?: ?[.:)]$|$|(?<=\)) ?[.:]? ?(.+)|(?<!\)) ?[.:)] ?(.+))",
-    re.I | re.S,
-)
+    r"(?:\(([A-Z])\)|([A-Z]))(?: ?[.:)]$|$|(?<=\)) ?[.:]? ?(.+)|(?<!\)) ?[.:)] ?(.+))", re.I | re.S
+)  # fmt: skip
 LETTERS = re.compile(r"\(?[A-J]\)?(?:(?: ?, ?(?:and )?| ?; ?| and | ?)\(?[A-J]\)?){0,9}")
+ANOTHER = re.compile(
+    r"(?:\b(?:or|and|nor|not|but)\b|[,/&]) ?(?:option )?\(?[A-HJ]\b|\b[A-J][.:)] "
+    r"|(?<![A-Za-z])\([a-j]\)"
+)
 
 
-def letters_in(text: str, any_order: bool = False) -> frozenset[str]:
+def bare(text: str) -> str:
+    return re.sub("[`{}]", "", text).strip(" .")
+
+
+def letters_in(text: str, choices: tuple = (), any_order: bool = False) -> frozenset[str]:
     """{B} for B, (B), B. text, Option B; {B, D} for BD or B and D; else the empty set."""
-    text = text.replace("`", "").replace("{", "").replace("}", "").strip(" .[]")
+    text = bare(text).strip("[]")
     if LETTERS.fullmatch(text):
         found = re.findall("[A-J]", text)
-        runs = (
-            text.isalpha() and found != sorted(set(found)) and not any_order
-        )  # CAB is an angle, not three options
-        return frozenset() if runs else frozenset(found)
-    match = LABEL.fullmatch(text)
-    if not match:
+        is_angle = text.isalpha() and found != sorted(set(found)) and not any_order  # CAB
+        return frozenset() if is_angle else frozenset(found)
+    if not (match := LABEL.fullmatch(text)):
         return frozenset()
-    letter, rest = match.group(1) or match.group(2), match.group(3) or match.group(4) or ""
-    if not letter.isupper() or re.search(r"\b(?:or|not|and)\b|\b[A-J][.:)]", rest):
-        return frozenset()
-    return frozenset(letter)
+    letter, rest = match[1] or match[2], match[3] or match[4] or ""
+    option = letter_of(rest, choices) if choices and rest else frozenset()
+    is_label = letter.isupper() or match[1]
+    if option or not is_label or ANOTHER.search(rest + " "):  # D. x = 2 or x = 3 is what D says
+        return option & {letter}
+    return frozenset(letter.upper())
 
 
 def grade_letters(gold: str, answer: str, choices: tuple[str, ...]) -> bool | None:
     """None if the gold is no letter. With choices, the value of an option becomes its letter."""
-    labels = string.ascii_uppercase[: len(choices)]
     wanted = letters_in(gold) if choices or ":" not in gold else frozenset()  # A:B = 1
-    given = letters_in(answer, any_order=len(wanted) > 1)
-    if wanted and not choices and re.fullmatch(r"\([a-j]\)", answer):
-        given = frozenset(answer[1].upper())
-    if choices:
-        wanted = wanted if wanted and wanted <= set(labels) else letter_of(gold, choices)
-        given = given if given and given <= set(labels) else letter_of(answer, choices)
+    if not choices:
+        return letters_in(answer, any_order=len(wanted) > 1) == wanted if wanted else None
+    labels = frozenset(string.ascii_uppercase[: len(choices)])
+    wanted = wanted if wanted and wanted <= labels else letter_of(gold, choices)
+    given = letter_of(answer, choices) if answer.islower() else frozenset()  # an option may be "d"
+    given = given or letters_in(answer, choices, len(wanted) > 1)
+    given = given if given and given <= labels else letter_of(answer, choices)
     return wanted == given if wanted else None
 
 
 def letter_of(text: str, choices: tuple[str, ...]) -> frozenset[str]:
     """The one option that equals the text."""
-    purse = Purse()
-    answer = read_box(text, purse)
     options = list(zip(string.ascii_uppercase, map(read_gold, choices), strict=False))
-    plain = text.replace("`", "").lower()
-    alike = [x for x, (words, _) in options if words.replace("`", "").lower().rstrip(".") == plain]
-    if len(alike) == 1 and len(plain) > 1:  # 5-2-3 is the order 5-2-3, whatever else equals 0
-        return frozenset(alike)
-    equal = [x for x, (_, option) in options if option and same(option, answer, Rules(purse))]
-    return frozenset(equal) if len(equal) == 1 else frozenset()
+    alike = [x for x, (words, _) in options if bare(words).lower() == bare(text).lower()]
+    if len(alike) != 1 or len(bare(text)) < 2:  # 5-2-3 is the order 5-2-3, whatever else equals 0
+        BUDGET.left = MAX_WORK // 2
+        answer = only_item(read(tokenize(text)))
+        alike = [x for x, (_, option) in options if option and same(option, answer, Rules())]
+    return frozenset(alike) if len(alike) == 1 else frozenset()
 
 
-# --- 14. grade -----------------------------------------------------------------------------------
+# --- 10. grade -----------------------------------------------------------------------------------
 
 INTEGER, DECIMAL = re.compile(r"[+-]?[0-9]{1,18}"), re.compile(r"-?[0-9]+\.[0-9]{1,2}")
-DECIDED_BY = {
-    Text: "words (rule 8)",
-    Value: "values (rules 2, 4, 5)",
-    Clock: "time of day (rule 4)",
-}
-DECIDED_BY |= dict.fromkeys((Named, Relation), "names and equations (rule 5)")
-
-
-def read_box(text: str, purse: Purse) -> tuple:
-    """The answer in cleaned text; (a) 5 (b) 7 is an ordered pair of parts."""
-    parts = split_parts(text)
-    if parts:
-        return Group("parts", tuple(read_answer(tokenize(part), purse) for part in parts))
-    return read_answer(tokenize(text), purse)
-
-
-def split_parts(text: str) -> list[str]:
-    """The texts behind (a), (b), ... or (i), (ii), ...; [] if the text is not so divided."""
-    found = list(PART.finditer(text))
-    labels = [re.sub("[^a-d1-4i]", "", m.group().replace("`", "")) for m in found]
-    if len(found) < 2 or found[0].start() or labels not in (
-        list("abcd")[: len(found)], ["i", "ii", "iii"][: len(found)], list("1234")[: len(found)]
-    ):  # fmt: skip
-        return []
-    ends = [m.start() for m in found[1:]] + [len(text)]
-    return [text[m.end() : end].strip(" ,;.") for m, end in zip(found, ends, strict=True)]
+CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}")
+HALF_DAY = re.compile(r"(?i)[0-9][^0-9=]{0,12}(?<![a-z])[ap]\.? ?m\b")  # 3:30 \text{ p.m.}
 
 
 @lru_cache(maxsize=4096)  # the 16 samples of a problem share a gold
 def read_gold(gold: str) -> tuple[str, object]:
     """(clean text, answer); the answer is None if the gold cannot be read."""
+    text, tokens, BUDGET.left = clean(rewritten(gold[:MAX_CHARS], DAMAGE)), [], MAX_WORK
     try:
-        text = clean(repair(gold[:MAX_CHARS]))
-        return text, read_box(text, Purse(is_gold=True))
-    except (Unparsed, TooBig):
-        return "", None
+        tokens = tokenize(text)
+        return text, only_item(read(tokens))
+    except Unparsed:
+        return text, None
+    except TooBig:  # of 10^{10^{10}} there is a spelling, of 700 tokens not even that
+        return text, to_text(tokens) if tokens else None
 
 
-def grade(
-    gold: str,
-    response: str,
-    *,
-    choices=None,
-    precision: float | None = None,
-    digits: int | None = None,
-) -> Verdict:
+def grade(gold: str, response: str, *, choices=None, precision=None, digits=None) -> Verdict:
     """Does the last box of the response hold the gold? By the policy above; never raises.
 
     `choices`: the texts of the options in order. `precision`: decimals to round both sides to
     (MathVista). `digits`: from how many right digits on a decimal stands for an irrational gold.
     """
-    try:
-        return explain(gold, response, choices, precision, digits)[0]
-    except Exception as error:  # the last net: a fault of this file costs one answer, not a run of
-        warnings.warn(f"the matcher failed on gold {gold!r:.200}: {error!r}", stacklevel=2)  # days
-        return Verdict(0.0, "unparsed", None)
-
-
-def explain(gold, response, choices=None, precision=None, digits=None) -> tuple[Verdict, str]:
-    """The verdict and the step that decided."""
     box = None
     try:
         status, box = extract(response)
-        if status:
-            return Verdict(0.0, status, box), "extraction (rule 1)"
+        if box is None:
+            return Verdict(0.0, status, None)
         if len(box) > MAX_CHARS:
             raise TooBig
-        right, status, rule = compare(gold, box, tuple(choices or ()), precision, digits)
-        return Verdict(float(right), "match" if right else status, box), rule
+        found = compare(gold, box, tuple(choices or ()), Rules(precision, digits))
+        if status == "hedged" and (found != "match" or type(read_gold(gold)[1]) is Many):
+            found = "hedged"
+        return Verdict(float(found == "match"), found, box)
     except TooBig:
-        return Verdict(0.0, "too_big", box), "the caps on length and work"
+        return Verdict(0.0, "too_big", box)
     except Unparsed:
-        return Verdict(0.0, "unparsed", box), "reading the box"
+        return Verdict(0.0, "unparsed", box)
+    except Exception as error:  # the last net: a fault here costs one answer, not a run of days
+        warnings.warn(f"the matcher failed on gold {gold!r:.200}: {error!r}", stacklevel=2)
+        return Verdict(0.0, "failed", box)
 
 
-def compare(gold: str, box: str, choices, precision, digits) -> tuple[bool, str, str]:
-    """(right, status if not, what decided): the cheap comparisons first, then the typed one."""
-    if (
-        INTEGER.fullmatch(gold) and INTEGER.fullmatch(box) and not choices
-    ):  # most golds are integers
-        return int(gold) == int(box), "mismatch", "two integers (rule 2)"
+def compare(gold: str, box: str, choices: tuple, rules: Rules) -> str:
+    """The status: the cheap comparisons first, then the one of the gold's kind."""
+    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(box) and not choices:  # most golds
+        return "match" if int(gold) == int(box) else "mismatch"
     spelled, reference = read_gold(gold)
+    BUDGET.left = MAX_WORK
     if reference is None:
-        return False, "gold_unparsed", "the gold cannot be read (rule 7)"
-    text = clean(box if box.isprintable() else repair(box))
+        return "gold_unparsed"
+    text = clean(box if box.isprintable() else rewritten(box, DAMAGE))
     letters = grade_letters(spelled, text, choices)
     if letters is not None:
-        return letters, "mismatch", "letters (rule 6)"
+        return "match" if letters else "mismatch"
     if text == spelled or (DECIMAL.fullmatch(spelled) and text == spelled.replace(".", ",")):
-        return True, "match", "written alike"  # 2,74 where the gold is 2.74
-    purse = Purse()
-    answer = read_box(text, purse)
-    hedged = type(answer) is Many and answer.hedged and type(reference) is not Many
-    unread = type(answer) is Text and (
-        "\\" in answer.text or not re.search("[^\\W\\d]", answer.text)
-    )
-    status = "hedged" if hedged else "unparsed" if unread else "mismatch"
-    right = same(reference, answer, Rules(purse, None, precision, digits))
-    rule = "a hedge (rule 1)" if hedged else DECIDED_BY.get(type(reference), "items (rule 3)")
-    return right, status, rule
+        return "match"  # written alike, or 2,74 where the gold is 2.74
+    clocks = CLOCK.fullmatch(spelled), CLOCK.fullmatch(text)
+    if all(clocks) or (any(clocks) and "=" not in text and HALF_DAY.search(f"{gold} {box}")):
+        return "mismatch"  # as ratios 3:30 and 1:10 would be equal
+    answer = only_item(read(tokenize(text)))
+    if same(reference, answer, rules):
+        return "match"
+    if type(answer) is Many and answer.hedged and type(reference) is not Many:
+        return "hedged"
+    is_odd = type(answer) is str and not re.search(r"^[^\\]*[^\W\d][^\\]*$", answer)
+    return "unparsed" if is_odd else "mismatch"
 
 
 # --- command line --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Config:
-    cases: Annotated[Path | None, tyro.conf.Positional] = None
-    """JSONL of gold, response, label, perhaps kind, choices, precision: scored, misses listed."""
-    gold: str = r"\frac{1}{2}"  # the reference answer
-    response: str = r"so it is \boxed{0.5}"  # what the model wrote
-    choices: tuple[str, ...] = ()  # texts of the options, if it is multiple choice
-    precision: float | None = None  # decimals to round to before comparing (MathVista)
-    digits: int | None = None  # right digits that stand for an irrational gold; benchmarks: 6
-
-
-def main(cfg: Config):
-    if cfg.cases is not None:
-        return score_file(cfg.cases)
-    verdict, rule = explain(cfg.gold, cfg.response, cfg.choices, cfg.precision, cfg.digits)
+# fmt: off
+def main(cases: tyro.conf.Positional[Path | None] = None, gold: str = r"\frac{1}{2}",
+         response: str = r"so it is \boxed{0.5}", choices: tuple[str, ...] = (),
+         precision: float | None = None, digits: int | None = None):
+    # fmt: on
+    """Explains the verdict on --gold and --response, or scores a JSONL file of cases: gold,
+    response, label, perhaps kind and the options of grade, which --choices, --precision and
+    --digits set."""
+    if cases is not None:
+        return score_file(cases)
+    verdict = grade(gold, response, choices=choices, precision=precision, digits=digits)
     print(f"score {verdict.score:g}, status {verdict.status}, in the box: {verdict.answer}")
-    for name, text in (("gold", repair(cfg.gold)), ("box", verdict.answer or "")):
-        try:
-            print(f"{name:>5} {describe(read_box(clean(text), Purse(name == 'gold')))}")
-        except (Unparsed, TooBig) as reason:
-            print(f"{name:>5} was not read: {type(reason).__name__}")
-    print(f"decided by {rule}")
-
-
-def describe(answer: object) -> str:
-    """How an answer was read, in one line."""
-    if type(answer) is Value:
-        formula = answer.formula
-        number = "" if formula.symbols else f" = {formula.at(0, Purse())}"[:30]
-        symbols = f" of {', '.join(sorted(formula.symbols))}" if formula.symbols else ""
-        return f"expression{symbols} {''.join(answer.tokens)}{number} {answer.unit}".rstrip()
-    if type(answer) in {Group, Many}:
-        kind = f"ordered {answer.brackets}" if type(answer) is Group else "in any order"
-        return f"{kind}: " + "; ".join(map(describe, answer.items))
-    if type(answer) is Named:
-        return f"{answer.name} = {describe(answer.value)}"
-    if type(answer) is Relation:
-        return f"... {answer.operator} 0 in {', '.join(sorted(answer.formula.symbols))}"
-    if type(answer) is Reals:
-        pieces = [f"{'(['[a]}{float(x):g}, {float(y):g}{')]'[b]}" for x, a, y, b in answer.pieces]
-        return f"numbers in {' or '.join(pieces) or 'nothing'}"
-    return f"{type(answer).__name__.lower()}: {answer[0]}"
+    for name, text in (("gold", gold), ("box", verdict.answer or "")):
+        spelled, answer = read_gold(text)
+        print(f"{name:>5} is spelled {spelled}\n{'':>5} is read as {answer!r}")
 
 
 def score_file(path: Path):
     """Accuracy by kind, and every miss."""
     right, total = Counter(), Counter()
-    for at, line in enumerate(path.read_text().splitlines(), 1):
+    for at, line in enumerate(tqdm(path.read_text().splitlines(), unit=" cases", disable=None), 1):
         try:
             case = json.loads(line)
             gold, response, label = case["gold"], case["response"], float(case["label"])
         except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path}, line {at}: {error!r}; a case is a JSON object with gold, response, label"
-            ) from None
-        verdict = grade(
-            gold, response, choices=case.get("choices"), precision=case.get("precision")
-        )
-        kind = case.get("kind", "all")
+            fault = f"{path}, line {at}: {error!r}; a case has gold, response and label"
+            raise SystemExit(fault) from None
+        options = {key: case.get(key) for key in ("choices", "precision", "digits")}
+        verdict, kind = grade(gold, response, **options), case.get("kind", "all kinds")
         total[kind] += 1
         right[kind] += verdict.score == label
         if verdict.score != label:
-            error = "false positive" if verdict.score else "false negative"
-            print(
-                f"line {at} {error} {kind}: gold {gold!r}, box {verdict.answer!r}, {verdict.status}"
-            )
+            fault = "false positive" if verdict.score else "false negative"
+            tqdm.write(f"line {at} {fault} {kind}: gold {gold!r}, {verdict}")
     for kind in sorted(total, key=lambda k: right[k] / total[k]):
         print(f"{kind:20} {right[kind]:5} of {total[kind]:5}")
-    print(f"{'all':20} {sum(right.values()):5} of {sum(total.values()):5}")
+    print(f"{'all':20} {right.total():5} of {total.total():5}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    tyro.cli(main)

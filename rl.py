@@ -322,7 +322,8 @@ def describe(rollouts: list[Rollout], world) -> dict[str, float]:
     mean("length", [len(r.response_ids) for r in rollouts])
     mean("truncated", [not r.stopped for r in rollouts])
     mean("no_box", [status in ("no_box", "unclosed") for status in statuses])
-    mean("unparsed", [status in ("unparsed", "gold_unparsed", "too_big") for status in statuses])
+    unread = ("unparsed", "gold_unparsed", "too_big", "failed")
+    mean("unparsed", [status in unread for status in statuses])
     for kind in ("image", "text"):
         some = [r for r in rollouts if bool(r.problem.images) is (kind == "image")]
         mean(f"reward_{kind}", [r.reward for r in some])

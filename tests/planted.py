@@ -136,13 +136,15 @@ BUGS = {
         (EXACT,), "keep the reward in the record of its rollout; pair no lists by place alone"),
     "spaces_in_box": Bug(
         "the box is compared as it stands, spaces and all", "verl#5635, Math-Verify#55",
-        [(reward, "compare", lambda same: lambda gold, box, *rest: (gold == box, "mismatch", ""))],
-        "reward", ("test_reward.test_rule_2_one_half_in_all_its_spellings",),
+        [(reward, "compare", lambda same: lambda gold, box, *rest: (
+            "match" if gold == box else "mismatch"))],
+        "reward", ("test_reward.test_each_example_of_a_policy_rule_has_its_verdict[1]",),
         "grade twenty rollouts by hand; keep a status beside every score"),
     "gold_anywhere": Bug(
         "a response is right if the reference stands anywhere in it", "Open-Reasoner-Zero",
-        [(reward, "explain", lambda explain: lambda gold, response, *rest: (
-            reward.Verdict(float(gold in response.split()), "match", gold), ""))],
+        [(reward, "extract", lambda extract: lambda response: ("", response)),
+         (reward, "compare", lambda same: lambda gold, response, *rest: (
+            "match" if gold in response.split() else "mismatch"))],
         "length",
         ("test_reward.test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status[1]",),
         "only the last closed box counts; read what scored"),

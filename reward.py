@@ -256,6 +256,8 @@ def clean(text: str) -> str:
         text = re.sub(r"\s*\n\s*", " ; ", text.strip())
     text = SPACED_GROUPS.sub(lambda m: re.sub("[^0-9]", "", m.group()), text)
     text = text.translate(CHARACTERS) if text.isascii() else from_unicode(text)
+    if len(text) > 2 * MAX_CHARS:  # 2,000 times ½ are 22,000 characters
+        raise TooBig
     if "\\\\" in text and "\\begin" not in text:  # escaped once too often, or a broken line
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = rewritten(text.replace("\\prime", "'"), SPELLINGS)

@@ -248,10 +248,10 @@ def ending(sampler, lengths: list[int], problems, samples: int):
     drawn = [rollout.row_uniforms(seed, max(lengths)) for seed in seeds]
     (known, where), last = torch.stack(drawn, dim=1).flatten().sort(), torch.tensor(lengths) - 1
 
-    def draw_or_stop(logits, uniforms, temperature, forbidden) -> Tensor:
+    def draw_or_stop(logits, uniforms, *how) -> Tensor:
         at = torch.searchsorted(known, uniforms)
         assert torch.equal(known[at], uniforms), "the sampler draws with other numbers than these"
-        rows, token = where[at] % len(lengths), draw(logits, uniforms, temperature, forbidden)
+        rows, token = where[at] % len(lengths), draw(logits, uniforms, *how)
         return torch.where(last[rows] == where[at] // len(lengths), stop, token)
 
     sampler.forbidden = torch.cat([forbidden, torch.tensor([stop])])

@@ -72,7 +72,7 @@ class Config:
     save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
-    eval_every: int = 50  # steps between evaluations
+    eval_every: int = 50  # steps between evaluations; 0: at the end only
     seed: int = 0
 
     def __post_init__(self):
@@ -201,6 +201,7 @@ def main(cfg: Config):
     gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
     held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
     if held_out:
+        data.check_images(held_out, (world.rank, world.size))  # now, not hours into the run
         room = EVALUATED, cfg.max_tokens, 0.0
         sampler = open_sampler("torch", directory, world, room)
     log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
@@ -228,7 +229,8 @@ def main(cfg: Config):
                 timer("validate")
                 metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
             shown = SHOWN if tokens else ("too_long", "lr")
-            if held_out and ((step + 1) % cfg.eval_every == 0 or step == steps - 1):
+            due = step == steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+            if held_out and due:
                 timer("evaluate")
                 sampler.sync(distributed.whole_weights(model, world.dtype))
                 found = solved(sampler, held_out, cfg.max_tokens, world)

@@ -87,7 +87,7 @@ class Config:
     save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
-    eval_every: int = 10  # steps between evaluations
+    eval_every: int = 10  # steps between evaluations; 0: at the end only
     seed: int = 0
 
     def __post_init__(self):
@@ -542,7 +542,8 @@ def main(cfg: Config):
             timer("sync")
             sync(f"after the update of step {step}")
             shown = SHOWN
-            if held_out and ((step + 1) % cfg.eval_every == 0 or step == cfg.steps - 1):
+            due = step == cfg.steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+            if held_out and due:
                 timer("evaluate")
                 found = solved(sampler, held_out, budget, world)
                 metrics, shown = metrics | found, (*SHOWN, *found)

@@ -205,6 +205,18 @@ def test_evaluation_on_the_way_changes_no_number_of_the_run(mini, whole, tmp_pat
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_evaluation_at_the_end_only_and_a_cut_picture_in_its_rows_before_the_run(mini, tmp_path):
+    rows = metrics_of(run(config(mini, tmp_path / "end", eval_data=mini.test, eval_every=0)))
+    assert ["eval_text" in row for row in rows] == [False] * (len(rows) - 1) + [True]
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    row = {"id": "x", "prompt": "<image> ?", "images": ["cut.png"], "answer": "1"}
+    file = tmp_path / "cut.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="cut"):
+        run(config(mini, tmp_path / "refused", eval_data=str(file)))
+    assert not (tmp_path / "refused/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "how, save_every, states", [("ctrl-c", 0, [3]), ("killed", 1, [1, 2]), ("at the end", 4, [4])]
 )

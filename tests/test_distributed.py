@@ -32,7 +32,7 @@ import rl
 from common import checkpoint, data, distributed
 from common.packs import Pack, filler_pack, full_pack, make_pack, with_blank_picture
 from model import Qwen25VL, load_model, read_config, save_model
-from tools import trace
+from rollout import TorchSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = distributed.World(0, 1, torch.device("cpu"))
@@ -146,24 +146,62 @@ def small_things(world) -> dict:
     }
 
 
-def die_in_step(number: int, run: Path):
-    """SIGKILL before the update of this step, as soon as the checkpoint before it has its name."""
-    rows_of = trace.rows_of
+PHASES = ("sampling", "learning", "sync", "saving")  # of step 1, in which a rank is killed
 
-    def killed(step, *rest):
-        while step == number:
-            if checkpoint.complete_steps(run):
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.01)  # the other rank may still write
-        return rows_of(step, *rest)
 
-    trace.rows_of = killed
+def kill_in(phase: str, run: Path):
+    """SIGKILL of this process in this phase of step 1, with the checkpoint before it on disk."""
+
+    def before(place, name: str, due):
+        original = getattr(place, name)
+
+        def killed(*arguments, **named):
+            while due(*arguments, **named):
+                if checkpoint.complete_steps(run):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.01)  # the other rank may still write
+            return original(*arguments, **named)
+
+        setattr(place, name, killed)
+
+    if phase == "sampling":
+        before(TorchSampler, "generate", lambda *_, seed=(), **__: seed == (0, 1))
+    elif phase == "learning":
+        critic = rl.critic_losses  # it has learnt, the policy has not
+        before(
+            rl,
+            "train",
+            lambda _, __, ___, losses, step, ____: (step, losses != critic) == (1, True),
+        )
+    elif phase == "sync":
+        updates = iter((False, True))  # after the start, after step 1
+        before(rl, "canary_gap", lambda *_: next(updates))
+    else:
+        before(checkpoint, "save_weights", lambda *_: checkpoint.complete_steps(run))
+
+
+def note_samples(file: Path):
+    """A line for each step that a rank has sampled to its end."""
+    generate = TorchSampler.generate
+
+    def noted(*arguments, **named):
+        rollouts = generate(*arguments, **named)
+        if len(named.get("seed", ())) == 2:  # of training
+            with file.open("a") as lines:
+                lines.write(f"rank {os.environ['RANK']}, step {named['seed'][1]}\n")
+        return rollouts
+
+    TorchSampler.generate = noted
 
 
 def two_ranks(mini: dict, folder: Path) -> dict:
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        die_in_step(1, folder / "killed")
+    start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    generate = TorchSampler.generate
+    note_samples(folder / "sampled.txt")
+    if start < len(PHASES) and rank == start % 2:
+        kill_in(PHASES[start], folder / "killed")
     rl.main(rl_config(mini, folder / "killed", save_every=1))
+    TorchSampler.generate = generate
     world = distributed.start()
     results = {"small": small_things(world)}
     results |= {head: gradients(mini, world, head) for head in ("lm", "value")}
@@ -205,11 +243,17 @@ def worker(job: str, folder: Path):
 
 
 def torchrun(job: str, ranks: int, mini, folder: Path) -> list[dict]:
-    """-> the results of each rank; folder/output.txt is what was printed. It may start them again,
-    and they must not meet what the dead ones left in its store.
+    """-> the results of each rank; folder/output.txt is what was printed. It starts them again when
+    one is killed, and they must not meet what the dead ones left in its store.
     """
     (folder / "mini.json").write_text(json.dumps(asdict(mini)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--max-restarts={len(PHASES)}",
+    ]
     command += [f"--nproc-per-node={ranks}", __file__, job, str(folder)]
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -302,14 +346,22 @@ def test_a_reward_that_reads_the_text_is_trained_as_it_is_logged_on_any_number_o
             assert row["return_mean"] == pytest.approx(np.average(rewards, weights=lengths))
 
 
-def test_ranks_that_are_killed_and_started_again_end_as_if_nothing_had_been_bit_for_bit(two):
+def test_a_rank_killed_in_each_phase_is_started_again_and_the_run_ends_bit_for_bit(two):
+    """Rank 0 while sampling and in the sync, rank 1 while learning and saving; nothing but the
+    sampling that was cut off is sampled again."""
     killed, whole = two[0] / "killed", two[0] / "rl"
     about = json.loads((killed / "run.json").read_text())
-    assert [start["step"] for start in about["resumed"]] == [1]
+    assert [start["step"] for start in about["resumed"]] == [1] * len(PHASES)
     for file in ("metrics.jsonl", "rollouts.jsonl", "trace.jsonl"):
         assert rows_of(killed, file) == rows_of(whole, file)
     one, other = (load_file(run / "model/model.safetensors") for run in (killed, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    sampled = Counter((two[0] / "sampled.txt").read_text().splitlines())
+    assert {line: count for line, count in sampled.items() if count > 1} in (
+        {},
+        {"rank 1, step 1": 2},  # it had come to the end before rank 0 was killed
+    )
+    assert len(sampled) == 4
 
 
 def test_a_run_moves_between_one_and_two_processes(mini, two, alone, monkeypatch):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests, from nothing: about 4 minutes of set-up, then minutes on 2 cores. Arguments go to pytest.
 set -euo pipefail
+requirements=requirements-dev.txt
 source "$(dirname "$0")/setup.sh"
 ruff check --quiet .
 ruff format --check --quiet .

@@ -32,7 +32,7 @@ import rl
 from common import checkpoint, data, distributed
 from common.packs import Pack, filler_pack, full_pack, make_pack, with_blank_picture
 from model import Qwen25VL, load_model, read_config, save_model
-from rollout import TorchSampler
+from rollout import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = distributed.World(0, 1, torch.device("cpu"))
@@ -165,7 +165,7 @@ def kill_in(phase: str, run: Path):
         setattr(place, name, killed)
 
     if phase == "sampling":
-        before(TorchSampler, "generate", lambda *_, seed=(), **__: seed == (0, 1))
+        before(Sampler, "generate", lambda *_, seed=(), **__: seed == (0, 1))
     elif phase == "learning":
         critic = rl.critic_losses  # it has learnt, the policy has not
         before(
@@ -182,7 +182,7 @@ def kill_in(phase: str, run: Path):
 
 def note_samples(file: Path):
     """A line for each step that a rank has sampled to its end."""
-    generate = TorchSampler.generate
+    generate = Sampler.generate
 
     def noted(*arguments, **named):
         rollouts = generate(*arguments, **named)
@@ -191,17 +191,17 @@ def note_samples(file: Path):
                 lines.write(f"rank {os.environ['RANK']}, step {named['seed'][1]}\n")
         return rollouts
 
-    TorchSampler.generate = noted
+    Sampler.generate = noted
 
 
 def two_ranks(mini: dict, folder: Path) -> dict:
     start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-    generate = TorchSampler.generate
+    generate = Sampler.generate
     note_samples(folder / "sampled.txt")
     if start < len(PHASES) and rank == start % 2:
         kill_in(PHASES[start], folder / "killed")
     rl.main(rl_config(mini, folder / "killed", save_every=1))
-    TorchSampler.generate = generate
+    Sampler.generate = generate
     world = distributed.start()
     results = {"small": small_things(world)}
     results |= {head: gradients(mini, world, head) for head in ("lm", "value")}

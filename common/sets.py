@@ -1,0 +1,334 @@
+"""Public sets, as the Hub or a directory has them, become rows: for training data and benchmarks.
+
+    the Hub, or a directory ──raw_rows──▶ rows as the set has them ──the set's reader──▶ question,
+    answer, pictures ──finished──▶ {"id", "source", "prompt", "answer", "images", ...} or Dropped
+
+A reader is five lines for one set; what all of them need stands here once. <image> stands in the
+prompt where a picture stands, and "images" are paths relative to the directory around `images_to`,
+so the file of the rows belongs there. A row that cannot be used comes out as Dropped, with its
+reason. A column that the first row does not have stops the reader with those that it has.
+
+The Hub is read through `datasets`, which streams. JSON on disk is read here, because arrow wants
+one type a column, and PuzzleVQA's options are numbers and texts in one list.
+"""
+
+import hashlib
+import json
+import os
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from warnings import catch_warnings
+
+import pyarrow.parquet as pq
+from datasets import load_dataset_builder
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from PIL.Image import DecompressionBombWarning
+from pyarrow.dataset import ParquetFragmentScanOptions
+
+from common.data import IMAGE_MARKER, MARKUP_PATTERN, MAX_ASPECT, decoding, opened, upright
+from common.log import on_hub, progress
+
+BATCH = 32  # rows of parquet in memory; with pictures of 1 MB that is 32 MB
+ROW_FILES = (".parquet", ".jsonl", ".json")
+VALIDATION = "validation|valid|val|dev"
+SPLITS = rf"train|{VALIDATION}|test|testmini|sample(_variant)?\d+|phyx_mini_\w+"  # in file names
+LETTERS = string.ascii_uppercase
+ODD = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # a row of another shape
+LONGEST = {  # characters
+    "prompt": 20_000,  # longer ones are pasted books, not questions
+    "answer": 10_000,  # curate.py drops references much shorter; MM-Vet's are paragraphs
+    "response": 400_000,  # some 100k tokens: beyond any context here
+}
+
+
+class Unfit(Exception):
+    """A row that cannot be used: a few words, the same for all rows of a kind; and the detail."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+
+
+class Dropped(NamedTuple):
+    id: str
+    reason: str  # what a counter counts
+    detail: str
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """Where a set lies and how a row of it becomes ours."""
+
+    name: str
+    hub: str  # id on the Hub; "" if it is read from local copies only
+    reader: Callable[[dict], dict | list]  # raw row -> our row so far, or several, or Unfit for one
+    split: str
+    size: int  # raw rows of the split, or items; 0: unknown
+    configs: tuple[str | None, ...] = field(default=(None,), kw_only=True)
+
+
+def named(table: Sequence[PublicSet], name: str) -> PublicSet:
+    """In any case, with - for _, too."""
+    for entry in table:
+        if entry.name == name.lower().replace("-", "_"):
+            return entry
+    raise ValueError(f"none is called {name!r}; there are {', '.join(e.name for e in table)}")
+
+
+def columns(rows: list[tuple]) -> str:
+    """Plain columns, each as wide as it has to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---- rows of ours
+
+
+def read_set(
+    entry: PublicSet, place: str, split: str, reader: Callable, images_to: Path
+) -> Iterator[tuple[int, dict | Dropped]]:
+    """(running number of the raw row, row of ours). place: a file or a directory with the files as
+    the Hub has them; "": the Hub. The id is the set's own, or else the running number."""
+    ids = set()
+    for index, (raw, folders) in enumerate(progress(raw_rows(entry, place, split), entry.name)):
+        number = index if split == entry.split else f"{split}-{index}"
+        parts = parts_of(reader, raw)
+        if index == 0:
+            refuse_missing_column(parts, raw, f"{entry.name}, {place or entry.hub}")
+        for k, part in enumerate(parts):
+            own = part.pop("id", None) if isinstance(part, dict) else None
+            default = f"{number}/{k}" if len(parts) > 1 else number
+            name = f"{entry.name}/{default if own in (None, '') else own}"
+            try:
+                if isinstance(part, Exception):
+                    raise part
+                if name in ids:
+                    raise Unfit("duplicate id", f"row {index} has it again")
+                row = {"id": name, "source": entry.name} | finished(part, folders, images_to)
+                ids.add(name)
+            except Unfit as unfit:
+                row = Dropped(name, *unfit.args)
+            except ODD as error:
+                row = Dropped(name, "malformed row", repr(error))
+            yield index, row
+
+
+def parts_of(reader: Callable, raw: Any) -> list[dict | Exception]:
+    """What the reader makes of a row: one or several, or what is wrong with it."""
+    try:
+        parts = reader(raw)
+    except (Unfit, *ODD) as error:
+        return [error]
+    return parts if isinstance(parts, list) else [parts]
+
+
+def refuse_missing_column(parts: list, raw: dict, where: str) -> None:
+    for column in (part.args[0] for part in parts if isinstance(part, KeyError)):
+        if isinstance(column, str) and column not in raw:
+            raise ValueError(
+                f"{where}: no column {column!r}; there are {sorted(raw)}. Is it this set, or has "
+                f"the set changed since its line in the table?"
+            ) from parts[0]
+
+
+def finished(row: dict, folders: list[Path], images_to: Path) -> dict:
+    """The checks that every set needs; pictures become files last, so a bad row leaves none."""
+    pictures = row.pop("images", [])
+    pictures = pictures if isinstance(pictures, list) else [pictures]
+    row = {"prompt": None} | {name: value for name, value in row.items() if value is not None}
+    if "response" not in row:  # a trace is of use without a gold
+        row.setdefault("answer", None)
+    row |= {column: text_of(row[column], column) for column in LONGEST if column in row}
+    markers = row["prompt"].count(IMAGE_MARKER)
+    if not markers:
+        row["prompt"] = IMAGE_MARKER * len(pictures) + row["prompt"]
+    elif markers != len(pictures):
+        raise Unfit("markers and pictures differ", f"{markers} markers, {len(pictures)} pictures")
+    return row | {"images": [keep_image(picture, folders, images_to) for picture in pictures]}
+
+
+def text_of(value: Any, column: str) -> str:
+    """A text that is there; 7 is taken as "7" and 7.0 as "7.0", as the set gives it."""
+    if not isinstance(value, str | int | float | None):
+        raise Unfit("malformed row", f"{column} is {value!r:.80}")
+    text = "" if value is None or value != value else str(value).strip()  # NaN is unequal to itself
+    if not text.replace(IMAGE_MARKER, "").strip():
+        raise Unfit(f"no {column}", repr(value))
+    if len(text) > LONGEST[column]:
+        raise Unfit(f"{column} too long", f"{len(text)} characters, more than {LONGEST[column]}")
+    text.encode()  # fails at half a character, which no tokenizer takes
+    if column != "answer" and (mark := MARKUP_PATTERN.search(text)):
+        raise Unfit("chat markup", f"{mark[0]} in {column}")
+    return text
+
+
+def option_texts(options: Any) -> list[str]:
+    texts = [str(option).strip() for option in options]
+    if not 2 <= len(texts) <= 26 or not all(texts):
+        raise Unfit("bad options", f"{texts!r:.200}")
+    return texts
+
+
+def multiple_choice(question: Any, options: Any, place: int) -> dict:
+    """The options stand in the prompt as (A), (B), ...; the answer is the letter at the place."""
+    texts = option_texts(options)
+    if not 0 <= place < len(texts):
+        raise Unfit("answer not among the options", f"{place} of {texts!r:.200}")
+    lines = [f"({x}) {text}" for x, text in zip(LETTERS, texts, strict=False)]
+    prompt = "\n".join([text_of(question, "prompt"), "Choices:", *lines])
+    return {"prompt": prompt, "answer": LETTERS[place], "choices": texts}
+
+
+def letter_place(letter: Any) -> int:
+    """Of "B", "(B)" or "b." 1, of what is no letter -1."""
+    letter = str(letter).strip("() .").upper()
+    return LETTERS.find(letter) if len(letter) == 1 else -1
+
+
+def joined_blanks(answer: Any) -> Any:
+    """MMK12's two blanks are two formulas side by side, $$a$$ $$b$$: for the matcher a list."""
+    return re.sub(r"\$\$\s+\$\$", "$$, $$", answer) if isinstance(answer, str) else answer
+
+
+# ---- pictures
+
+
+def keep_image(picture: Any, folders: list[Path], images_to: Path) -> str:
+    """Writes the bytes, as they came, to images_to/HASH.FORMAT, once; returns the row's path. A new
+    picture is decoded in full: a damaged one would stop a run days later."""
+    content = image_bytes(picture, folders)
+    cell = {"bytes": content}
+    try:
+        with catch_warnings(action="error", category=DecompressionBombWarning), decoding(cell):
+            image = opened(cell)
+            path = images_to / f"{hashlib.sha256(content).hexdigest()[:16]}.{image.format.lower()}"
+            if not path.exists():
+                upright(image)
+    except ValueError as error:
+        raise Unfit("picture cannot be opened", str(error)) from error
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise Unfit("picture too narrow", f"{image.size}, beyond {MAX_ASPECT}:1")
+    if not path.exists():
+        images_to.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")  # a run that is killed leaves no half file
+        part.write_bytes(content)
+        part.replace(path)
+    return f"{images_to.name}/{path.name}"
+
+
+def image_bytes(picture: Any, folders: list[Path]) -> bytes:
+    """Of {"bytes", "path"} as `datasets` stores it, or of a path below one of the folders."""
+    about = picture if isinstance(picture, dict) else {"path": picture}
+    if isinstance(about.get("bytes"), bytes):
+        return about["bytes"]
+    name = about.get("path")
+    if not isinstance(name, str) or not name:
+        raise Unfit("no picture", f"{picture!r:.80}")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise Unfit("picture outside the set", name)
+    files = [folder / name for folder in folders if os.path.isfile(folder / name)]
+    if not files:
+        raise Unfit("no picture", f"{name:.200} is not in {[*map(str, folders)] or 'the rows'}")
+    content = files[0].read_bytes()
+    if "sha256" in about and hashlib.sha256(content).hexdigest() != about["sha256"]:
+        raise Unfit("picture has changed", f"{name} is not what the set was made of")
+    return content
+
+
+# ---- raw rows
+
+
+def raw_rows(entry: PublicSet, place: str, split: str) -> Iterator[tuple[Any, list[Path]]]:
+    """(row, folders where its pictures may lie) over all configs of the set."""
+    if not place:
+        for config in entry.configs:
+            yield from ((raw, []) for raw in hub_rows(entry.hub, config, split))
+        return
+    # a folder for each config, or one that holds them all
+    top = Path(place)
+    tops = [top / config for config in entry.configs if config and (top / config).is_dir()]
+    if tops and len(tops) < len(entry.configs):
+        missing = sorted({*entry.configs} - {path.name for path in tops})
+        raise FileNotFoundError(f"{entry.name}: {place} lacks the folders {missing}")
+    for file in (file for path in tops or [top] for file in files_of(path, split)):
+        root = top.parent if top.is_file() else top
+        yield from ((raw, [file.parent, root, root / "images"]) for raw in file_rows(file))
+
+
+def hub_rows(hub: str, config: str | None, split: str) -> Iterator[dict]:
+    if on_hub(hub):
+        try:  # at once; datasets would ask for half a minute before it gives up
+            HfApi().dataset_info(hub, timeout=10)
+        except (OSError, HTTPError) as error:
+            raise FileNotFoundError(
+                f"{hub} cannot be read from the Hub: {error}. Get it where the Hub can be reached "
+                f"(`hf download --repo-type dataset {hub} --local-dir DIR`), then give --place DIR"
+            ) from error
+    # as load_dataset(..., streaming=True), but a shard of 500 MB takes 0.6 GB and not 1.2
+    builder = load_dataset_builder(hub, config)
+    if hasattr(builder.config, "fragment_scan_options"):  # parquet
+        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+        builder.config.batch_size = BATCH
+    rows = builder.as_streaming_dataset(split=split)
+    return iter(rows.decode(False) if rows.features else rows)  # pictures as bytes, not pixels
+
+
+def files_of(top: Path, split: str) -> list[Path]:
+    """The files whose path names the split as a word (data/test-00000-of-1.parquet, but no
+    testmini), else all if none names one. Never two splits mixed."""
+    if top.is_file():
+        return [top]
+    near = [path for folder in {top, top / "data", top / split} for path in folder.glob("*")]
+    files = sorted(f for f in near if f.suffix in ROW_FILES)
+    files = files or sorted(f for f in top.rglob("*") if f.suffix in ROW_FILES)
+
+    def naming(words: str) -> list[Path]:
+        word = re.compile(rf"(?<![a-z0-9])(?<!non_)(?:{words})(?![a-z0-9])", re.I)
+        return [file for file in files if word.search(file.relative_to(top).as_posix())]
+
+    # DynaMath's files are called sample1, its splits sample_variant1
+    alias = VALIDATION if split in VALIDATION.split("|") else split.replace("_variant", "")
+    ours = naming(split) or naming(alias) or ([] if naming(SPLITS) else files)
+    for kind in ROW_FILES:  # a set that lies there as parquet and as JSON is read once
+        if alike := [file for file in ours if file.suffix == kind]:
+            return alike
+    names = [file.name for file in files]
+    raise FileNotFoundError(f"{top}: no file of split {split!r}, but {names}; give the file itself")
+
+
+def file_rows(path: Path) -> Iterator[Any]:
+    """Parquet; or JSON lines or one list of JSON, whatever the name says. A list is held whole:
+    AtomThink's 214 MB take 1 GB. A row that is a list of turns becomes {"0": ..., "1": ...}, as
+    `datasets` has it."""
+    if path.suffix == ".parquet":
+        # through `datasets` a file of 40 MB took 100 MB; so 20
+        table = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        for batch in table.iter_batches(batch_size=BATCH):
+            yield from batch.to_pylist()
+        return
+    with path.open("rb") as file:
+        is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        file.seek(0)
+        rows = json_list(path) if is_list else (json_line(line) for line in file if line.strip())
+        for row in rows:
+            yield {str(k): turn for k, turn in enumerate(row)} if isinstance(row, list) else row
+
+
+def json_list(path: Path) -> list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+
+
+def json_line(line: bytes) -> Any:
+    """A broken line stays bytes, which no reader takes: a malformed row, and counted as one."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line

@@ -7,10 +7,8 @@ r"""Counts reasoning habits in a text: the paper's four of language and their fo
     backward_chaining  goal_driven_visual_tracing  "to get 75, we need" | "so find it in the chart"
 
 The unit is the sentence; a behaviour counts at most once in each. Doubt or "again" makes a sentence
-reflection, not verification: whoever doubts has not confirmed.
-
-    CBR(behaviour) = share of responses with at least one instance              (rates)
-    BTR(pair)      = CBR(visual) / CBR(linguistic)                              (transfer_rates)
+reflection, not verification: whoever doubts has not confirmed. `rates` has a behaviour's CBR, the
+share of responses that show it; `transfer_rates` a pair's BTR = CBR(visual) / CBR(linguistic).
 
 Departure: the paper asks GPT-4o for the counts. That is judge.py; this is a lexicon, for highlights
 and for trends of one model. It knows R1's English and the lower-case, spaced language of the
@@ -18,32 +16,30 @@ miniature. Right by eye of its hits in real chains of thought (GPT-3.5 to 4o, Ge
 InternLM, no R1-style traces), in the order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25,
 13 of 18; 36 of 50, 16 of 29. So publish the judge's rates, or corrected_rate.
 
-Rates take an (N, 8) array of booleans: does response n show behaviour NAMES[b]? The lexicon makes
-it (presence, or the spans that graded.jsonl keeps), or a judge's counts do.
+Rates take an (N, 8) array of booleans, does response n show behaviour NAMES[b]: from the lexicon
+(presence, or the spans that graded.jsonl keeps) or from a judge's counts.
 """
 
 import re
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from evaluation.metrics import LEVEL, bootstrap
 
-LINGUISTIC = ("backtracking", "subgoal_setting", "verification", "backward_chaining")
-VISUAL = (
-    "visual_reflection",
-    "visual_divide_and_conquer",
-    "visual_verification",
-    "goal_driven_visual_tracing",
+PAIRS = (  # linguistic, visual
+    ("backtracking", "visual_reflection"),
+    ("subgoal_setting", "visual_divide_and_conquer"),
+    ("verification", "visual_verification"),
+    ("backward_chaining", "goal_driven_visual_tracing"),
 )
+LINGUISTIC, VISUAL = zip(*PAIRS, strict=True)
 NAMES = LINGUISTIC + VISUAL
-PAIRS = tuple(zip(LINGUISTIC, VISUAL, strict=True))
 HUES = dict(zip(NAMES, (345, 215, 150, 262, 32, 190, 85, 300), strict=True))  # of marks on pages
-MIN_CARRIERS = 10  # responses with the linguistic behaviour; under it a ratio is noise
+MIN_CARRIERS = 10  # responses with a behaviour, under which a ratio or a correction is noise
 DRAWS = 2000  # of a bootstrap
-MIN_JUDGED = 10  # responses that the judge says have, and have not, a behaviour; ours
 MIN_YOUDEN = 0.1  # sensitivity + specificity - 1; near 0 the lexicon says nothing; ours
 
 
@@ -61,15 +57,11 @@ PART = (
     r"|panels?|regions?|halves|parts?|rows?|columns?|quadrants?|sections?)"
 )
 IN_TURN = r"(?:one by one|one at a time|separately|in turn)"
-CELL = r"[a-z] ?[1-9]"  # the miniature's names: A3
 DUTY = r"(?:need(?: to)?|have to|must|should|can|want to|will)"
 I_NEED = r"(?:i|we) (?:(?:first|then|now|just|only|also) )?(?:need|want|must|should|have to)"
 I_WILL = rf"(?:let ?['’]?s|let (?:me|us)|(?:i|we)(?: ?['’]ll| {DUTY}))"
-
-# "checking the options", "check which": tried, not verified
-TRIED = r"(?: (?:all|the|given|answer|other|against|of|list|possible|if))*"
-TRIED += r" (?:options?|choices?|each|which|values|closest|\w = )"
-CONFIRMS = r"(?:check|verif|confirm|satisf|hold|work|both sides|indeed)"
+TRIED = r"(?: (?:all|the|given|answer|other|against|of|list|possible|if))*"  # and not verified:
+TRIED += r" (?:options?|choices?|each|which|values|closest|\w = )"  # "check which"
 NO_GOAL = r"(?:(?:solve|answer) (?:this|the (?:problem|question))|\w+ the correct)\b"
 
 PATTERNS = {
@@ -82,10 +74,8 @@ PATTERNS = {
         r"\bmy (?:\w+ )?(?:assumption|approach|calculation|answer|reading)\b.{0,60}"
         r"\b(?:was|is) (?:wrong|incorrect)\b",
         r"\b(?:this|that) contradicts\b|\b(?:try|use) another\b(?! (?:question|problem))",
-        r"\bthrown? away\b",
-        # not "this is incorrect": so are options weighed
-        r"\bthat ?(?:is|['’]s|was) (?:not right|not correct|wrong|incorrect)\b",
-        r"\balternatively\b.{0,60}\b(?:i|we) (?:should|could|can|might)\b",
+        r"\bthat ?(?:is|['’]s|was) (?:not right|not correct|wrong|incorrect)\b",  # not: this is
+        r"\balternatively\b.{0,60}\b(?:i|we) (?:should|could|can|might)\b|\bthrown? away\b",
         r"\bi (?:misread|mistook|miscounted|miscalculated|misjudged)\b",
     ],
     "subgoal_setting": [
@@ -102,15 +92,16 @@ PATTERNS = {
         r"^(?:to|so to) (?:double[- ]?check|check|verify|confirm) ?,|^as a (?:sanity )?check\b",
         rf"\bsanity[- ]check\b|^(?:so )?(?:double[- ]?|cross[- ]?)?checking\b(?!{TRIED})",
         r"\bplug\w*\b.{0,40}\bback in\b(?!to\b)",  # substituted back: mostly to go on
-        rf"\b(?:plug|substitut)\w*\b.{{0,40}}\bback\b.*\b{CONFIRMS}",
+        r"\b(?:plug|substitut)\w*\b.{0,40}\bback\b.*"
+        r"\b(?:check|verif|confirm|satisf|hold|work|both sides|indeed)",
         r"\bdo(?:es)? (?:this|that|it|these|they) (?:\w+ )?(?:satisfy|hold|match|agree|work|fit)\b",
     ],
     "backward_chaining": [
         rf"(?:^|[,:] |\b(?:and|so|order) )to (?:get|reach|obtain|make|end with) [^,]{{1,40}}, ?"
         rf"(?:{I_NEED}|it must)\b",
         r"\b(?:suppose|assume|if) the (?:final )?(?:answer|result)\b.{1,60}\b(?:then|would)\b",
-        r"\bwork(?:ing)? (?:backwards?|in reverse)\b",
-        r"\b(?:i|we) want to end\b|\bjust before (?:that|this)\b.{0,40}\b(?:must|would)\b",
+        r"\bwork(?:ing)? (?:backwards?|in reverse)\b|\b(?:i|we) want to end\b",
+        r"\bjust before (?:that|this)\b.{0,40}\b(?:must|would)\b",
         r"\b(?:(?:target|goal) is|(?:target|goal|total|result|answer) (?:should|must|has to))\b"
         rf".{{1,60}}(?:\b{I_NEED}\b|which means\b)",
         rf"^so {I_NEED} (?:each|every|all)\b",  # the miniature, from the wanted sum to its digits
@@ -122,8 +113,8 @@ PATTERNS = {
         rf"\bre-?(?:check|examin|inspect|look|read|visit)\w*\b.{{0,30}}\b{IMAGE}\b",  # not: review
         r"\b(?:(?:take|takes|taking|have|having) (?:another|a second|a closer)|on second) look\b",
         rf"\bmis(?:interpreted|read|saw|judged|understood|identified|counted)\b.{{0,20}}\b{IMAGE}\b",
-        rf"\bmis(?:read|saw) (?:the )?(?:cell )?{CELL}\b",
-        r"^read again :",  # the miniature, all items once more
+        # the miniature: a cell, all cells once more
+        r"\bmis(?:read|saw) (?:the )?(?:cell )?[a-z] ?[1-9]\b|^read again :",
     ],
     "visual_divide_and_conquer": [
         rf"\b{I_WILL} (?:\w+ )?(?:start with|begin with|look at|focus on|examine|describe|consider)"
@@ -151,24 +142,18 @@ PATTERNS = {
 }
 LEXICON = {name: re.compile("|".join(parts), re.I) for name, parts in PATTERNS.items()}
 DOUBT = re.compile(
-    r"\b(?:again|wait|hmm|hold on|actually|wrong|not right|incorrect|mistaken?|misread)\b",
-    re.I,
+    r"(?i)\b(?:again|wait|hmm|hold on|actually|wrong|not right|incorrect|mistaken?|misread)\b"
 )
-NEEDS_NO_DOUBT = {"verification", "visual_verification"}
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+|</?think>")  # 3.5 and A.B do not end a sentence
-VERSION = zlib.crc32(
-    repr((PATTERNS, DOUBT.pattern, SENTENCE_END.pattern)).encode()
-)  # spans of another one are found anew
+VERSION = zlib.crc32(f"{PATTERNS} {DOUBT} {SENTENCE_END}".encode())  # others' spans are found anew
 
 
 # --- finding -------------------------------------------------------------------------------------
 
 
 def thinking(text: str) -> str:
-    """The text before the LAST </think> without its opening tag: thoughts may quote the tag.
-
-    Without </think> the thought was cut off, or there was none: then the whole text is returned.
-    """
+    """The text before the LAST </think>, since thoughts may quote the tag; all of it if there is
+    none: the thought was cut off."""
     before, tag, _ = text.rpartition("</think>")
     return (before if tag else text).strip().removeprefix("<think>").strip()
 
@@ -188,27 +173,22 @@ def find(text: str) -> list[Span]:
     spans = []
     for start, end in sentences(text):
         sentence = text[start:end]
-        doubtful = DOUBT.search(sentence) is not None
-        for name, pattern in LEXICON.items():
-            if not (doubtful and name in NEEDS_NO_DOUBT) and pattern.search(sentence):
-                spans.append(Span(name, start, end))
+        names = [name for name, pattern in LEXICON.items() if pattern.search(sentence)]
+        if DOUBT.search(sentence):  # whoever doubts has not confirmed
+            names = [name for name in names if "verification" not in name]
+        spans += [Span(name, start, end) for name in names]
     return spans
 
 
 def count(text: str) -> dict[str, int]:
     """Sentences with each of the eight behaviours, zeros included."""
-    counts = dict.fromkeys(NAMES, 0)
-    for span in find(text):
-        counts[span.name] += 1
-    return counts
+    names = [span.name for span in find(text)]
+    return {name: names.count(name) for name in NAMES}
 
 
 def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
-    """Which of a row's own patterns (its column `watch`: {name: regular expression}) a text shows.
-
-    A lexicon cannot know whether a habit works. A row can: the miniature's rows name the item that
-    is worth a second look.
-    """
+    """Which of a row's own patterns (its column `watch`: {name: regular expression}) a text shows:
+    the miniature's rows name the item that is worth a second look, which no lexicon can know."""
     return {name: re.search(pattern, text) is not None for name, pattern in patterns.items()}
 
 
@@ -236,10 +216,10 @@ def presence(texts: Sequence[str]) -> np.ndarray:
     return shown_by([find(text) for text in texts])
 
 
-def shown_by(found: Sequence[Sequence[Span]]) -> np.ndarray:
+def shown_by(spans: Sequence[Sequence[Span]]) -> np.ndarray:
     """Spans of each response -> (N, 8)."""
-    names = [{span[0] for span in spans} for spans in found]
-    return np.array([[name in said for name in NAMES] for said in names], bool).reshape(-1, 8)
+    names = [{span[0] for span in of_one} for of_one in spans]
+    return np.array([[name in of_one for name in NAMES] for of_one in names], bool).reshape(-1, 8)
 
 
 def rates(shown: np.ndarray) -> dict[str, float]:
@@ -249,101 +229,103 @@ def rates(shown: np.ndarray) -> dict[str, float]:
 
 def transfer_rates(shown: np.ndarray) -> dict[tuple[str, str], float | None]:
     """BTR = CBR_visual / CBR_linguistic of each pair; None under ten linguistic carriers."""
-    carriers = dict(zip(NAMES, shown.sum(axis=0).tolist(), strict=True))
-    enough = {pair: carriers[pair[0]] >= MIN_CARRIERS for pair in PAIRS}
-    return {p: carriers[p[1]] / carriers[p[0]] if enough[p] else None for p in PAIRS}
+    counts = dict(zip(NAMES, shown.sum(axis=0).tolist(), strict=True))
+    return {(a, b): counts[b] / counts[a] if counts[a] >= MIN_CARRIERS else None for a, b in PAIRS}
+
+
+def interval(values: np.ndarray, items: Sequence[Hashable], statistic: Callable) -> np.ndarray:
+    """95 % bootstrap interval of statistic(sums of the values (N, K)), two ends (2, ...).
+
+    items: the problem of each response. Samples of one problem are alike, so problems are drawn.
+    """
+    _, group = np.unique([str(item) for item in items], return_inverse=True)
+    sums = np.zeros((group.max() + 1, values.shape[1]))  # per problem
+    np.add.at(sums, group, values)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may lack a class
+        draws = statistic(bootstrap(sums, DRAWS))
+    return np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), LEVEL, axis=0)
 
 
 def transfer_interval(
     shown: np.ndarray, pair: tuple[str, str], items: Sequence[Hashable]
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval of a BTR, paired: both rates come from the same drawn items.
-
-    items: the problem of each response. Samples of one problem are alike, so problems are drawn.
-    None where transfer_rates says None.
-    """
-    carried = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
-    if carried[:, 0].sum() < MIN_CARRIERS:
+    """Of a BTR, paired: both rates come from the same drawn items. None where transfer_rates is."""
+    if transfer_rates(shown)[pair] is None:
         return None
-    below, above = bootstrap(problem_sums(carried, items), DRAWS).T  # (draws,) each
-    return tuple(np.quantile(above[below > 0] / below[below > 0], LEVEL).tolist())
+    columns = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
+    return tuple(interval(columns, items, lambda sums: sums[:, 1] / sums[:, 0]).tolist())
 
 
 def paired_difference(
     shown: np.ndarray, others: np.ndarray, items: Sequence[Hashable]
 ) -> dict[str, tuple[float, float, float]]:
-    """{name: (difference, low, high)}: CBR of `shown` - CBR of `others`, bootstrap over problems.
+    """{name: (difference, low, high)}: CBR of `shown` - CBR of `others`.
 
     Row n of both answers items[n], say with the true picture and with a blank or a shuffled one.
     Where the language of looking stays the same, it is a habit of words.
     """
     gaps = shown.astype(int) - others  # (N, 8)
-    drawn = bootstrap(problem_sums(np.c_[gaps, np.ones(len(gaps))], items), DRAWS)  # (draws, 9)
-    bounds = np.quantile(drawn[:, :8] / drawn[:, 8:], LEVEL, axis=0)
-    told = np.vstack([gaps.mean(axis=0), bounds]).T.tolist()
-    return {name: tuple(row) for name, row in zip(NAMES, told, strict=True)}
-
-
-def problem_sums(values: np.ndarray, items: Sequence[Hashable]) -> np.ndarray:
-    """(N, K) of responses -> (P, K), added up per problem."""
-    _, group = np.unique([str(item) for item in items], return_inverse=True)
-    sums = np.zeros((group.max() + 1, values.shape[1]))
-    np.add.at(sums, group, values)
-    return sums
+    values = np.c_[gaps, np.ones(len(gaps))]  # problems may have different numbers of samples
+    ends = interval(values, items, lambda sums: sums[:, :8] / sums[:, 8:])
+    columns = np.vstack([gaps.mean(axis=0), ends]).T.tolist()
+    return {name: tuple(column) for name, column in zip(NAMES, columns, strict=True)}
 
 
 def corrected_rate(
-    found: Sequence[bool], judged: Sequence[bool | None]
+    lexicon: Sequence[bool], judged: Sequence[bool | None]
 ) -> tuple[float, float, float] | None:
-    """(rate, low, high): the lexicon's CBR put right, with its 95 % bootstrap interval.
+    """(rate, low, high): the lexicon's CBR put right by a judge, with its 95 % interval.
 
-        (rate + spec - 1) / (sens + spec - 1)                           Rogan and Gladen 1978
-
-    found: does the lexicon hear the behaviour in response n? judged: does the judge, None where it
-    was not asked; those that were must be a random sample. Responses are drawn one by one, so many
-    samples of one problem look surer than they are. None ("n/a") where the judge found it in under
-    ten or missed it in under ten, or the lexicon can hardly tell the two (MIN_YOUDEN).
+    judged: its verdict on response n, None where it was not asked; those that were must be a random
+    sample. Responses are drawn one by one, so many samples of one problem look surer than they are.
+    None ("n/a") where the judge heard or missed it under ten times, or the lexicon is deaf to it,
+    in the sample or in one draw of twenty.
     """
-    told = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], dtype=int)
-    cells = np.eye(6)[2 * told + np.array(found, dtype=int)]  # (N, 6): judge x lexicon
-    if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_JUDGED:
+    verdicts = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], int)
+    cells = np.eye(6)[2 * verdicts + np.array(lexicon, int)]  # (N, 6): judge x lexicon
+    if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_CARRIERS:
         return None
-    drawn = np.concatenate([[cells.sum(axis=0)], bootstrap(cells, DRAWS)]).reshape(-1, 3, 2)
-    rate = drawn[:, :, 1].sum(axis=1) / len(told)  # of the sample itself, then of the draws
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may lack a class
-        false, true = (drawn[:, 1:, 1] / drawn[:, 1:].sum(axis=2)).T  # 1 - spec, sens
-        right = np.clip((rate - false) / (true - false), 0, 1)
-    usable = true - false >= MIN_YOUDEN
-    if not usable[0] or usable.mean() < 0.95:
+    shares = rogan_gladen(np.vstack([cells.sum(axis=0), bootstrap(cells, DRAWS)]))
+    if np.isnan(shares[0]) or np.isnan(shares).mean() > 0.05:
         return None
-    return (float(right[0]), *np.quantile(right[usable], LEVEL).tolist())
+    return (float(shares[0]), *np.nanquantile(shares[1:], LEVEL).tolist())
+
+
+def rogan_gladen(sums: np.ndarray) -> np.ndarray:
+    """(rate + spec - 1) / (sens + spec - 1), Rogan and Gladen 1978: (M, 6) -> (M,)."""
+    table = sums.reshape(-1, 3, 2)  # judge: not asked, no, yes; lexicon: no, yes
+    rate = table[:, :, 1].sum(axis=1) / sums.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # a draw may lack a class
+        false, true = (table[:, 1:, 1] / table[:, 1:].sum(axis=2)).T
+    right = np.clip((rate - false) / np.maximum(true - false, MIN_YOUDEN), 0, 1)
+    return np.where(true - false >= MIN_YOUDEN, right, np.nan)  # false is 1 - spec, true is sens
 
 
 def summarise(rows: list[dict]) -> dict:
     """What graded rows with their "spans" show: CBR and BTR, and what is behind them. Length alone
-    raises a CBR, so there are counts per 1,000 tokens and rates of the first 2,000 tokens, too."""
+    raises a CBR, so there are rates of about the first 2,000 tokens, too."""
     shown, items = shown_by([row["spans"] for row in rows]), [row["id"] for row in rows]
-    scores = np.array([np.nan if row["score"] is None else row["score"] for row in rows])
-    without = rates(shown_by([*map(spoken, rows)]))
-    found = {"rates": rates(shown), "without_visual": {n: without[n] for n in LINGUISTIC}}
-    found["transfer"] = {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()}
-    found["transfer_interval"] = {p[1]: transfer_interval(shown, p, items) for p in PAIRS}
-    found["by_score"] = {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])}
-    tokens = [row["tokens"] for row in rows]
-    if rows and None not in tokens:  # a server may not count
-        names, whole = [span[0] for row in rows for span in row["spans"]], max(1, sum(tokens))
-        found["per_1000_tokens"] = {name: 1000 * names.count(name) / whole for name in NAMES}
-        found["first_2000_tokens"] = rates(shown_by([*map(begun, rows)]))
-    return found
+    scores = np.array([row["score"] for row in rows], float)
+    plain = rates(shown_by([*map(plain_spans, rows)]))
+    summary = {
+        "rates": rates(shown),
+        "without_visual": {name: plain[name] for name in LINGUISTIC},
+        "transfer": {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()},
+        "transfer_interval": {pair[1]: transfer_interval(shown, pair, items) for pair in PAIRS},
+        "by_score": {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])},
+    }
+    if all(row["tokens"] is not None for row in rows):  # a server may not count
+        summary["first_2000_tokens"] = rates(shown_by([*map(early_spans, rows)]))
+    return summary
 
 
-def spoken(row: dict) -> list:
-    """Spans of sentences that show nothing visual."""
+def plain_spans(row: dict) -> list:
+    """Of sentences that show nothing visual."""
     seen = {start for name, start, _ in row["spans"] if name in VISUAL}
     return [span for span in row["spans"] if span[1] not in seen]
 
 
-def begun(row: dict) -> list:
-    """Spans of about the first 2,000 tokens: the same share of the characters."""
+def early_spans(row: dict) -> list:
+    """Of the same share of the characters as 2,000 tokens are of all."""
     end = len(row["response"]) * 2000 / max(1, row["tokens"])
     return [span for span in row["spans"] if span[1] < end]

@@ -2,27 +2,22 @@
 
     DIR/items.jsonl + images, DIR/graded.jsonl, DIR/summary.json ──gallery.html──▶ DIR/gallery.html
 
-    python -m evaluation.gallery --run out/bench/mathvision
-    python -m evaluation.gallery --run out/bench/mathvision --limit 200 --seed 1 --out wrong.html
+    python -m evaluation.gallery --run out/bench/mathvision --limit 200 --seed 1
 
 A card shows the question, the gold, what a rule read from the reply, the verdict and the judge's
 beside it, and the reply: its thought folded, sentences with a behaviour coloured. Filters stand in
-the address: gallery.html#status=wrong&category=algebra. Of more than --limit replies a part is
-drawn, half of them right if there are so many, and the page says so: no rate can be read off it
-then. The counts at the top are of all replies.
+the address: gallery.html#status=wrong&category=algebra. Of more than --limit replies so many are
+drawn; the counts at the top are of all.
 
 Replies are hostile text: the template escapes all of it, and the page's policy allows no address
-and no script but its own. Each picture is in it once, small; cards that show it again name the
-first.
+and no script but its own. Each picture is in it once, small; later cards name the first.
 """
 
 import base64
 import io
 import json
 import random
-import re
 import secrets
-import string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,32 +26,17 @@ import jinja2
 
 from common.data import load_image
 from common.log import progress, run_main
-from evaluation.behaviors import HUES
+from evaluation.behaviors import HUES, thinking
 from evaluation.records import read_rows
 
+FILTERS = ("status", "score", "category", "behaviour")
 SIDE = 480  # pixels of a picture, at most: 300 of them are 3 MB
-COLORS = {  # of a badge
-    "right": "#2f8f5b",
-    "wrong": "#c2483d",
-    "truncated": "#a67c00",
-    "unparsed": "#9b72b8",
-    "refused": "#3f83d6",
-    "empty": "#7a6a58",
-    "ungraded": "#6f7886",
-}
-PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
+PAGES = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A page of replies."""
-
     run: str  # directory of eval.py: items.jsonl, graded.jsonl and summary.json
     out: str = ""  # HTML to write; empty: gallery.html in that directory
     limit: int = 500  # cards; of more replies some are drawn
@@ -78,111 +58,76 @@ def outcome(row: dict) -> str:
 
 
 def draw(rows: list[dict], limit: int, seed: int) -> list[dict]:
-    """At most `limit` rows, half of them right, more if too few are not; order is kept."""
-    if len(rows) <= limit:
-        return rows
-    right = [i for i, row in enumerate(rows) if row["score"] == 1]
-    rest = [i for i, row in enumerate(rows) if row["score"] != 1]
-    size = min(len(right), max(limit // 2, limit - len(rest)))
-    chance = random.Random(seed)
-    chosen = chance.sample(right, size) + chance.sample(rest, limit - size)
+    """At most `limit` rows, in their order."""
+    chosen = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
     return [rows[i] for i in sorted(chosen)]
 
 
-def pictures(item: dict, folder: Path, held: dict[str, str]) -> list[dict]:
-    """Each with its bytes where it is first seen, later with the id of the element that has them.
-
-    held: {data URI: id}; grows.
-    """
-    found = []
+def pictures(item: dict, folder: Path, ids: dict[str, str]) -> list[dict]:
+    """Each with the id of the element that has its bytes, the first with these. ids: {bytes as data
+    URI: id}; grows."""
+    shown = []
     for name in item.get("images") or ():
         try:
             image, file = load_image(str(folder / name)), io.BytesIO()
         except (ValueError, OSError) as error:
-            found.append({"name": name, "fault": str(error)})
+            shown.append({"name": name, "fault": str(error)})
             continue
         image.thumbnail((SIDE, SIDE))
         image.save(file, "webp")
         source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-        first = {"id": f"picture-{len(held)}", "source": source}
-        found.append({"name": name} | ({"same": held[source]} if source in held else first))
-        held.setdefault(source, first["id"])
-    return found
+        first = "" if source in ids else source
+        shown.append({"name": name, "id": ids.setdefault(source, f"p{len(ids)}"), "source": first})
+    return shown
 
 
-def options(item: dict, said: str | None) -> list[dict]:
-    """The choices; gold and the one that was said are marked."""
-    gold, said = (re.findall(r"[A-Z]", str(text or "")) for text in (item["answer"], said))
-    found = []
-    for letter, choice in zip(string.ascii_uppercase, item.get("choices") or (), strict=False):
-        look = "gold" if letter in gold else "said" if letter in said else ""
-        text = "" if str(choice).strip("() ") == letter else str(choice)
-        found.append({"letter": letter, "text": text, "look": look})
-    return found
+def pieces(text: str, thought: str, spans: list) -> list[tuple[str, list[str]]]:
+    """The thought as (piece, names of its behaviours); a sentence may have several."""
+    begin, parts, names = text.find(thought), [], defaultdict(list)
+    for name, start, end in spans if thought else ():
+        names[start, end].append(name)
+    for (start, end), of_sentence in names.items():  # sentences follow each other
+        parts += [(text[begin:start], []), (text[start:end], of_sentence)]
+        begin = end
+    return [*parts, (text[begin : text.find(thought) + len(thought)], [])]
 
 
-def pieces(text: str, begin: int, end: int, spans: list) -> list[tuple[str, list[str]]]:
-    """text[begin:end] as (piece, names of its behaviours); a sentence may have several."""
-    names, found, at = defaultdict(list), [], begin
-    for name, start, stop in spans:
-        names[max(start, begin), min(stop, end)].append(name)
-    for (start, stop), of in sorted(names.items()):
-        if at <= start < stop:
-            found += [(text[at:start], []), (text[start:stop], of)]
-            at = stop
-    return [*found, (text[at:end].rstrip(), [])]
-
-
-def reply(text: str, spans: list) -> dict:
-    """The thought, and what follows it. A thought that never closes is all there is."""
-    begin = re.match(r"\s*(?:<think>)?\s*", text).end()
-    end, after = text.rfind("</think>"), text.rfind("</think>") + len("</think>")
-    if end < begin:
-        end = after = len(text) if "<think>" in text[:begin] else begin
-    return {
-        "length": len(text[begin:end].strip()),
-        "marked": len(spans),
-        "thought": pieces(text, begin, end, spans),
-        "rest": text[after:].strip(),
-    }
-
-
-def card(row: dict, item: dict | None, folder: Path, held: dict[str, str]) -> dict:
+def card(row: dict, item: dict, folder: Path, ids: dict[str, str]) -> dict:
+    _, closed, answer = row["response"].rpartition("</think>")
+    is_thought = closed or row["response"].lstrip().startswith("<think>")
+    thought = thinking(row["response"]) if is_thought else ""
+    category = " ".join(str(item.get("category") or "none").split())
     names = sorted({name for name, *_ in row["spans"]})
-    category = " ".join(str((item or {}).get("category") or "none").split())
-    told = {"status": outcome(row), "score": verdict(row["score"]), "category": category}
-    told |= {"behaviour": "\n".join(names)}
-    tokens = "tokens not counted" if row["tokens"] is None else f"{row['tokens']:,} tokens"
+    values = outcome(row), verdict(row["score"]), category, "\n".join(names)
     return {
-        "filters": told,
+        "filters": dict(zip(FILTERS, values, strict=True)),
         "row": row,
         "item": item,
-        "pictures": pictures(item, folder, held) if item else [],
-        "options": options(item, row["extracted"]) if item else [],
+        "pictures": pictures(item, folder, ids),
         "judge": verdict(row["judge_score"]) if "judge_score" in row else "",
-        "reply": reply(row["response"], row["spans"]),
-        "facts": f"{row['id']} · sample {row['sample']} · {tokens} · {category}",
+        "length": len(thought),
+        "thought": pieces(row["response"], thought, row["spans"]),
+        "answer": answer.strip() if closed or not is_thought else "",  # the thought may never close
     }
 
 
 def page(rows: list, items: list, title: str, protocol: dict, folder: Path, draws=(500, 0)) -> str:
     """The HTML. rows: graded records. folder: that the items' pictures are relative to.
     draws: most cards, and the seed of those that are drawn of more."""
-    by_id, chosen, held = {item["id"]: item for item in items}, draw(rows, *draws), {}
-    shown = progress(chosen, "gallery")
-    cards = [card(row, by_id.get(row["id"]), folder, held) for row in shown]
-    names = ("status", "score", "category")
+    by_id, ids, chosen = {item["id"]: item for item in items}, {}, draw(rows, *draws)
+    cards = [card(row, by_id[row["id"]], folder, ids) for row in progress(chosen, "gallery")]
+    counts = {name: Counter() for name in FILTERS}
+    for name, values in (pair for shown in cards for pair in shown["filters"].items()):
+        counts[name].update(values.split("\n") if values else ())
     text = PAGES.get_template("gallery.html").render(
         title=title,
         nonce=secrets.token_urlsafe(16),  # replies were written before it, so none can know it
-        protocol=" · ".join(f"{name} {value}" for name, value in protocol.items()),
+        protocol=protocol,
         outcomes=Counter(map(outcome, rows)).most_common(),
-        choices={n: Counter(c["filters"][n] for c in cards).most_common() for n in names},
+        choices={name: choices.most_common() for name, choices in counts.items()},
         cards=cards,
-        right=sum(row["score"] == 1 for row in chosen),
         count=len(rows),
         seed=draws[1],
-        colors=COLORS,
         hues=HUES,
     )
     return text.encode(errors="replace").decode()  # JSON may hold half of a character
@@ -193,11 +138,11 @@ def main(cfg: Config) -> None:
     items, rows = read_rows(run / "items.jsonl"), read_rows(run / "graded.jsonl")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     title = str(items[0]["source"]) if items else run.name
-    for name, told in summary["headline"].items():
-        low, value, high = (told[x] * summary["scale"] for x in ("low", "score", "high"))
-        title += f", {name} {value:.1f} ({low:.1f} to {high:.1f})"
+    for name, score in summary["headline"].items():
+        ends = (score[end] * summary["scale"] for end in ("score", "low", "high"))
+        title += ", {} {:.1f} ({:.1f} to {:.1f})".format(name, *ends)
+    out = Path(cfg.out or run / "gallery.html")
     text = page(rows, items, title, summary["protocol"], run, (cfg.limit, cfg.seed))
-    out = Path(cfg.out) if cfg.out else run / "gallery.html"
     out.write_text(text, encoding="utf-8")
     print(f"{out}: {min(len(rows), cfg.limit):,} of {len(rows):,} replies")
 

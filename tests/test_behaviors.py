@@ -1,7 +1,4 @@
-"""Does the lexicon fire where a reader would, and are the rates what their definitions say?
-
-pytest tests/test_behaviors.py
-"""
+"""Does the lexicon fire where a reader would, and are the rates what their definitions say?"""
 
 import json
 from pathlib import Path
@@ -12,62 +9,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import behaviors
-from evaluation.behaviors import (
-    NAMES,
-    PAIRS,
-    count,
-    find,
-    presence,
-    rates,
-    thinking,
-    transfer_interval,
-    transfer_rates,
-)
+from evaluation.behaviors import NAMES, PAIRS, count, presence, thinking
 
+# fmt: off
 SAYS = {
     "backtracking": [
-        "Wait, that can't be, the sign is wrong.",
-        "Hmm, this contradicts the first equation.",
-        "Scratch that, x is negative.",
-        "I made a mistake in the second line.",
+        "Wait, that can't be, the sign is wrong.", "Hmm, this contradicts the first equation.",
+        "Scratch that, x is negative.", "I made a mistake in the second line.",
         "wait , that is not right .",
     ],
     "subgoal_setting": [
-        "First, we need to find the slope.",
-        "Step 2: solve for y.",
+        "First, we need to find the slope.", "Step 2: solve for y.",
         "Before we can add them, we have to find a common denominator.",
-        "first list items , then add up .",
-        "<think> first list items , then add up .",
+        "first list items , then add up .", "<think> first list items , then add up .",
     ],
     "verification": [
-        "Let me check this with n = 2.",
-        "Let's verify the result.",
-        "Plugging x = 4 back in gives 16.",
-        "Does this satisfy both equations?",
-        "let me check .",
+        "Let me check this with n = 2.", "Let's verify the result.",
+        "Plugging x = 4 back in gives 16.", "Does this satisfy both equations?", "let me check .",
     ],
     "backward_chaining": [
-        "To get 60, we need a multiple of 12.",
-        "Working backwards, the price was 40.",
-        "Suppose the answer is D, then the side would be 3.",
-        "so i need each digit .",
+        "To get 60, we need a multiple of 12.", "Working backwards, the price was 40.",
+        "Suppose the answer is D, then the side would be 3.", "so i need each digit .",
     ],
     "visual_reflection": [
-        "Let me look at the figure again.",
-        "I should recheck the diagram.",
-        "On second look, the arrow points up.",
-        "Perhaps I misread the chart.",
-        "look again at A 4 .",
-        "read again : A 4 B 3 C 1 D 2 .",
+        "Let me look at the figure again.", "I should recheck the diagram.",
+        "On second look, the arrow points up.", "Perhaps I misread the chart.",
+        "look again at A 4 .", "read again : A 4 B 3 C 1 D 2 .",
     ],
     "visual_divide_and_conquer": [
         "Let me look at the left part of the figure.",
-        "We can split the region into two rectangles.",
-        "I will go through the panels one by one.",
+        "We can split the region into two rectangles.", "I will go through the panels one by one.",
     ],
     "visual_verification": [
-        "Let me check this against the picture.",
-        "That agrees with the diagram.",
+        "Let me check this against the picture.", "That agrees with the diagram.",
         "The value 7 is consistent with the label in the figure.",
     ],
     "goal_driven_visual_tracing": [
@@ -77,30 +51,20 @@ SAYS = {
     ],
 }
 PLAIN = [
-    "So the answer is 12.",
-    "The figure shows two circles.",
-    "The second train is faster.",
-    "He went back home again.",
-    "The step size is 20.",
-    "Tom came first in the race.",
-    "The table has a check mark in each row.",
-    "T 12 A 4 = 8 B 3 = 5 .",
-    "A 4 B maybe 3 C 1 D 2 . unclear B ,",
-    # false hits of an earlier lexicon in real replies
-    "(B) 12: This is incorrect, the order is wrong.",
-    "He leaves in a direction that does not create a dead end.",
-    "The rabbit is on step 10.",
-    "Checking the options:",
-    "Let's check which shape is used once.",
-    "Substitute x back to find y:",
-    "The total is 40, which means that n = 4 if we need it.",
-    "Let's review the timeline in the image:",
-    "Let's look at the problem again.",
+    "So the answer is 12.", "The figure shows two circles.", "The second train is faster.",
+    "He went back home again.", "The step size is 20.", "Tom came first in the race.",
+    "The table has a check mark in each row.", "T 12 A 4 = 8 B 3 = 5 .",
+    "A 4 B maybe 3 C 1 D 2 . unclear B ,", "(B) 12: This is incorrect, the order is wrong.",
+    "He leaves in a direction that does not create a dead end.", "The rabbit is on step 10.",
+    "Checking the options:", "Let's check which shape is used once.",
+    "Substitute x back to find y:", "The total is 40, which means that n = 4 if we need it.",
+    "Let's review the timeline in the image:", "Let's look at the problem again.",
     "A line of symmetry is a line that divides a shape into two halves.",
     "Now, let's consider the right triangle ABC.",
     "Therefore, the choice that best fits the image is:",
     "To solve this problem, we need to analyze the graph.",
-]
+]  # the second half: false hits of an earlier lexicon in real replies
+# fmt: on
 CASES = Path(__file__).resolve().parents[2] / "shared" / "behavior_cases.jsonl"
 
 
@@ -118,17 +82,12 @@ def test_plain_sentences_say_nothing():
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the labelled sentences are not here")
-@pytest.mark.parametrize("split", ["dev", "test"])
-def test_the_labelled_sentences_are_told_apart(split):
+def test_the_labelled_sentences_are_told_apart():
     renamed = {"divide_and_conquer": "visual_divide_and_conquer"}
     renamed |= {"goal_driven_tracing": "goal_driven_visual_tracing"}
-    rows = [row for row in map(json.loads, CASES.open()) if row["split"] == split]
-    wrong = [
-        row["text"]
-        for row in rows
-        if (renamed.get(row["behaviour"], row["behaviour"]) in shown(row["text"])) != row["label"]
-    ]
-    assert len(rows) >= 32 and wrong == []
+    for row in map(json.loads, CASES.read_text().splitlines()):
+        name = renamed.get(row["behaviour"], row["behaviour"])
+        assert (name in shown(row["text"])) == row["label"], row
 
 
 def test_a_trace_of_the_miniature_shows_exactly_what_it_was_made_of():
@@ -159,7 +118,7 @@ def test_doubt_or_again_makes_it_reflection_and_not_verification():
 
 def test_spans_are_the_sentences_themselves():
     text = "The sum is 3.5 cm. Let me check this. \n\nWait, that is wrong!  So 4"
-    pieces = {span.name: text[span.start : span.end] for span in find(text)}
+    pieces = {span.name: text[span.start : span.end] for span in behaviors.find(text)}
     assert pieces == {"verification": "Let me check this.", "backtracking": "Wait, that is wrong!"}
 
 
@@ -174,45 +133,36 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
-def rates_of(texts):
-    return rates(presence(texts))
-
-
 def test_rates_are_shares_of_responses_not_counts():
-    found = rates_of([f"{CHECK} {CHECK}", f"{CHECK} {BACK}", "nothing", "nothing"])
-    assert (found["verification"], found["backtracking"]) == (0.5, 0.25)
-    assert set(rates_of([]).values()) == {0.0}
+    texts = [f"{CHECK} {CHECK}", f"{CHECK} {BACK}", "nothing", "nothing"]
+    rates = behaviors.rates(presence(texts))
+    assert (rates["verification"], rates["backtracking"]) == (0.5, 0.25)
+    assert set(behaviors.rates(presence([])).values()) == {0.0}
 
 
 def test_transfer_is_visual_over_linguistic_and_not_defined_under_ten_carriers():
-    backtracking = ("backtracking", "visual_reflection")
-    assert PAIRS[0] == backtracking
+    pair = ("backtracking", "visual_reflection")
     shown = presence([f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5)
-    assert transfer_rates(shown)[backtracking] == pytest.approx(0.4)
-    assert transfer_rates(shown[1:])[backtracking] is None
-    assert transfer_rates(presence([]))[backtracking] is None
-    assert transfer_interval(shown[1:], backtracking, range(14)) is None
+    assert behaviors.transfer_rates(shown)[pair] == pytest.approx(0.4)
+    assert behaviors.transfer_rates(shown[1:])[pair] is None
+    assert behaviors.transfer_rates(presence([]))[pair] is None
+    assert behaviors.transfer_interval(shown[1:], pair, range(14)) is None
 
 
 def test_the_bootstrap_agrees_with_a_naive_one_and_draws_whole_problems():
-    rng = np.random.default_rng(1)
-    pair = PAIRS[0]
+    rng, pair = np.random.default_rng(1), PAIRS[0]
     flags = rng.random((60, 2)) < [0.7, 0.3]
     shown = presence([f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags])
-    low, high = transfer_interval(shown, pair, range(60))
-    naive = []
-    for _ in range(4000):
-        drawn = flags[rng.integers(60, size=60)]
-        naive.append(drawn[:, 1].sum() / drawn[:, 0].sum())
+    low, high = behaviors.transfer_interval(shown, pair, range(60))
+    draws = flags[rng.integers(60, size=(4000, 60))].sum(axis=1)
+    naive = draws[:, 1] / draws[:, 0]
     assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.04)
-    assert low < transfer_rates(shown)[pair] < high
-    assert (low, high) == transfer_interval(shown, pair, range(60))  # the seed decides
+    assert low < behaviors.transfer_rates(shown)[pair] < high
+    assert (low, high) == behaviors.transfer_interval(shown, pair, range(60))  # the seed decides
 
     copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
-    wide = transfer_interval(copies, pair, [f"problem {i // 8}" for i in range(480)])
+    wide = behaviors.transfer_interval(copies, pair, [f"problem {i // 8}" for i in range(480)])
     assert wide == pytest.approx((low, high), abs=0.04)
-    narrow = transfer_interval(copies, pair, range(480))
-    assert narrow[1] - narrow[0] < 0.6 * (high - low)
 
 
 @settings(max_examples=100, deadline=None)
@@ -252,12 +202,10 @@ def test_graded_rows_tell_rates_by_score_by_length_and_without_the_visual_senten
     assert found["without_visual"]["verification"] == 0.4
     assert found["by_score"]["right"]["verification"] == 0.5
     assert found["by_score"]["wrong"]["verification"] == 0.5
-    assert found["per_1000_tokens"]["verification"] == pytest.approx(4 / 2.5)
     assert found["transfer"]["visual_verification"] is None
     late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
     assert behaviors.summarise([late])["rates"]["verification"] == 1
     assert behaviors.summarise([late])["first_2000_tokens"]["verification"] == 0
-    assert "per_1000_tokens" not in behaviors.summarise([graded(CHECK, tokens=None)])
     assert set(behaviors.summarise([])["rates"].values()) == {0.0}
     found = behaviors.summarise([graded(f"{BACK} {LOOK}")] * 4 + [graded(BACK)] * 6)
     low, high = found["transfer_interval"]["visual_reflection"]
@@ -270,26 +218,22 @@ def test_a_rows_own_patterns_are_watched():
     assert behaviors.watched("x", {}) == {}
 
 
-def lexicon_and_judge(rng, rate, sens, spec, responses, asked):
+def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
     true = rng.random(responses) < rate
     found = np.where(true, rng.random(responses) < sens, rng.random(responses) < 1 - spec)
-    return found, [bool(t) if i < asked else None for i, t in enumerate(true)]
+    return found, [bool(t) if i < judged else None for i, t in enumerate(true)]
 
 
 def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
-    rng, inside, rates_found, lexicon = np.random.default_rng(0), 0, [], []
+    rng, corrected, heard = np.random.default_rng(0), [], []
     for _ in range(100):
-        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.85, responses=1500, asked=300)
-        rate, low, high = behaviors.corrected_rate(found, said)
-        inside += low <= 0.3 <= high
-        rates_found.append(rate)
-        lexicon.append(found.mean())
-    assert np.mean(lexicon) == pytest.approx(0.315, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.15
-    assert np.mean(rates_found) == pytest.approx(0.3, abs=0.01) and inside >= 88
-    found, said = lexicon_and_judge(rng, 0.7, 0.4, 0.95, responses=20_000, asked=10_000)
-    assert found.mean() < 0.31
-    rate, low, high = behaviors.corrected_rate(found, said)
-    assert rate == pytest.approx(0.7, abs=0.04) and low < rate < high
+        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.95, responses=1500, judged=300)
+        corrected.append(behaviors.corrected_rate(found, said))
+        heard.append(found.mean())
+    rate, low, high = np.array(corrected).T
+    assert np.mean(heard) == pytest.approx(0.245, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.05
+    assert rate.mean() == pytest.approx(0.3, abs=0.01)
+    assert ((low <= 0.3) & (0.3 <= high)).sum() >= 88
 
 
 def test_the_correction_is_the_formula_on_a_table_done_by_hand():
@@ -305,35 +249,24 @@ def test_the_correction_is_the_formula_on_a_table_done_by_hand():
 
 def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
     rng = np.random.default_rng(1)
-    found, said = lexicon_and_judge(rng, 0.5, 0.8, 0.8, responses=400, asked=12)
-    assert behaviors.corrected_rate(found, said) is None
-    found, said = lexicon_and_judge(rng, 0.5, 0.5, 0.5, responses=4000, asked=2000)
-    assert behaviors.corrected_rate(found, said) is None
-    assert behaviors.corrected_rate([True] * 50, [None] * 50) is None
-    assert behaviors.corrected_rate([], []) is None
+    few = lexicon_and_judge(rng, 0.5, 0.8, 0.8, responses=400, judged=12)
+    deaf = lexicon_and_judge(rng, 0.5, 0.5, 0.5, responses=4000, judged=2000)
+    for found, said in (few, deaf, ([True] * 50, [None] * 50), ([], [])):
+        assert behaviors.corrected_rate(found, said) is None
 
 
 def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
-    rng = np.random.default_rng(2)
+    rng, look = np.random.default_rng(2), NAMES.index("visual_reflection")
     items = [f"q{i // 3}" for i in range(120)]  # three samples each, alike
     likes = {item: rng.random() for item in items}
     seen = presence([LOOK if rng.random() < likes[item] else "nothing" for item in items])
     blank = presence([LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items])
     found = behaviors.paired_difference(seen, blank, items)
     rate, low, high = found["visual_reflection"]
-    look = NAMES.index("visual_reflection")
-    assert rate == pytest.approx(seen[:, look].mean() - blank[:, look].mean())
-    by_problem = {item: [] for item in items}
-    for item, a, b in zip(items, seen[:, look], blank[:, look], strict=True):
-        by_problem[item].append(int(a) - int(b))
-    naive = []
-    for _ in range(2000):
-        gaps = []
-        for item in rng.choice(list(by_problem), size=len(by_problem)):
-            gaps += by_problem[item]
-        naive.append(sum(gaps) / len(gaps))
+    gaps = (seen[:, look].astype(int) - blank[:, look]).reshape(40, 3).mean(axis=1)
+    naive = [rng.choice(gaps, 40).mean() for _ in range(2000)]
+    assert rate == pytest.approx(gaps.mean())
     assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.02)
     assert found["verification"] == (0.0, 0.0, 0.0)
-    assert behaviors.paired_difference(seen, seen, items)["visual_reflection"] == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError):
         behaviors.paired_difference(seen, blank[1:], items)

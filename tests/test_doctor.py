@@ -41,9 +41,6 @@ def examined(copy, **changed) -> dict:
     return doctor.examine(rl.Config(str(copy.model), rows, out=out, **changed), ALONE)
 
 
-# ------------------------------------------------------------------ broken
-
-
 def edit(copy, name: str, **changed):
     file = copy.model / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
@@ -73,11 +70,6 @@ def after(patch, where, name: str, change):
     patch.setattr(where, name, changed)
 
 
-def rename_pictures(copy):
-    for row in copy.rows:
-        row["decoded_image"] = row.pop("images")
-
-
 def cut_picture(copy):
     file = copy.folder / copy.rows[4]["images"][0]
     Image.effect_noise((280, 140), 50).save(file)
@@ -88,18 +80,10 @@ def full_disk(*arguments):
     raise OSError(28, "No space left on device")
 
 
-def leak(pack):
-    pack.lengths = [sum(pack.lengths)]
-
-
-def freeze_norm(model):
-    model.model.norm.requires_grad_(False)
-
-
 def sync_without_the_tower(patch):
-    sync, seen = TorchSampler.sync, "model"
-    some = lambda weights: (pair for pair in weights if pair[0].startswith(seen))  # noqa: E731
-    patch.setattr(TorchSampler, "sync", lambda self, weights: sync(self, some(weights)))
+    sync = TorchSampler.sync
+    keep = lambda weights: (pair for pair in weights if pair[0].startswith("model"))  # noqa: E731
+    patch.setattr(TorchSampler, "sync", lambda self, weights: sync(self, keep(weights)))
 
 
 # fmt: off
@@ -110,7 +94,7 @@ BROKEN = [  # what is done to the copy or by monkeypatch; what fails, and what i
      "model", "missing model.norm.weight"),
     (lambda c, p: c.rows[2].update(answer=""),
      "rows", "rows.jsonl, line 3: column 'answer' is empty"),
-    (lambda c, p: rename_pictures(c),
+    (lambda c, p: c.rows[0].update(decoded_image=c.rows[0].pop("images")),
      "rows", "line 1: column 'decoded_image' is not read"),
     (lambda c, p: cut_picture(c),
      "rows", "rows.jsonl, line 5: ", "damaged picture"),
@@ -126,13 +110,14 @@ BROKEN = [  # what is done to the copy or by monkeypatch; what fails, and what i
      "reward", "train-5: 'E' is not one choice"),
     (lambda c, p: edit(c, "config.json", tie_word_embeddings=True),
      "start", "lm_head.weight"),
-    (lambda c, p: after(p, packs, "make_pack", leak),
+    (lambda c, p: after(
+        p, packs, "make_pack", lambda pack: setattr(pack, "lengths", [sum(pack.lengths)])),
      "packing", "train-", "attend()"),
     (lambda c, p: sync_without_the_tower(p),
      "sampler", "sync() leaves some"),
-    (lambda c, p: after(p, distributed, "load", freeze_norm),
+    (lambda c, p: after(p, distributed, "load", lambda m: m.model.norm.requires_grad_(False)),
      "update", "model.norm.weight is 0", "requires_grad"),
-    (lambda c, p: after(p, distributed, "load", lambda model: model.visual.requires_grad_(True)),
+    (lambda c, p: after(p, distributed, "load", lambda m: m.visual.requires_grad_(True)),
      "update", "visual.patch_embed.proj.weight is 0.0"),
     (lambda c, p: {"lr": 1e-12},
      "update", "masters move at --lr 1e-12: too coarse"),

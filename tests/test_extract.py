@@ -1,9 +1,7 @@
 """extract.py: what counts as an answer, what never does, and what official verdicts say to it."""
 
 import json
-import random
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from evaluation import extract
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 OFFICIAL = SHARED / "data" / "regression" / "official_outputs.jsonl"
+KINDS = ["choice", "yes/no", "free"]
 CHOICES = ["red", "blue", "12 cm", "15 cm", "A cube"]
 
 
@@ -27,9 +26,8 @@ def said(reply: str, choices=CHOICES, kind: str | None = None) -> str:
 
 
 def table(rows: dict, **options):
-    wrong = {reply: (said(reply, **options), want) for reply, want in rows.items()}
-    wrong = {reply: pair for reply, pair in wrong.items() if pair[0] != pair[1]}
-    assert not wrong, f"reply: (found, wanted) {wrong}"
+    found = {reply: said(reply, **options) for reply in rows}
+    assert {r: found[r] for r in rows if found[r] != rows[r]} == {}
 
 
 # --- what is an answer ---------------------------------------------------------------------------
@@ -52,7 +50,7 @@ def test_an_option_may_be_given_by_letter_by_text_or_by_both():
         "So the length is 15 cm, which corresponds to D.": "D", "It must be D": "D",
         "The shape with the largest area is (D).": "D", "\\(15\\text{ cm}\\)": "D",
         "The closest option to 14.5 is D. 15 cm": "D", "The answer is A cube.": "E",
-        "A cube": "E", "A": "A", "The answer is A.": "A",
+        "A cube": "E", "A": "A", "The answer is A.": "A", "I think the answer is C.": "C",
     })  # fmt: skip
 
 
@@ -77,12 +75,10 @@ def test_the_last_statement_counts_and_one_that_says_nothing_is_passed():
 
 def test_several_letters_are_a_set():
     rows = {
-        "Answer: A, C": "A, C",
-        "The answer is C and A.": "A, C",
-        "AC": "A, C",
-        "A and C": "A, C",
-    }
-    table(rows | {"Both A and C are correct.": "A, C", "(A), (C), and (D)": "A, C, D"})
+        "Answer: A, C": "A, C", "The answer is C and A.": "A, C", "AC": "A, C", "A and C": "A, C",
+        "Both A and C are correct.": "A, C", "(A), (C), and (D)": "A, C, D",
+    }  # fmt: skip
+    table(rows)
     table(rows, choices=None, kind="choice")
     assert extract.grade("A, C", "The answers are C and A").score == 1
     assert extract.grade("A, C", "The answer is A").score == 0
@@ -122,11 +118,25 @@ def test_a_value_is_taken_whole_with_its_unit_and_without_its_reason():
         '{"solution": "long", "short answer": "12.5"}': "12.5", "The answer is 3:30": "3:30",
         "So the total is:\n\n\\[ 5 + 3 = 8 \\]": "8", "The value of x is 60.": "60",
         "Answer: x = 5, y = 3": "x = 5, y = 3", "Answer: about 5 km": "5 km", "blue": "blue",
-        "Answer: 5 (as said)": "5", "Not Applicable": "Not Applicable", "42 km": "42 km",
+        "Answer: 5 (as said)": "5", "It is 5 because 2 + 3 is 5.": "5", "About 5.": "5",
+        "Answer: .5": ".5", "So the ratio is .5 cm": ".5 cm", "42 km": "42 km",
+        "Not Applicable": "Not Applicable",
+        "The answer is Italy.": "Italy", "The answer is 5 where x is 3.": "5",
         "Answer: Dr. Smith": "Dr. Smith", "The closest value to 4.5 is 4.": "4",
         "Answer: 1.5 m/s. It moves": "1.5 m/s", "The answer is $6 / 2 = 3$.": "6 / 2 = 3",
         "Answer: red, blue and green": "red, blue and green",
     }, choices=None)  # fmt: skip
+
+
+def test_chinese_replies_are_read_where_they_conclude():
+    table({
+        "选项B": "B", "所以选C": "C", "故选：D": "D", "因此，正确答案是（B）。": "B",
+        "答案：C": "C", "应选择B。": "B", "所以正确的选项是C": "C", "选项B正确": "B",
+        "综上，选B，因为它最大": "B",
+        "正确答案：B. blue": "B", "答案选（C）": "C", "选项A错误": "unparsed", "不选A": "unparsed",
+        "排除选项B，比较选项C和D。": "unparsed", "A是三角形的中点": "unparsed",
+        "图中选项B显示一只猫": "unparsed",
+    })  # fmt: skip
 
 
 # --- what is none --------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ def test_two_letters_or_a_negation_are_unparsed():
                "The answer is (A) or (C).", "Answer: A or maybe C", "Neither A nor B.", "B or C",
                "The answer is not B.", "It is not option B.", "(A) is wrong.", "A: wrong",
                "Therefore, options B and C are possible.", "So C and D grow (D to E).",
-               "The answer isn't A."]  # fmt: skip
+               "The answer isn't A.", "So we eliminate option A."]  # fmt: skip
     table(dict.fromkeys(replies, "unparsed"))
 
 
@@ -175,7 +185,7 @@ def test_a_refusal_is_told_apart_unless_an_answer_follows():
                "I'm unable to identify or interpret histological images. Please say more.",
                "I'm unable to view the content of the image and provide the answer.",
                "As an AI model, I cannot view images.", "It cannot be determined."]  # fmt: skip
-    for kind in extract.KINDS:
+    for kind in KINDS:
         table(dict.fromkeys(replies, "refused"), choices=None, kind=kind)
     table(dict.fromkeys(replies, "refused"))
     table(
@@ -248,55 +258,24 @@ PHRASES = [
 ]  # fmt: skip
 
 
+TEXTS = ["an oak", "bay leaf", "A pear tree", "12 cm", "$\\frac{1}{2}$", "both", "red", "x", "no",
+         "none of the above"]  # fmt: skip
+
+
 @pytest.mark.parametrize("count", range(2, 11))
 def test_honest_phrases_give_every_letter_of_every_number_of_options(count):
-    texts = [
-        "an oak",
-        "bay leaf",
-        "A pear tree",
-        "12 cm",
-        "$\\frac{1}{2}$",
-        "both",
-        "red",
-        "x",
-        "no",
-    ]
-    texts = (texts + ["none of the above"])[:count]
-    for letter, text in zip(extract.LABELS, texts, strict=False):
+    for letter, text in zip(extract.LABELS, TEXTS[:count], strict=False):
         for phrase in PHRASES:
             reply = "<think>Is it A or B?</think>A look helps.\n\n" + phrase.format(letter, text)
-            assert said(reply, texts) == letter, reply
+            assert said(reply, TEXTS[:count]) == letter, reply
 
 
-WORDS = [
-    "answer is ",
-    "Answer: ",
-    "A",
-    " or ",
-    "(B)",
-    "\\boxed{",
-    "}",
-    "{",
-    "yes",
-    "no",
-    "\n",
-    "**",
-]
-WORDS += [
-    "$",
-    "</think>",
-    "<think>",
-    ". ",
-    "=",
-    "5",
-    "\\text{",
-    "I'm sorry, I can't help",
-    "red",
-    ", ",
-]
+WORDS = ["answer is ", "Answer: ", "A", " or ", "(B)", "\\boxed{", "}", "{", "yes", "no", "\n",
+         "**", "$", "</think>", "<think>", ". ", "=", "5", "\\text{", "I'm sorry, I can't help",
+         "red", ", "]  # fmt: skip
 
 
-@given(st.lists(st.sampled_from(WORDS)), st.sampled_from(extract.KINDS), st.booleans())
+@given(st.lists(st.sampled_from(WORDS)), st.sampled_from(KINDS), st.booleans())
 def test_no_mixture_of_its_own_words_makes_it_raise(parts, kind, has_choices):
     choices = CHOICES if has_choices else None
     found = extract.extract("".join(parts), choices=choices, kind=kind)
@@ -305,9 +284,8 @@ def test_no_mixture_of_its_own_words_makes_it_raise(parts, kind, has_choices):
     assert verdict.score in (0.0, 1.0) and (verdict.score == 0.0 or verdict.status == "ok")
 
 
-@given(st.text(), st.sampled_from(extract.KINDS))
+@given(st.text(), st.sampled_from(KINDS))
 def test_no_text_makes_it_raise(text, kind):
-    assert extract.grade("yes", text, kind=kind).score in (0.0, 1.0)
     assert extract.grade("A", "Answer: " + text, choices=CHOICES, kind=kind).score in (0.0, 1.0)
 
 
@@ -319,13 +297,13 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", extract.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_hostile_texts_are_little_work(kind):
     for unit in HOSTILE:
         reply = unit * (100_000 // len(unit))
         for text in (reply, reply + "\nAnswer: " + reply, "Answer: A" + reply):
             work = lines_run(extract.grade, "A", text, choices=CHOICES * 2, kind=kind)
-            assert work < 300_000, f"{unit!r}: {work} lines"  # the most is 230,000
+            assert work < 60_000, f"{unit!r}: {work} lines"  # the most is 30,000
 
 
 # --- agreement with others -----------------------------------------------------------------------
@@ -355,57 +333,18 @@ def official() -> list[dict]:
 
 def test_official_verdicts_of_mmmu_pro_agree(official):
     rows = [row for row in official if row["bench"] == "mmmu_pro"]
-    for file in {row["file"] for row in rows}:
-        of = [row for row in rows if row["file"] == file]
-        agree = sum(row["ours"].score == row["official_correct"] for row in of)
-        assert agree >= 0.98 * len(of), f"{file}: {agree} of {len(of)}"
+    assert sum(row["ours"].score == row["official_correct"] for row in rows) >= len(rows) - 1
 
 
 def test_nothing_that_is_officially_right_is_lost_on_mathvision(official):
-    counts = defaultdict(Counter)
-    for row in official:
-        if row["bench"] == "mathvision":
-            lost = row["official_correct"] and not row["ours"].score
-            counts[row["file"]] += Counter(
-                official=row["official_correct"], ours=int(row["ours"].score), lost=int(lost)
-            )
-    kept = [c["lost"] == 0 and c["ours"] > c["official"] for c in counts.values()]
-    assert kept and all(kept), counts
+    rows = [row for row in official if row["bench"] == "mathvision"]
+    assert all(row["ours"].score for row in rows if row["official_correct"])
+    officially = sum(row["official_correct"] for row in rows)
+    assert sum(row["ours"].score for row in rows) >= 67 > officially  # units in options
 
 
 def test_an_official_guess_is_unparsed_or_refused(official):
-    guessed = [row for row in official if row["ours"].status not in ("ok", "truncated")]
-    assert {row["ours"].status for row in guessed} <= {"refused", "unparsed", "empty"}
-    assert all(row["ours"].score == 0 and row["ours"].answer is None for row in guessed)
-    assert sum(row["ours"].status == "refused" for row in guessed) >= 10
-
-
-def test_without_their_statement_real_replies_give_the_same_answer_or_none(official):
-    found = Counter()
-    for row in official:
-        if row["options"] and row["ours"].rule in ("answer", "box"):
-            rest = re.sub(r"(?i)[^\n.]*(?:\banswer\b|\\boxed).*", "", row["response"])
-            rest = extract.extract(rest, choices=row["options"])
-            found[rest.status == "ok", rest.answer == row["ours"].answer] += 1
-    assert found[True, True] > 50 and found[True, False] <= 0.03 * found[True, True], found
-
-
-def test_real_replies_restyled_as_statements_keep_their_verdict(official):
-    rng = random.Random(0)
-    for row in rng.sample([r for r in official if r["options"] and r["ours"].status == "ok"], 100):
-        letter = row["ours"].answer
-        if len(letter) == 1:
-            reply = row["response"].replace("\\boxed", "") + f"\n\nThe answer is ({letter})."
-            again = extract.grade(row["answer"], reply, choices=row["options"])
-            assert (again.score, again.answer) == (row["ours"].score, letter), reply
-
-
-def test_chinese_replies_are_read_where_they_conclude():
-    table({
-        "选项B": "B", "所以选C": "C", "故选：D": "D", "因此，正确答案是（B）。": "B",
-        "答案：C": "C", "应选择B。": "B", "所以正确的选项是C": "C", "选项B正确": "B",
-        "综上，选B，因为它最大": "B",
-        "正确答案：B. blue": "B", "答案选（C）": "C", "选项A错误": "unparsed", "不选A": "unparsed",
-        "排除选项B，比较选项C和D。": "unparsed", "A是三角形的中点": "unparsed",
-        "图中选项B显示一只猫": "unparsed",
-    })  # fmt: skip
+    guessed = [row["ours"] for row in official if row["ours"].status != "ok"]
+    assert all(ours.score == 0 and ours.answer is None for ours in guessed)
+    statuses = Counter(ours.status for ours in guessed)
+    assert set(statuses) <= {"refused", "unparsed"} and statuses["refused"] >= 10

@@ -14,11 +14,11 @@ as long as a run takes to start, since every row is read and every picture opene
 import atexit
 import math
 import shutil
-import string
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from string import ascii_uppercase
+from types import SimpleNamespace as Case  # the settings, and what checks leave for later ones
 
 import torch
 import tyro
@@ -34,14 +34,15 @@ from rollout import open_sampler
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 SAMPLE = 2000  # rows, spread over the data, whose prompts and golds are looked at
 TURNED = ("visual.merger.ln_q", "model.layers.0.input_layernorm", "model.norm")  # for each cache
-Case = SimpleNamespace  # the settings, and what checks leave for those after them
 
 
-def refuse(culprits: list[str], cure: str):
-    """ValueError where there are any."""
-    if culprits:
-        more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-        raise ValueError(f"{', '.join(culprits[:3])}{more}: {cure}")
+def require(sound: bool, measured: str | list[str], cure: str):
+    """ValueError, with the measured figure or the first culprits, where it is not sound."""
+    if isinstance(measured, list):
+        more = f" and {len(measured) - 3} more" if len(measured) > 3 else ""
+        measured = ", ".join(measured[:3]) + more
+    if not sound:
+        raise ValueError(f"{measured}: {cure}")
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -66,40 +67,36 @@ def environment(case: Case) -> str:
 
 def model(case: Case) -> str:
     """A weight that no file holds stays noise; where ids differ, picture tokens are sampled, and a
-    stop token that the sampler does not know ends nothing.
-    """
-    where = data.model_directory(case.cfg.model)
+    stop token that the sampler does not know ends nothing."""
+    where = case.directory = data.model_directory(case.cfg.model)
     config, t = read_config(where), data.load_tokenizer(where)
     weights = check_weights(empty_model(where), where)
     good = {name: {i} for name, i in zip(data.VISION, config.vision_token_ids, strict=True)}
     good |= {data.STOP: {*config.stop_ids}, t.eos_token: {*config.stop_ids}}
     ours = {name: t.convert_tokens_to_ids(name) for name in good}
     wrong = [f"{x} is {ours[x]}, in config.json {good[x]}" for x in good if ours[x] not in good[x]]
-    refuse(wrong, f"take all files of {where} from one model")
-    case.directory, case.tokenizer = where, t
-    case.settings = data.load_image_settings(where)
+    require(not wrong, wrong, f"take all files of {where} from one model")
+    case.tokenizer, case.settings = t, data.load_image_settings(where)
     return f"{where}: {len(weights)} tensors, {len(t):,} tokens"
 
 
 def rows(case: Case) -> str:
     """A bad row or a cut picture stops the run, and what is longer than the budget is left out."""
-    cfg, t, settings, share = case.cfg, case.tokenizer, case.settings, case.share
+    cfg, known = case.cfg, (case.tokenizer, case.settings)
     read = data.read_problems if case.rl else data.read_examples
-    every = read(cfg.data, columns=cfg.columns, share=share)
-    opened = data.check_images(every, share)
-    some = [*every[:: math.ceil(len(every) / SAMPLE)]]
-
-    def length(row) -> int:
-        if case.rl:
-            return data.prompt_length(row.prompt, row.images, t, settings, row.id)
-        return len(data.encode_example(row, t, settings))
-
+    every = read(cfg.data, columns=cfg.columns, share=case.share)
+    opened = data.check_images(every, case.share)
+    case.some = [*every[:: math.ceil(len(every) / SAMPLE)]]
+    if case.rl:
+        lengths = [data.prompt_length(r.prompt, r.images, *known, r.id) for r in case.some]
+    else:
+        lengths = [len(data.encode_example(row, *known)) for row in case.some]
     limit = cfg.prompt_tokens if case.rl else cfg.max_tokens
-    short = sorted((row for row in some if length(row) <= limit), key=length)
-    fitting = f"{len(short):,} of {len(some):,} have at most {limit:,} tokens"
-    refuse([] if short else [f"{cfg.data}: {fitting}"], "raise that limit")
-    few = [row for row in short if row.images][:3] + [row for row in short if not row.images][:3]
-    case.some, case.few = some, few
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    short = [case.some[i] for i in order if lengths[i] <= limit]
+    fitting = f"{len(short):,} of {len(lengths):,} have at most {limit:,} tokens"
+    require(bool(short), f"{cfg.data}: {fitting}", "raise that limit")
+    case.few = [row for row in short if row.images][:3] + [r for r in short if not r.images][:3]
     return f"{len(every):,} with {opened:,} pictures; {fitting}"
 
 
@@ -114,7 +111,7 @@ def template(case: Case) -> str:
         end = "".join(t.decode(ids).rpartition(data.STOP)[2].split())
         if not end.count("<|im_start|>") == end.count("<|im_start|>assistant") == 1:
             wrong.append(f"{row.id} ends in {end!r}, not in one <|im_start|>assistant")
-    refuse(wrong, f"give {case.directory} the chat_template of Qwen2.5-VL")
+    require(not wrong, wrong, f"give {case.directory} the chat_template of Qwen2.5-VL")
     return f"{len(case.some):,} prompts"
 
 
@@ -122,15 +119,13 @@ def reward(case: Case) -> str:
     """A gold that does not match itself never rewards; one that is not one option misleads."""
     wrong = []
     for p in case.some:
+        boxes = [f"\\boxed{{{x}}}" for x in (p.answer, *ascii_uppercase[: len(p.choices or ())])]
         how = {"choices": p.choices, "precision": p.precision}
-        letters = string.ascii_uppercase[: len(p.choices or ())]
-        boxes = [f"\\boxed{{{x}}}" for x in (p.answer, *letters)]
         itself, *options = [grade(p.answer, box, **how).score for box in boxes]
-        if not itself:
-            wrong.append(f"{p.id}: {p.answer!r:.40} cannot be graded")
-        elif options and sum(options) != 1:
-            wrong.append(f"{p.id}: {p.answer!r:.40} is not one choice")
-    refuse(wrong, f"mend or drop these rows of {case.cfg.data}")
+        if not itself or (options and sum(options) != 1):
+            fault = "is not one choice" if itself else "cannot be graded"
+            wrong.append(f"{p.id}: {p.answer!r:.40} {fault}")
+    require(not wrong, wrong, f"mend or drop these rows of {case.cfg.data}")
     return f"{len(case.some):,} golds"
 
 
@@ -148,23 +143,21 @@ def start(case: Case) -> str:
 
 def packing(case: Case) -> str:
     """Where attention or positions leak, each row is trained on its neighbours."""
-    documents, limit = [], LIMITS[case.world.dtype]
+    case.documents, limit = [], LIMITS[case.world.dtype]
     for row in case.few:  # a problem has no response, so its own words are one
         words = getattr(row, "response", row.prompt.replace(data.IMAGE_MARKER, " "))
         example = data.Example(row.id, row.prompt, words, row.images)
-        documents.append(data.encode_example(example, case.tokenizer, case.settings))
-    case.documents = documents
-    packed = zip(documents, logps_of(case, documents), strict=True)
+        case.documents.append(data.encode_example(example, case.tokenizer, case.settings))
+    packed = zip(case.documents, logps_of(case, case.documents), strict=True)
     gaps = {d.name: (logps_of(case, [d])[0] - x).abs().mean().item() for d, x in packed}
     wrong = sorted(name for name, gap in gaps.items() if not gap <= limit)
-    refuse(wrong, "read their neighbours in a pack, mend attend() in model.py, and lengths")
+    require(not wrong, wrong, "read their neighbours in a pack, mend attend() in model.py, lengths")
     return f"log-probs off by {max(gaps.values()):.0e} (limit {limit:g})"
 
 
 def sampler(case: Case) -> str:
     """A sampler that is another model than the trainer, or one that keeps old weights, old keys or
-    old pictures after sync(), makes PPO off-policy: slow decay. So all of them are turned round.
-    """
+    old pictures after sync(), makes PPO off-policy: slow decay. So all of them are turned round."""
     from rl import GAP_LIMITS  # here, because the stages import tools
 
     engine, policy, gaps, limit = case.engine, case.policy, [], GAP_LIMITS[case.world.dtype]
@@ -179,15 +172,14 @@ def sampler(case: Case) -> str:
             policy.get_parameter(f"{name}.weight").mul_(-1)
     figure = f"log-probs off by {gaps[0]:.0e}, by {gaps[1]:.0e} of other weights (limit {limit:g})"
     cure = "weights, dtype or positions of the sampler are not the trainer's, or sync() leaves some"
-    refuse([] if max(gaps) <= limit else [figure], cure)
+    require(all(gap <= limit for gap in gaps), figure, cure)  # NaN is not
     return figure
 
 
 @torch.enable_grad()
 def update(case: Case) -> str:
     """A weight without gradient never learns, a tower with one is not frozen, and a bfloat16 master
-    of 1 stays what it was after a step of 1e-6.
-    """
+    of 1 stays what it was after a step of 1e-6."""
     policy, lr, wrong = case.policy, case.cfg.lr, []
     loss = -torch.cat(logps_of(case, case.documents)).mean() / case.world.size
     distributed.backward(policy, loss, case.world, last=True)
@@ -196,7 +188,7 @@ def update(case: Case) -> str:
         frozen = name.startswith("visual.") and not case.vision
         if not math.isfinite(norm) or frozen == (norm > 0):
             wrong.append(f"the gradient of {name} is {norm:g}")
-    refuse(wrong, "mend requires_grad (distributed.load), or the weights")
+    require(not wrong, wrong, "mend requires_grad (distributed.load), or the weights")
     trained = [p for p in policy.parameters() if p.requires_grad]
     case.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     weight = policy.get_parameter("model.layers.0.mlp.down_proj.weight")
@@ -204,7 +196,7 @@ def update(case: Case) -> str:
     case.optimizer.step()
     share = (whole(weight) != before)[clear].float().mean().item()
     figure = f"{share:.1%} of {weight.dtype} masters move at --lr {lr:g}"
-    refuse([] if share > 0.5 else [figure], "too coarse, keep them in float32")
+    require(share > 0.5, figure, "too coarse, keep them in float32")
     return f"loss {loss.item():.3g}, {figure}"
 
 
@@ -224,7 +216,7 @@ def disk(case: Case) -> str:
             shutil.rmtree(run, ignore_errors=True)
     figure = f"{case.cfg.out}: {size / 1e9:.3g} GB written and read, {free / 1e9:.3g} GB left"
     need = 3 * size * (2 if getattr(case.cfg, "algorithm", "") == "ppo" else 1)
-    refuse([] if free > need else [figure], f"a run needs {need / 1e9:.3g} GB, three checkpoints")
+    require(free > need, figure, f"a run needs {need / 1e9:.3g} GB, three checkpoints")
     return figure
 
 
@@ -235,18 +227,16 @@ OF_RL = (reward, sampler)  # a cold start has none
 @torch.no_grad()
 def examine(cfg, world: distributed.World) -> dict[str, tuple[str, str]]:
     """{check: (PASS or FAIL, what to say)}, printed as they come, for settings of rl.py or
-    coldstart.py. With several ranks a check fails where it fails on any.
-    """
+    coldstart.py. With several ranks a check fails where it fails on any."""
     rl, results = hasattr(cfg, "algorithm"), {}
     case = Case(cfg=cfg, world=world, rl=rl, share=(world.rank, world.size))
     for check in (check for check in CHECKS if rl or check not in OF_RL):
         try:
             result = "PASS", check(case)
-        except Exception as error:  # whatever is broken
-            said = isinstance(error, ValueError | OSError)  # by this project
-            result = "FAIL", str(error) if said else f"{type(error).__name__}: {error}"
-        every = distributed.everyone(result)
-        status, words = next((one for one in every if one[0] == "FAIL"), every[0])
+        except Exception as error:  # whatever is broken; ours speak for themselves
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            result = "FAIL", f"{kind}{error}"
+        status, words = min(distributed.everyone(result), key=lambda one: one[0])  # FAIL < PASS
         results[check.__name__] = status, words
         if world.main:
             print(f"{status}  {check.__name__:11}  {words}", flush=True)

@@ -1,19 +1,18 @@
 r"""Scores a model on benchmarks: sample once, keep every reply, grade any time.
 
-    Hub or directory ─benchmarks.py─▶ DIR/items.jsonl ─sampler─▶ DIR/records.jsonl
-    items + records ─extract.py─▶ DIR/graded.jsonl ─metrics.py─▶ DIR/summary.json, DIR/gallery.html
+1. items.jsonl    the questions as they are asked, with pictures, golds and groups (benchmarks.py)
+2. protocol.json  the settings. The paper gives no prompt, temperature, k or token limit for its
+                  tables, so ours stand beside every number; replies of two are never mixed
+3. records.jsonl  one reply a line, no verdict: appended as they come, so a run that is cut off goes
+                  on where it stopped. Several ranks write one file each
+4. graded.jsonl   the verdicts (extract.py), a pure function of items, records, and what judge.py
+                  has said in judged.jsonl: `--regrade DIR` makes them anew in seconds. A reply cut
+                  at the limit is wrong, what cannot be read is `unparsed`: nothing is ever guessed
+5. summary.json   scores (metrics.py) and behaviors (behaviors.py), with gallery.html beside it
 
-items    the questions as they are asked, with their pictures, golds and groups
-records  one reply a line, no verdict: appended as they come, so a run that is cut off goes on where
-         it stopped; replies of two protocols are never mixed. Several ranks write one file each
-graded   the verdicts, a pure function of the two: `--regrade DIR` makes them anew in seconds, with
-         what judge.py has said in DIR/judged.jsonl beside them. A reply cut at the limit is
-         `truncated` and wrong, and what cannot be read is `unparsed`: nothing is ever guessed
-
-The paper gives no prompt, temperature, k or token limit for its tables, so ours stand beside every
-number (DIR/protocol.json). The defaults are a reasoner's: 32k tokens, vLLM where it is installed,
-temperature and k of the benchmark. The model is a HF directory, sampled on all ranks, or whatever
-answers behind an OpenAI-compatible address.
+The defaults are a reasoner's: 32k tokens, vLLM where it is installed, temperature and k of the
+benchmark. The model is a HF directory, sampled on all ranks, or whatever answers behind an
+OpenAI-compatible address.
 
     python eval.py --model out/rl/model --bench mathvista pope        # out/eval/rl/mathvista, ...
     torchrun --nproc-per-node 8 eval.py --model out/rl/model --bench mathvision   # eight GPUs
@@ -31,12 +30,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -46,8 +45,7 @@ from common.client import Endpoint, Failure, each, user_message
 from common.log import changes, fingerprint, progress, run_main, write_json
 from evaluation import behaviors, benchmarks, extract, gallery, metrics
 from evaluation.records import Appender, read_rows, write_rows
-from reward import grade
-from rollout import Rollout, address, open_sampler
+from rollout import address, open_sampler
 
 CHUNK = 2  # batches of replies that a rank samples between two writes
 
@@ -95,43 +93,38 @@ class Config:
         if self.data and len(self.bench) > 1:
             raise ValueError(f"--data is one set, --bench names {len(self.bench)}")
         for run in runs_of(self):  # a wrong name says which there are
-            if run.samples > 1 and run.temperature == 0:
-                raise ValueError(f"k = {run.samples} greedy samples are equal: set --temperature")
+            if run.bench.k > 1 and run.bench.temperature == 0:
+                raise ValueError(f"k = {run.bench.k} greedy samples are equal: set --temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} is not in (0, 1]")
         if self.forbid and self.url:
             raise ValueError("--forbid is for a model directory, not for a server")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model on one benchmark."""
+class Run(NamedTuple):
+    """One model on one benchmark, with k and temperature as the settings have them."""
 
     cfg: Config
-    bench: benchmarks.Benchmark | None  # None: --data
-    name: str
+    bench: benchmarks.Benchmark
     out: Path
-
-    @property
-    def samples(self) -> int:
-        return self.cfg.k or (self.bench.k if self.bench else 1)
-
-    @property
-    def temperature(self) -> float:
-        default = self.bench.temperature if self.bench else 0.0
-        return self.cfg.temperature if self.cfg.temperature >= 0 else default
 
 
 def runs_of(cfg: Config) -> list[Run]:
-    if cfg.data:
-        names, known = [*cfg.bench] or [Path(cfg.data).stem], [None]
-    else:
-        names = [*dict.fromkeys(benchmarks.named(name).name for name in cfg.bench)]
-        known = [benchmarks.named(name) for name in names]
-    home = Path(cfg.out or Path("out/eval") / short_name(cfg.model))
-    alone = cfg.out and len(names) == 1
-    places = [home if alone else home / name for name in names]
-    return [Run(cfg, *of) for of in zip(known, names, places, strict=True)]
+    names = cfg.bench or (Path(cfg.data).stem,)
+    benches = {bench.name: bench for bench in (bench_of(name, cfg.data) for name in names)}
+    home, runs = Path(cfg.out or Path("out/eval") / short_name(cfg.model)), []
+    for name, bench in benches.items():
+        temperature = cfg.temperature if cfg.temperature >= 0 else bench.temperature
+        bench = replace(bench, k=cfg.k or bench.k, temperature=temperature)
+        runs.append(Run(cfg, bench, home if cfg.out and len(benches) == 1 else home / name))
+    return runs
+
+
+def bench_of(name: str, own_data: str) -> benchmarks.Benchmark:
+    """Of --data: one sample, greedy, accuracy by rules; it has no reader and no paper."""
+    if own_data:
+        return benchmarks.Benchmark(name, hub="", reader=None, split="", size=0)
+    return benchmarks.named(name)
 
 
 def short_name(model: str) -> str:
@@ -142,36 +135,35 @@ def short_name(model: str) -> str:
 
 
 def chosen_sampler(cfg: Config) -> str:
-    if cfg.sampler != "auto":
-        return cfg.sampler
-    return "vllm" if find_spec("vllm") else "torch"
+    installed = "vllm" if find_spec("vllm") else "torch"
+    return installed if cfg.sampler == "auto" else cfg.sampler
 
 
 # ---- items
 
 
-def make_items(run: Run) -> list[dict]:
+def make_items(run: Run) -> None:
     """items.jsonl, written once: what is asked must not change under the replies."""
     cfg, file = run.cfg, run.out / "items.jsonl"
     run.out.mkdir(parents=True, exist_ok=True)
-    if not (file.exists() and read_records(run.out)):  # a failed start is forgotten
-        if cfg.data:
-            write_rows(file, items_of_data(run))
-        else:
-            own = Path(cfg.place, run.name) if cfg.place else None
-            place = str(own) if own and own.exists() else cfg.place
-            benchmarks.write_items(run.bench, place, run.out, cfg.limit)
-    return read_rows(file)
+    if file.exists() and read_records(run.out):  # a failed start is forgotten
+        return
+    if cfg.data:
+        write_rows(file, items_of_data(cfg, run.out))
+    else:
+        own = Path(cfg.place, run.bench.name)
+        place = str(own) if cfg.place and own.exists() else cfg.place
+        benchmarks.write_items(run.bench, place, run.out, cfg.limit)
 
 
-def items_of_data(run: Run) -> list[dict]:
-    items, here = [], os.path.abspath(run.out)
-    for p in data.read_problems(run.cfg.data)[: run.cfg.limit or None]:
+def items_of_data(cfg: Config, folder: Path) -> list[dict]:
+    items = []
+    for p in data.read_problems(cfg.data)[: cfg.limit or None]:
         if not all(isinstance(image, str) for image in p.images):
-            raise ValueError(f"{run.cfg.data}: {p.id} has its pictures inside; write them as files")
+            raise ValueError(f"{cfg.data}: {p.id} has its pictures inside; write them as files")
         item = {"id": p.id, "source": p.source, "prompt": p.prompt, "answer": p.answer}
-        item |= {"choices": p.choices, "precision": p.precision, "question": p.prompt}
-        item["images"] = [os.path.relpath(os.path.abspath(image), here) for image in p.images]
+        item |= {"choices": p.choices, "precision": p.precision}
+        item["images"] = [os.path.relpath(image, folder) for image in p.images]
         item["category"] = "image" if p.images else "text"
         item["chance"] = 1 / len(p.choices) if p.choices else 0.0
         items.append({name: value for name, value in item.items() if value is not None})
@@ -192,35 +184,28 @@ def hashes(item: dict, folder: Path) -> dict[str, str]:
 
 def problems_of(items: list[dict], folder: Path, pictures: str) -> list[data.Problem]:
     """What the sampler takes. The controls: pictures blank, of their size, or another item's."""
-    shown = {item["id"]: item["images"] for item in items}
-    if pictures == "shuffled":
-        shown = others(items, folder)
-    if pictures == "blank":
-        shown = {name: [blank(folder, image) for image in images] for name, images in shown.items()}
-    return [
-        data.Problem(
-            item["id"],
-            item["prompt"],
-            str(item["answer"]),
-            tuple(str(folder / image) for image in shown[item["id"]]),
-        )
-        for item in items
-    ]
+    problems = []
+    for at, item in enumerate(items):
+        names = item["images"]
+        if pictures == "shuffled" and names:
+            names = other_pictures(items[at:] + items[:at], folder)
+        if pictures == "blank":
+            names = [blank(folder, name) for name in names]
+        shown, gold = tuple(str(folder / name) for name in names), str(item["answer"])
+        problem = data.Problem(item["id"], item["prompt"], gold, shown, extra=hashes(item, folder))
+        problems.append(problem)
+    return problems
 
 
-def others(items: list[dict], folder: Path) -> dict[str, list[str]]:
-    """{id: the next other pictures among the items, as many, none of them its own}. By what the
-    files hold: the questions of POPE or MME share a picture."""
-    own = {item["id"]: tuple(digest(folder / name) for name in item["images"]) for item in items}
-    names = {own[item["id"]]: item["images"] for item in items}
-    sets, found = [*names], {}
-    for at, key in enumerate(sets):
-        later = (sets[(at + n) % len(sets)] for n in range(1, len(sets)))
-        fits = (k for k in later if len(k) == len(key) and not set(k) & set(key))
-        found[key] = names[next(fits, ())] if key else []
-        if key and not found[key]:
-            raise ValueError(f"--pictures shuffled: no other pictures to show for {names[key]}")
-    return {name: found[key] for name, key in own.items()}
+def other_pictures(items: list[dict], folder: Path) -> list[str]:
+    """Of the next item with as many pictures, none of which is the first item's. By what the files
+    hold: the questions of POPE or MME share a picture."""
+    own = [digest(folder / name) for name in items[0]["images"]]
+    for item in items[1:]:
+        others = item["images"]
+        if len(others) == len(own) and not {digest(folder / name) for name in others} & {*own}:
+            return others
+    raise ValueError(f"--pictures shuffled: no other pictures to show for {items[0]['images']}")
 
 
 def blank(folder: Path, name: str) -> str:
@@ -241,29 +226,24 @@ def blank(folder: Path, name: str) -> str:
 PROTOCOL = "model data limit max_tokens top_p pictures seed url".split()
 
 
-def protocol_of(run: Run) -> dict:
-    """What may not change between the replies of a directory, and stands beside every number."""
-    cfg = run.cfg
-    told = {name: asdict(cfg)[name] for name in PROTOCOL} | {"bench": run.name}
-    told |= {"k": run.samples, "temperature": run.temperature}
-    told["sampler"] = "" if cfg.url else chosen_sampler(cfg)
-    if cfg.forbid:
-        told["forbid"] = cfg.forbid
-    if cfg.data:
-        told["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
-    else:
-        prompts = [item["prompt"] for item in read_rows(run.out / "items.jsonl")]
-        ends = [how for how in benchmarks.KINDS if any(p.endswith(how) for p in prompts)]
-        told["prompts"] = ends
-    return told | {"items": fingerprint(run.out / "items.jsonl")}
-
-
 def claim(run: Run) -> None:
-    """ValueError if the directory holds replies of another protocol."""
-    protocol, file = protocol_of(run), run.out / "protocol.json"
-    before = json.loads(file.read_text()) if file.exists() and read_records(run.out) else protocol
-    if found := "; ".join(changes(before, protocol)):
-        raise ValueError(f"{run.out} holds replies of another protocol ({found}): another --out")
+    """protocol.json: what may not change between the replies of a directory, and stands beside
+    every number. ValueError if the directory holds replies of another protocol."""
+    cfg, items, file = run.cfg, run.out / "items.jsonl", run.out / "protocol.json"
+    protocol = {name: getattr(cfg, name) for name in PROTOCOL} | {"bench": run.bench.name}
+    protocol |= {"k": run.bench.k, "temperature": run.bench.temperature}
+    protocol["sampler"] = "" if cfg.url else chosen_sampler(cfg)
+    protocol |= {"forbid": [*cfg.forbid]} if cfg.forbid else {}
+    if cfg.data:
+        protocol["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
+    else:
+        prompts = [item["prompt"] for item in read_rows(items)]
+        used = [how for how in benchmarks.KINDS if any(p.endswith(how) for p in prompts)]
+        protocol["prompts"] = used  # how the kinds of questions ask for the answer
+    protocol["items"] = fingerprint(items)
+    before = read_json(file) if file.exists() and read_records(run.out) else protocol
+    if new := "; ".join(changes(before, protocol)):
+        raise ValueError(f"{run.out} holds replies of another protocol ({new}): another --out")
     write_json(file, protocol)
 
 
@@ -272,10 +252,10 @@ def read_records(out: Path) -> list[dict]:
     return [record for path in sorted(out.glob("records*.jsonl")) for record in read_rows(path)]
 
 
-def settle(out: Path, items: list[dict]) -> None:
+def settle(out: Path) -> None:
     """A complete run has one file of records, in the order of the items, each reply once."""
-    places = {item["id"]: i for i, item in enumerate(items)}
     newest = {(record["id"], record["sample"]): record for record in read_records(out)}
+    places = {item["id"]: i for i, item in enumerate(read_rows(out / "items.jsonl"))}
     order = sorted(newest, key=lambda key: (places[key[0]], key[1]))
     write_rows(out / "records.jsonl", [newest[key] for key in order])
     for path in out.glob("records.rank*.jsonl"):
@@ -285,31 +265,42 @@ def settle(out: Path, items: list[dict]) -> None:
 # ---- sampling
 
 
-def sample(run: Run, world, opened: Callable) -> None:
-    """Appends the missing replies. A sampler tries an item again as a whole if a reply is missing,
-    its prompt is read once; of a server, which may cost, only what is missing is asked."""
-    items = read_rows(run.out / "items.jsonl")
+def sample(run: Run, world, open_once: Callable) -> None:
+    """Appends the missing replies."""
+    cfg, items = run.cfg, read_rows(run.out / "items.jsonl")
     done = {(record["id"], record["sample"]) for record in read_records(run.out)}
     world.wait()  # nobody writes before all have read
-    problems = problems_of(items, run.out, run.cfg.pictures)
-    count = Counter(name for name, _ in done)
-    todo = [pair for pair in zip(items, problems, strict=True)
-            if count[pair[0]["id"]] < run.samples]  # fmt: skip
-    if not todo or (run.cfg.url and not world.main):  # a server is asked once, whatever the ranks
+    replies = [(item["id"], n) for item in items for n in range(run.bench.k)]
+    missing = [reply for reply in replies if reply not in done]
+    if not missing or (cfg.url and not world.main):  # a server is asked once, whatever the ranks
         return
     name = f"records.rank{world.rank}.jsonl" if world.size > 1 else "records.jsonl"
     write = Appender(run.out / name).add
-    if run.cfg.url:
-        return ask_server(run, todo, done, write)
-    cfg, sampler = run.cfg, opened()
-    size = min(CHUNK * cfg.sampler_batch // run.samples, math.ceil(len(todo) / world.size)) or 1
-    chunks = [todo[at : at + size] for at in range(0, len(todo), size)]
-    turns = distributed.my_problems(world, len(chunks), f"eval/{run.out}", dynamic=True)
-    for turn in progress(turns, run.name, len(chunks)):
-        chunk = chunks[turn]
-        drawn = (run.samples, cfg.max_tokens, run.temperature, (cfg.seed,))
-        for rollout in sampler.generate([problem for _, problem in chunk], *drawn):
-            write(record_of(run, chunk[rollout.index][0], rollout))
+    problems = {problem.id: problem for problem in problems_of(items, run.out, cfg.pictures)}
+    if cfg.url:
+        ask_server(run, [(problems[name], n) for name, n in missing], write)
+    else:
+        names = dict.fromkeys(name for name, _ in missing)
+        ask_sampler(run, [problems[name] for name in names], write, world, open_once())
+
+
+def ask_sampler(run: Run, problems: list, write: Callable, world, sampler) -> None:
+    """An item of which a reply is missing is sampled again as a whole: its prompt is read once."""
+    cfg, n = run.cfg, run.bench.k
+    size = min(CHUNK * cfg.sampler_batch // n, math.ceil(len(problems) / world.size)) or 1
+    chunks = [problems[at : at + size] for at in range(0, len(problems), size)]
+    mine = distributed.my_problems(world, len(chunks), f"eval/{run.out}", dynamic=True)
+    for c in progress(mine, run.bench.name, len(chunks)):
+        replies = sampler.generate(chunks[c], n, cfg.max_tokens, run.bench.temperature, (cfg.seed,))
+        for reply in replies:
+            finish = "stop" if reply.stopped else "length"
+            about = {"response": reply.text, "finish": finish, "tokens": len(reply.response_ids)}
+            write(record_of(run, reply.problem, reply.sample) | about)
+
+
+def record_of(run: Run, problem: data.Problem, sample: int) -> dict:
+    """What a reply is to, with the hashes of what was asked."""
+    return {"id": problem.id, "sample": sample, "seed": run.cfg.seed} | problem.extra
 
 
 def open_for(cfg: Config, world):
@@ -324,22 +315,15 @@ def open_for(cfg: Config, world):
     return sampler
 
 
-def record_of(run: Run, item: dict, rollout: Rollout) -> dict:
-    record = {"id": item["id"], "sample": rollout.sample, "seed": run.cfg.seed}
-    record |= hashes(item, run.out) | {"response": rollout.text}
-    finish = "stop" if rollout.stopped else "length"
-    return record | {"finish": finish, "tokens": len(rollout.response_ids)}
-
-
-def ask_server(run: Run, todo: list[tuple], done: set, write: Callable) -> None:
-    """Records of a served model; what it fails at is told, and asked again by the same command."""
-    cfg, failures = run.cfg, Counter()
-    sampling = {"max_tokens": cfg.max_tokens, "temperature": run.temperature, "top_p": cfg.top_p}
-    missing = [(*pair, n) for pair in todo for n in range(run.samples)
-               if (pair[0]["id"], n) not in done]  # fmt: skip
+def ask_server(run: Run, missing: list[tuple], write: Callable) -> None:
+    """Only what is missing is asked, for it may cost. What the server fails at is printed, and
+    asked again by the same command."""
+    cfg, name, failures = run.cfg, run.bench.name, Counter()
+    sampling = {"max_tokens": cfg.max_tokens, "top_p": cfg.top_p}
+    sampling["temperature"] = run.bench.temperature
 
     async def work(ask: Callable, job: tuple):
-        item, problem, n = job
+        problem, n = job
         message = user_message(problem.prompt, problem.images)
         seed = address((cfg.seed,), problem.id, n)
         reply = await ask(sampling | {"messages": [message], "seed": seed})
@@ -347,17 +331,16 @@ def ask_server(run: Run, todo: list[tuple], done: set, write: Callable) -> None:
             failures[f"{reply.error}: {reply.message}"] += 1
             return
         thought = "" if reply.thought is None else f"<think>\n{reply.thought}\n</think>\n\n"
-        record = {"id": item["id"], "sample": n, "seed": cfg.seed} | hashes(item, run.out)
-        record |= {"response": thought + reply.text, "finish": reply.finish}
-        write(record | {"tokens": reply.completion_tokens})
+        about = {"response": thought + reply.text, "finish": reply.finish}
+        write(record_of(run, problem, n) | about | {"tokens": reply.completion_tokens})
 
     endpoint = Endpoint(cfg.url, cfg.model, cfg.key_env, cfg.concurrency)
-    each(endpoint, progress(missing, run.name), work)
+    each(endpoint, progress(missing, name), work)
     for why, count in failures.most_common(5):
-        print(f"{run.name}: {count} requests failed: {why}")
+        print(f"{name}: {count} requests failed: {why}")
     if failures:
         lost = f"{failures.total()} of {len(missing)} replies are missing"
-        raise ValueError(f"{run.name}: {lost}: give the command again")
+        raise ValueError(f"{name}: {lost}: give the command again")
 
 
 # ---- grading
@@ -366,74 +349,50 @@ def ask_server(run: Run, todo: list[tuple], done: set, write: Callable) -> None:
 def graded(record: dict, item: dict, before: dict | None = None) -> dict:
     """The record with its verdict, what metrics group by, and its spans of behaviours: those of
     `before`, this reply's row of an earlier grading, if the lexicon has not changed since."""
-    verdict = extract.grade(
-        str(item["answer"]),
-        record["response"],
-        choices=item.get("choices"),
-        precision=item.get("precision"),
-        kind=item.get("kind"),
-        finish=record["finish"],
-    )
-    row = record | {"score": verdict.score, "status": verdict.status, "rule": verdict.rule}
+    gold, reply = str(item["answer"]), record["response"]
+    how = {name: item.get(name) for name in ("choices", "precision", "kind")}
+    verdict = extract.grade(gold, reply, finish=record["finish"], **how)
     about = ("source", "answer", "category", "group", "seen", "chance")
-    row |= {name: item.get(name) for name in about}
-    row |= {"extracted": verdict.answer, "image": bool(item["images"])}
-    row["lexicon"], known = behaviors.VERSION, before or {}
-    if known.get("lexicon") == behaviors.VERSION and known["response"] == record["response"]:
-        return row | {"spans": known["spans"]}
+    row = record | {name: item.get(name) for name in about} | {"image": bool(item["images"])}
+    row |= {"score": verdict.score, "status": verdict.status, "rule": verdict.rule}
+    row |= {"extracted": verdict.answer, "lexicon": behaviors.VERSION}
+    if before and (before["response"], before["lexicon"]) == (reply, behaviors.VERSION):
+        return row | {"spans": before["spans"]}
     question = item.get("question") or item["prompt"]
-    return row | {"spans": behaviors.find_in_thought(record["response"], question)}
+    return row | {"spans": behaviors.find_in_thought(reply, question)}
 
 
-def regrade(out: Path) -> list[dict]:
-    """graded.jsonl anew from items, records, and the judge's word if it is there.
-
-    ValueError names a record whose question has changed, and one without an item.
-    """
+def regrade(out: Path, bench: benchmarks.Benchmark) -> list[dict]:
+    """graded.jsonl anew from items, records, and the judge's word if it is there."""
     items = {item["id"]: item for item in read_rows(out / "items.jsonl")}
     judged, before = (
         {(row["id"], row["sample"]): row for row in read_rows(out / f"{name}.jsonl")}
         for name in ("judged", "graded")
     )
-    asked, rows = cache(lambda name: hashes(items[name], out)), []
+    rows = []
     for record in progress(read_records(out), "grading"):
-        key = record["id"], record["sample"]
-        if record["id"] not in items:
-            raise ValueError(f"{out}: reply to {record['id']!r}, which is not among the items")
-        if any(record[name] != value for name, value in asked(record["id"]).items()):
-            raise ValueError(f"{out}: item {record['id']} is not what its reply was asked")
-        row = graded(record, items[record["id"]], before.get(key))
+        item, key = items.get(record["id"]), (record["id"], record["sample"])
+        if not item or (record | hashes(item, out)) != record:
+            raise ValueError(f"{out}: item {key[0]} is gone or is not what its reply was asked")
+        row = graded(record, item, before.get(key))
+        if bench.judge == "only":  # sentences: without a judge there is no score
+            row["score"] = None
         if key in judged:
             row["judge_score"] = judged[key]["judge_score"]
         rows.append(row)
-    bench = bench_of(json.loads((out / "protocol.json").read_text()))
-    if bench and bench.judge == "only":  # sentences: without a judge there is no score
-        rows = [row | {"score": None} for row in rows]
     write_rows(out / "graded.jsonl", rows)
     return rows
-
-
-def bench_of(protocol: dict) -> benchmarks.Benchmark | None:
-    return None if protocol["data"] else benchmarks.named(protocol["bench"])
-
-
-def same(a: str, b: str) -> bool:
-    """Are two extracted answers one, for maj@k? 1/2 and 0.5 are."""
-    return a == b or grade(a, f"\\boxed{{{b}}}", digits=6).score == 1
 
 
 def finish(out: Path) -> dict:
     """Everything that follows from items and records. summary.json comes last, and whole: it says
     that a benchmark is done (runs/eval.sh)."""
-    rows, items = regrade(out), read_rows(out / "items.jsonl")
-    protocol = json.loads((out / "protocol.json").read_text())
-    bench, paper = bench_of(protocol), {}
-    if bench and len(items) > 0.95 * bench.size:  # a part of it is another benchmark
-        paper = {of: ovr for of, (_, _, ovr) in bench.paper.items()}
-        if bench.metric == "accuracy":
-            paper.pop("mean", None)  # of the two MMMU-Pro: see show_table
-    metric = bench.metric if bench else "accuracy"
-    summary = metrics.summarise(metric, rows, items, paper, same)
+    protocol = read_json(out / "protocol.json")
+    bench = bench_of(protocol["bench"], protocol["data"])
+    rows, items = regrade(out, bench), read_rows(out / "items.jsonl")
+    whole = len(items) > 0.95 * bench.size  # a part of it is another benchmark
+    paper = {name: ovr for name, (_, _, ovr) in bench.paper.items()} if whole else {}
+    summary = metrics.summarise(bench.metric, rows, items, paper)
     summary |= {"behaviors": behaviors.summarise(rows), "protocol": protocol}
     text = gallery.page(rows, items, out.name, protocol, out, (200, 0))  # gallery.py has more
     (out / "gallery.html").write_text(text, encoding="utf-8")
@@ -441,45 +400,52 @@ def finish(out: Path) -> dict:
     return summary
 
 
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
 # ---- several directories
 
 
-def show_table(folders: Iterable[str]) -> None:
-    ends = Counter(Path(folder).name for folder in folders)
-    names = {f: Path(f).name if ends[Path(f).name] == 1 else str(f) for f in folders}
-    summaries = {names[f]: json.loads((Path(f) / "summary.json").read_text()) for f in folders}
-    pro = {Path(f).name: f for f in folders if Path(f).name in ("mmmu_pro", "mmmu_pro_vision")}
-    if len(pro) == 2:  # the paper's number is their mean
-        parts = {name: read_rows(Path(folder) / "graded.jsonl") for name, folder in pro.items()}
-        rows = metrics.as_parts(parts)
-        items = [*{row["id"]: row for row in rows}.values()]
-        paper = {"mean": benchmarks.named("mmmu_pro").paper["mean"][-1]}
-        summaries["mmmu_pro, both"] = metrics.summarise("mean of parts", rows, items, paper)
-    print(metrics.table(summaries))
+def show_table(folders: list[Path]) -> None:
+    ends = Counter(folder.name for folder in folders)
+    names = {folder: folder.name if ends[folder.name] == 1 else f"{folder}" for folder in folders}
+    summaries = {name: read_json(folder / "summary.json") for folder, name in names.items()}
+    forms = [folder for folder in folders if folder.name in ("mmmu_pro", "mmmu_pro_vision")]
+    both = mmmu_pro(forms) if len(forms) == 2 and len({*ends}) > 1 else {}
+    print(metrics.table(summaries | both))
     for name, summary in summaries.items():
-        if "protocol" in summary:
-            told = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
-            print(f"{name}: {told}")
+        settings = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
+        print(f"{name}: {settings}")
+
+
+def mmmu_pro(forms: list[Path]) -> dict[str, dict]:
+    """The paper's number is most likely the mean of the two forms of the questions."""
+    rows = [row for folder in forms for row in read_rows(folder / "graded.jsonl")]
+    rows = [row | {"group": {"question": row["id"].split("/", 1)[1]}} for row in rows]
+    items = [*{row["id"]: row for row in rows}.values()]
+    paper = {"accuracy": benchmarks.named("mmmu_pro").paper["mean"][-1]}
+    return {"mmmu_pro, both": metrics.summarise("both forms", rows, items, paper)}
 
 
 def show_comparison(before: Path, after: Path) -> None:
-    metric = json.loads((before / "summary.json").read_text())["metric"]
+    metric = read_json(before / "summary.json")["metric"]
     rows = [read_rows(out / "graded.jsonl") for out in (before, after)]
-    found = metrics.compare(metric, *rows)
-    for name, d in found["difference"].items():
+    comparison = metrics.compare(metric, *rows)
+    for name, d in comparison["difference"].items():
         print(
             f"{name}: {d['before']:.3f} -> {d['after']:.3f}, {d['difference']:+.3f} "
             f"[{d['low']:+.3f}, {d['high']:+.3f}], p {d['p']:.3g}"
         )
-    print(f"McNemar: {found['mcnemar']}")
+    print(f"McNemar: p {comparison['sign']:.3g}")
     ids = [[(row["id"], row["sample"]) for row in run] for run in rows]
     if ids[0] == ids[1]:
         old, new = (behaviors.shown_by([row["spans"] for row in run]) for run in rows)
-        changes = behaviors.paired_difference(new, old, [name for name, _ in ids[0]])
-        for name, (change, low, high) in changes.items():
+        habits = behaviors.paired_difference(new, old, [name for name, _ in ids[0]])
+        for name, (change, low, high) in habits.items():
             print(f"{name}: {change:+.3f} of the replies [{low:+.3f}, {high:+.3f}]")
     for way in ("gained", "lost"):
-        print(f"{way}: {len(found[way])}: {' '.join(map(str, found[way][:50]))}")
+        print(f"{way}: {len(comparison[way])}: {' '.join(map(str, comparison[way][:50]))}")
 
 
 def evaluate(cfg: Config) -> None:
@@ -489,14 +455,14 @@ def evaluate(cfg: Config) -> None:
     for run in runs if world.main else ():  # what is missing of the last is said before the first
         make_items(run)
         claim(run)
-    opened = cache(lambda: open_for(cfg, world))
+    open_once = cache(lambda: open_for(cfg, world))  # one sampler for all benchmarks
     for run in runs:
         world.wait()
-        sample(run, world, opened)
+        sample(run, world, open_once)
         world.wait()
         if world.main:
-            settle(run.out, read_rows(run.out / "items.jsonl"))
-            print(metrics.table({run.name: finish(run.out)}), f"{run.out}", sep="\n", flush=True)
+            settle(run.out)
+            print(metrics.table({run.bench.name: finish(run.out)}), run.out, sep="\n", flush=True)
     distributed.finish(world)
 
 
@@ -504,7 +470,7 @@ def main(cfg: Config):
     if cfg.list:
         print(benchmarks.table())
     elif cfg.table:
-        show_table(cfg.table)
+        show_table([*map(Path, cfg.table)])
     elif cfg.compare:
         show_comparison(*map(Path, cfg.compare))
     elif cfg.regrade:

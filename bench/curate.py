@@ -5,7 +5,7 @@
 Each size is generated, curated in a process of its own and deleted. A row is a logic problem
 (logic.py) with a trace of random words; one row in ten is a copy, nearly a copy, or damaged. Peak
 memory is the proportional share (PSS) of all processes of the run, looked at four times a second;
-it has to grow by the 126 bytes a row that curate.py keeps, and by nothing else.
+it has to grow by the 164 bytes a row that curate.py keeps, and by little else.
 """
 
 import json

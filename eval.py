@@ -43,8 +43,8 @@ from PIL import Image
 from common import data, distributed
 from common.client import Endpoint, Failure, each, user_message
 from common.log import changes, fingerprint, progress, run_main, write_json
+from common.records import Appender, read_rows, write_rows
 from evaluation import behaviors, benchmarks, extract, gallery, metrics
-from evaluation.records import Appender, read_rows, write_rows
 from rollout import address, open_sampler
 
 CHUNK = 2  # batches of replies that a rank samples between two writes

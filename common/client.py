@@ -1,31 +1,32 @@
 r"""Replies of a model behind any OpenAI-compatible address: a vLLM of one's own, or a paid one.
 
-    each(Endpoint("http://127.0.0.1:8000/v1", "deepseek-r1"), rows, work)
+    ask_for_all(Endpoint("http://127.0.0.1:8000/v1", "deepseek-r1"), jobs, request, write)
 
-    async def work(ask, row):                     # `concurrency` of them at a time
-        reply = await ask({"messages": [user_message(row["prompt"])], "temperature": 0.6})
-        file.write(...)                           # on disk before this worker asks anything more
+    request(job) -> {"messages": [user_message(prompt)], "temperature": 0.6}, None: nothing is left
+    write(job, outcome)                           # a Reply or a Failure, put on disk
 
-The `openai` package asks, waits and tries again what fails before a reply begins. A long reply
-takes many minutes: it is streamed, so that silence for `stall` seconds tells a dead server from a
-slow one, and a stream that breaks off or holds garbage is asked for again here. An error of one
-request is data, a Failure; one that all requests share (a wrong key, an unknown model, a dead
-server) raises Unusable. Tokens are those that the server counts, else unknown. Loads no torch.
+The `openai` package asks, waits and tries again what fails before a reply begins. A reply takes
+many minutes: it is streamed, so that silence for `stall` seconds tells a dead server from a slow
+one, and a stream that breaks off or holds garbage is asked for again here. An error of one request
+is data, a Failure; one that all share (a wrong key, an unknown model, a dead server) is Unusable.
 """
 
 import asyncio
 import base64
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 from PIL import Image
 
+from common.log import command_line
+
 IMAGE_MARKER = "<image>"  # as data.py reads it
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a broken stream is asked for again; doubles
+PAUSE = 5.0  # seconds before a broken stream is asked for again, then twice and three times that
 IN_A_ROW = 50  # failures, and not a word from the server in between
 SAME_FOR_ALL = (401, 402, 403, 404, 405, 429)  # statuses: no other request would fare better
 CURE = "check the key, the account, the model's name, --concurrency, and the url, which ends in /v1"
@@ -80,25 +81,21 @@ class Failure:
     message: str
 
 
-# ---- what to ask
-
-
 def user_message(prompt: str, pictures: Sequence[str | Path] = ()) -> dict:
     """The prompt with pictures where <image> stands, or before it where it stands nowhere."""
     if not pictures:
         return {"role": "user", "content": prompt}
     if IMAGE_MARKER not in prompt:
         prompt = IMAGE_MARKER * len(pictures) + prompt
-    texts = prompt.split(IMAGE_MARKER)
+    texts = [{"type": "text", "text": text.strip()} for text in prompt.split(IMAGE_MARKER)]
     if len(texts) != len(pictures) + 1:
         raise ValueError(f"{len(texts) - 1} {IMAGE_MARKER} markers for {len(pictures)} pictures")
-    parts = [{"type": "text", "text": texts[0].strip()}]
+    content = texts[:1]
     for path, text in zip(pictures, texts[1:], strict=True):
         data = base64.b64encode(Path(path).read_bytes()).decode()
         url = f"data:{picture_type(path)};base64,{data}"
-        parts += [{"type": "image_url", "image_url": {"url": url}}]
-        parts += [{"type": "text", "text": text.strip()}]
-    return {"role": "user", "content": [part for part in parts if part.get("text") != ""]}
+        content += [{"type": "image_url", "image_url": {"url": url}}, text]
+    return {"role": "user", "content": [part for part in content if part.get("text") != ""]}
 
 
 def picture_type(path: str | Path) -> str:
@@ -107,30 +104,34 @@ def picture_type(path: str | Path) -> str:
         return Image.MIME[image.format]
 
 
-# ---- asking
+def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Callable) -> None:
+    """Asks for every job until request(job) is None. A reply is on disk before its job asks for
+    more; a Failure ends its job, as all tries were used. Where nothing more is to be had, and at
+    Ctrl-C, it stops with the command that goes on."""
+    failures = Counter()
+
+    async def work(ask: Callable, job):
+        outcome = None
+        while not isinstance(outcome, Failure) and (body := request(job)):
+            outcome = await ask(body)
+            write(job, outcome)
+        if isinstance(outcome, Failure):
+            failures[f"{outcome.error}: {outcome.message}"] += 1
+
+    try:
+        each(endpoint, jobs, work)
+    except (KeyboardInterrupt, Unusable) as error:
+        print(f"every reply that came is on disk; to go on: {command_line()}")
+        raise SystemExit(f"stopped: {error or 'Ctrl-C'}") from error
+    for why, count in failures.most_common(5):
+        print(f"{count:,} requests failed: {why}")
 
 
 def each(endpoint: Endpoint, jobs: Iterable, work: Callable[[Callable, object], Awaitable]) -> None:
     """Awaits work(ask, job) for every job, `concurrency` at a time; each is pulled when there is a
     place for it, so that millions of jobs take no memory. What one of them raises ends it all."""
-    jobs = iter(jobs)
-
-    async def everything():
-        settings = {"max_retries": endpoint.retries, "api_key": endpoint.key()}
-        settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
-        async with openai.AsyncOpenAI(base_url=endpoint.url, **settings) as client:
-            asker = Asker(endpoint, client)
-
-            async def worker():
-                for job in jobs:
-                    await work(asker.ask, job)
-
-            async with asyncio.TaskGroup() as group:
-                for _ in range(endpoint.concurrency):
-                    group.create_task(worker())
-
     try:
-        asyncio.run(everything())
+        asyncio.run(Asker(endpoint).each(iter(jobs), work))
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
 
@@ -138,41 +139,51 @@ def each(endpoint: Endpoint, jobs: Iterable, work: Callable[[Callable, object], 
 class Asker:
     """Asks an endpoint, and gives it up where nothing but failures is heard of it."""
 
-    def __init__(self, endpoint: Endpoint, client: openai.AsyncOpenAI):
-        self.endpoint, self.client, self.failures = endpoint, client, 0
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint, self.failures = endpoint, 0
+        settings = {"api_key": endpoint.key(), "max_retries": endpoint.retries}
+        settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
+        self.client = openai.AsyncOpenAI(base_url=endpoint.url, **settings)
+
+    async def each(self, jobs: Iterator, work: Callable) -> None:
+        async def worker():
+            for job in jobs:
+                await work(self.ask, job)
+
+        async with self.client, asyncio.TaskGroup() as group:
+            for _ in range(self.endpoint.concurrency):
+                group.create_task(worker())
 
     async def ask(self, body: dict) -> Reply | Failure:
         """body: of a chat completion, as {"messages": [...], "temperature": 0.6}; one choice."""
-        extras = {"stream": True, "stream_options": {"include_usage": True}}
-        body = {"model": self.endpoint.model} | body | extras
+        body = {"model": self.endpoint.model, "stream": True} | body
+        body["stream_options"] = {"include_usage": True}
         for attempt in range(self.endpoint.retries + 1):
+            await asyncio.sleep(attempt * PAUSE)
             try:  # the library itself tries again what fails before the first byte
                 stream = await self.client.chat.completions.create(**body)
             except openai.APIError as error:
                 if type(error) is openai.APIConnectionError:
-                    raise Unusable(
-                        f"{self.endpoint.url}: {error.__cause__}; does it run?"
-                    ) from error
+                    why = f"{self.endpoint.url}: {error.__cause__}; does it run?"
+                    raise Unusable(why) from error
                 return self.failed(error)
             try:
                 reply = await collect(stream)
-                self.failures = 0
-                return reply
             except BROKEN as error:
                 broken = error
-            if attempt < self.endpoint.retries:
-                await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))
+            else:
+                self.failures = 0
+                return reply
         return self.failed(broken)
 
     def failed(self, error: Exception) -> Failure:
         status = getattr(error, "status_code", None)
-        name = f"status {status}" if status else type(error).__name__
         message = str(error).replace(self.endpoint.key(), "KEY")  # some servers repeat it
         self.failures += 1
         if status in SAME_FOR_ALL or self.failures >= IN_A_ROW:
             same = f"{self.failures} failures and no reply since: {message}"
             raise Unusable(f"{self.endpoint.url}, model {self.endpoint.model}, {same}; {CURE}")
-        return Failure(name, message)
+        return Failure(f"status {status}" if status else type(error).__name__, message)
 
 
 async def collect(stream: openai.AsyncStream) -> Reply:

@@ -35,8 +35,8 @@ from typing import Any
 from common import sets
 from common.data import IMAGE_MARKER
 from common.log import run_main
+from common.records import write_rows
 from common.sets import Dropped, Unfit, joined_blanks, letter_place, multiple_choice, text_of
-from evaluation.records import write_rows
 
 # how to answer: the end of every prompt; ours
 FREE = "Think step by step. Put the final answer in \\boxed{}."

@@ -26,8 +26,8 @@ import jinja2
 
 from common.data import load_image
 from common.log import progress, run_main
+from common.records import read_rows
 from evaluation.behaviors import HUES, thinking
-from evaluation.records import read_rows
 
 FILTERS = ("status", "score", "category", "behaviour")
 SIDE = 480  # pixels of a picture, at most: 300 of them are 3 MB

@@ -7,36 +7,32 @@ The paper counts behaviours with GPT-4o, one call a behaviour and response, whic
 prompts: these, and temperature 0, are ours. A reply without exactly one readable tag is asked for
 once more with another seed; then the verdict is None, never 0.
 
-A reply is written down the moment it is there, under a hash of model and prompt: after a kill the
-same command goes on, and no prompt is paid for twice. Verdicts are read anew from the replies each
-time. MathVision-mini at 10k tokens a response is 304 x 8 x 10k = 24 M tokens, hence --sample: what
-is drawn also corrects the lexicon's rates over all responses (behaviors.corrected_rate).
+A reply is written down the moment it is there, under a hash of model and prompt: no prompt is paid
+for twice, and verdicts are read anew each time. MathVision-mini at 10k tokens a response is 304 x 8
+x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates over all responses.
 
     python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
-    export KEY=...
     python -m evaluation.judge --records DIR --what answers --url https://api.openai.com/v1 \
-        --model gpt-4o --key-env KEY
-    python eval.py --regrade DIR       # the judge's score beside the rules'
+        --model gpt-4o --key-env KEY   # the NAME of a variable; then eval.py --regrade DIR
 """
 
 import hashlib
 import json
 import re
 import zlib
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from common.client import Endpoint, Failure, Unusable, each, user_message
-from common.log import command_line, progress, run_main
+from common.client import Endpoint, Failure, Reply, ask_for_all, user_message
+from common.log import progress, run_main
+from common.records import Appender, read_rows, write_rows
 from evaluation import behaviors
 from evaluation.extract import conclusion
-from evaluation.records import Appender, read_rows, write_rows
 
 # problem and reasoning come first: a server that caches prefixes reads them once for all eight
 COUNT = """\
@@ -86,7 +82,7 @@ TASKS = {
 
 SCORED = {"mmvet"}  # benchmarks with a score from 0 to 1
 VALUES = {"count": r"\d{1,4}", "verdict": "correct|incorrect", "score": r"0(\.\d)?|1(\.0)?"}
-SEEDS = (0, 1)  # of the first try and of the second
+TRIES = 2  # of a question whose first reply cannot be read
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,8 @@ def questions(what: str, item: dict, record: dict) -> dict[str, Question]:
 
 def read(kind: str, text: str) -> float | int | None:
     """What stands in the only tag of the reply; None if there are none, several, or no value."""
-    found = re.findall(rf"<{kind}>(.*?)</{kind}>", text.rpartition("</think>")[2], re.S)
-    if len(found) != 1 or not re.fullmatch(VALUES[kind], value := found[0].strip()):
+    tags = re.findall(rf"<{kind}>(.*?)</{kind}>", text.rpartition("</think>")[2], re.S)
+    if len(tags) != 1 or not re.fullmatch(VALUES[kind], value := tags[0].strip()):
         return None
     return {"count": int, "verdict": lambda v: float(v == "correct"), "score": float}[kind](value)
 
@@ -147,56 +143,55 @@ def read(kind: str, text: str) -> float | int | None:
 class Cache:
     """judge.jsonl, only ever appended: {"hash", "seed"} | fields of a Reply, of all runs."""
 
-    def __init__(self, path: Path, model: str):
-        self.model, self.replies, self.tokens = model, {}, Counter()
-        self.file = Appender(path)
-        for record in read_rows(path):
+    def __init__(self, cfg: Config):
+        self.cfg, self.path = cfg, Path(cfg.records, "judge.jsonl")
+        self.texts, self.usage = defaultdict(list), Counter()
+        self.file = Appender(self.path)
+        for record in read_rows(self.path):
             self.remember(record)
 
     def remember(self, record: dict) -> None:
-        self.replies.setdefault(record["hash"], {})[record["seed"]] = record["text"]
-        self.tokens.update({k: record[k] or 0 for k in ("prompt_tokens", "completion_tokens")})
+        self.texts[record["hash"]].append(record["text"])
+        tokens = {name: record[name] or 0 for name in ("prompt_tokens", "completion_tokens")}
+        self.usage.update({"replies": 1} | tokens)
 
-    def add(self, question: Question, seed: int, reply) -> None:
-        record = {"hash": self.key(question), "seed": seed} | asdict(reply)
+    def key(self, question: Question) -> str:
+        return hashlib.sha256(json.dumps([self.cfg.model, question.prompt]).encode()).hexdigest()
+
+    def verdict(self, question: Question) -> float | int | None:
+        values = [read(question.kind, text) for text in self.texts[self.key(question)]]
+        return next((value for value in values if value is not None), None)
+
+    def request(self, question: Question) -> dict | None:
+        """The next try, with a seed of its own. None where there is a verdict or no try is left."""
+        seed = len(self.texts[self.key(question)])
+        if seed == TRIES or self.verdict(question) is not None:
+            return None
+        body = {"messages": [user_message(question.prompt)], "seed": seed, "temperature": 0}
+        return body | {"max_tokens": self.cfg.max_tokens}
+
+    def write(self, question: Question, outcome: Reply | Failure) -> None:
+        if isinstance(outcome, Failure):
+            return  # it is not kept: the next run asks again
+        key = self.key(question)
+        record = {"hash": key, "seed": len(self.texts[key])} | asdict(outcome)
         self.file.add(record)
         self.remember(record)
 
-    def key(self, question: Question) -> str:
-        return hashlib.sha256(json.dumps([self.model, question.prompt]).encode()).hexdigest()
 
-    def verdict(self, question: Question) -> float | int | None:
-        texts = self.replies.get(self.key(question), {})
-        values = [read(question.kind, texts[seed]) for seed in SEEDS if seed in texts]
-        return next((value for value in values if value is not None), None)
-
-    def seeds_due(self, question: Question) -> list[int]:
-        """Of the tries that are left, none where there is a verdict."""
-        tried = self.replies.get(self.key(question), {})
-        return [s for s in SEEDS if s not in tried and self.verdict(question) is None]
-
-
-def ask_for_all(cfg: Config, cache: Cache, wanted: list[Question]) -> int:
-    """-> how many requests failed; they are not kept: the next run asks again."""
-    failures = []
-
-    async def work(ask: Callable, question: Question):
-        body = {"messages": [user_message(question.prompt)], "temperature": 0}
-        while seeds := cache.seeds_due(question):
-            outcome = await ask(body | {"seed": seeds[0], "max_tokens": cfg.max_tokens})
-            if isinstance(outcome, Failure):
-                return failures.append(outcome)
-            cache.add(question, seeds[0], outcome)
-
-    due = [question for question in dict.fromkeys(wanted) if cache.seeds_due(question)]
-    each(cfg.endpoint, progress(due, "asking the judge"), work)
-    return len(failures)
-
-
-def drawn(records: list[dict], sample: int) -> list[dict]:
-    """The same at every run, and spread over all: by a hash of their names."""
-    mixed = sorted(records, key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
-    return mixed[:sample] if sample else records
+def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
+    """(item, record) of the replies that are to be judged, in an order that depends on their names
+    alone and mixes them: the first n are a sample, the same at every run."""
+    items = {item["id"]: item for item in read_rows(Path(cfg.records, "items.jsonl"))}
+    records = read_rows(Path(cfg.records, "records.jsonl"))
+    records.sort(key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
+    pairs = [(items[record["id"]], record) for record in records]
+    if cfg.what == "behaviors" or cfg.all:
+        return pairs
+    official = [(item, record) for item, record in pairs if item.get("judge", True)]
+    if pairs and not official:
+        raise ValueError(f"{cfg.records} officially needs no judge; --all asks one all the same")
+    return official
 
 
 def show_behaviors(records: list[dict], rows: list[dict]) -> None:
@@ -206,11 +201,11 @@ def show_behaviors(records: list[dict], rows: list[dict]) -> None:
     print(f"{'share of responses with':28}{'judge':>7}{'of':>6}{'lexicon':>9}   corrected (95 %)")
     for b, name in enumerate(behaviors.NAMES):
         said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
-        read = [number > 0 for number in said if number is not None]
-        rate = f"{np.mean(read):7.1%}" if read else "    n/a"
+        shows = [number > 0 for number in said if number is not None]
+        rate = f"{np.mean(shows):7.1%}" if shows else "    n/a"
         right = behaviors.corrected_rate(heard[:, b], said)
-        told = "{:.1%} ({:.1%} to {:.1%})".format(*right) if right else "n/a"
-        print(f"{name:28}{rate}{len(read):6,}{heard[:, b].mean():9.1%}   {told}")
+        interval = "{:.1%} ({:.1%} to {:.1%})".format(*right) if right else "n/a"
+        print(f"{name:28}{rate}{len(shows):6,}{heard[:, b].mean():9.1%}   {interval}")
     whole = [[n > 0 for n in c.values()] for c in counts.values() if None not in c.values()]
     shown = np.array(whole, dtype=bool).reshape(-1, len(behaviors.NAMES))
     for pair, ratio in behaviors.transfer_rates(shown).items():
@@ -218,40 +213,24 @@ def show_behaviors(records: list[dict], rows: list[dict]) -> None:
 
 
 def main(cfg: Config) -> None:
-    folder = Path(cfg.records)
-    items = {item["id"]: item for item in read_rows(folder / "items.jsonl")}
-    records = read_rows(folder / "records.jsonl")
-    if lost := [record["id"] for record in records if record["id"] not in items]:
-        raise ValueError(
-            f"{folder}/items.jsonl lacks {len(lost)} items of the records, as {lost[0]!r}"
-        )
-    if cfg.what == "answers" and not cfg.all:
-        official = [r for r in records if items[r["id"]].get("judge", True)]
-        if records and not official:
-            raise ValueError(f"{folder} officially needs no judge; --all asks one all the same")
-        records = official
-    sampled, cache = drawn(records, cfg.sample), Cache(folder / "judge.jsonl", cfg.model)
-    asked = [questions(cfg.what, items[record["id"]], record) for record in sampled]
-    wanted = [question for named in asked for question in named.values()]
-    try:
-        failed = ask_for_all(cfg, cache, wanted)
-    except (KeyboardInterrupt, Unusable) as error:
-        print(f"{len(cache.replies):,} replies are kept; to go on: {command_line()}")
-        raise SystemExit(f"stopped: {error or 'Ctrl-C'}") from error
-    rows, unread = [], 0
-    for record, named in zip(sampled, asked, strict=True):
-        told = {name: cache.verdict(question) for name, question in named.items()}
-        unread += list(told.values()).count(None)
-        told = {"counts": told} if cfg.what == "behaviors" else {"judge_score": 0.0} | told
-        rows.append({"id": record["id"], "sample": record["sample"]} | told)
-    out = folder / ("behaviors.jsonl" if cfg.what == "behaviors" else "judged.jsonl")
+    cache, pairs = Cache(cfg), read_pairs(cfg)
+    sample = pairs[: cfg.sample or None]
+    named = [questions(cfg.what, item, record) for item, record in sample]
+    every = [question for of_reply in named for question in of_reply.values()]
+    due = progress(dict.fromkeys(every), "asking the judge")  # equal questions are asked once
+    ask_for_all(cfg.endpoint, due, cache.request, cache.write)
+    rows = []
+    for (_, record), of_reply in zip(sample, named, strict=True):
+        verdicts = {name: cache.verdict(question) for name, question in of_reply.items()}
+        said = {"counts": verdicts} if cfg.what == "behaviors" else {"judge_score": 0.0} | verdicts
+        rows.append({"id": record["id"], "sample": record["sample"]} | said)
+    out = Path(cfg.records, "behaviors.jsonl" if cfg.what == "behaviors" else "judged.jsonl")
     write_rows(out, rows)
-    print(f"{out}: {len(rows):,} responses, {unread:,} of {len(wanted):,} questions unanswered")
-    print(f"{failed:,} requests failed: the same command asks them again")
-    told = " + ".join(f"{count:,} {name}" for name, count in cache.tokens.items())
-    print(f"all runs: {sum(map(len, cache.replies.values())):,} replies, {told}")
+    unread = sum(cache.verdict(question) is None for question in every)
+    print(f"{out}: {len(rows):,} responses, {unread:,} of {len(every):,} questions unanswered")
+    print("all runs:", ", ".join(f"{count:,} {name}" for name, count in cache.usage.items()))
     if cfg.what == "behaviors":
-        show_behaviors(records, rows)
+        show_behaviors([record for _, record in pairs], rows)
 
 
 if __name__ == "__main__":

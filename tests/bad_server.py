@@ -81,8 +81,6 @@ class Server:
                 return writer.close()
             if number == 1 and word == "junk":
                 await send(writer, "", 'data: {"choices": [{"de\n\n')
-            if number == 1 and word == "odd":
-                await send(writer, "", 'data: {"object": "list"}\n\n')
             if number == 1 and word == "error":
                 await send(writer, "", 'data: {"error": {"message": "out of memory"}}\n\n')
             await send(writer, "", event({"choices": [{"delta": delta}], "model": "served"}))
@@ -141,9 +139,9 @@ async def send(writer, head: str, body: str, last: bool = False):
 
 
 @contextlib.contextmanager
-def serving(**settings):
-    """A Server on a free port of the loopback, with its url."""
-    server, ready = Server(**settings), threading.Event()
+def serving(kind: type[Server] = Server, **settings):
+    """A server on a free port of the loopback, with its url."""
+    server, ready = kind(**settings), threading.Event()
 
     async def serve():
         server.loop, server.over = asyncio.get_running_loop(), asyncio.Event()

@@ -63,6 +63,23 @@ def finished(command: list[str], folder: Path, ours: dict, seconds: float) -> st
     return output
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Failed requests are tried again at once."""
+    monkeypatch.setattr("common.client.PAUSE", 0.02)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server(request, impatient):
+    """A server with all bad manners, or the one that a test file calls Scripted."""
+    from bad_server import Server, serving
+
+    with serving(getattr(request.module, "Scripted", Server)) as server:
+        yield server
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

@@ -6,21 +6,7 @@ import pytest
 from bad_server import THOUGHT, serving
 from PIL import Image
 
-from common import client
 from common.client import Endpoint, Failure, Reply, Unusable, each, user_message
-
-
-@pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
 
 
 def outcomes(endpoint: Endpoint, words) -> list:
@@ -114,6 +100,7 @@ def test_the_key_is_sent_and_stands_in_nothing_that_is_printed(server, monkeypat
     assert "s3cr3t" not in str(error.value)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_jobs_are_pulled_one_by_one_as_places_become_free():
     pulled, done = [], []
 

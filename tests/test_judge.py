@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,14 +13,11 @@ from pathlib import Path
 import bad_server
 import numpy as np
 import pytest
-from bad_server import HEAD, event, send, serving
-from conftest import finished, write_rows
+from bad_server import HEAD, event, send
+from conftest import write_rows
 
-from common import client
 from evaluation import behaviors, judge
 from evaluation.behaviors import NAMES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Scripted(bad_server.Server):
@@ -47,16 +43,6 @@ class Scripted(bad_server.Server):
         await send(writer, "", "data: [DONE]\n\n", last=True)
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(bad_server, "Server", Scripted)
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as server:
-        yield server
-
-
 def config(server, folder: Path, responses: list[str], what: str = "behaviors", **changed):
     """responses[i] is the reply to item i; `item` and `record` change all items and records."""
     item = {"source": "mathvista", "judge": True} | changed.pop("item", {})
@@ -80,33 +66,22 @@ def judged(server, folder: Path, responses: list[str], what: str = "behaviors", 
     return [row["counts" if what == "behaviors" else "judge_score"] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "kind, text, value",
-    [
-        ("count", "so <count>3</count>", 3),
-        ("count", "<count>\n 0 </count>.", 0),
-        ("count", "<think> <count>N</count>? </think> <count>12</count>", 12),
-        ("count", "three", None),
-        ("count", "", None),
-        ("count", "<count></count>", None),
-        ("count", "<count>2.5</count>", None),
-        ("count", "<count>-1</count>", None),
-        ("count", "<count>two</count>", None),
-        ("count", "<count>1</count> <count>2</count>", None),
-        ("count", "<count>1", None),
-        ("verdict", "<verdict>correct</verdict>", 1.0),
-        ("verdict", "<verdict> incorrect </verdict>", 0.0),
-        ("verdict", "<verdict>correct|incorrect</verdict>", None),
-        ("verdict", "<verdict>not correct</verdict>", None),
-        ("score", "<score>0.7</score>", 0.7),
-        ("score", "<score>1</score>", 1.0),
-        ("score", "<score>0.75</score>", None),
-        ("score", "<score>1.1</score>", None),
-        ("score", "<verdict>correct</verdict>", None),
-    ],
-)
-def test_only_one_whole_tag_is_a_verdict(kind, text, value):
-    assert judge.read(kind, text) == value
+READ = {  # tag: what stands in a reply, and what is read from it
+    "count": {"so <count>3</count>": 3, "<count>\n 0 </count>.": 0, "three": None, "": None,
+              "<think> <count>N</count>? </think> <count>12</count>": 12, "<count></count>": None,
+              "<count>2.5</count>": None, "<count>-1</count>": None, "<count>two</count>": None,
+              "<count>1</count> <count>2</count>": None, "<count>1": None},
+    "verdict": {"<verdict>correct</verdict>": 1.0, "<verdict> incorrect </verdict>": 0.0,
+                "<verdict>correct|incorrect</verdict>": None,
+                "<verdict>not correct</verdict>": None},
+    "score": {"<score>0.7</score>": 0.7, "<score>1</score>": 1.0, "<score>0.75</score>": None,
+              "<score>1.1</score>": None, "<verdict>correct</verdict>": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_only_one_whole_tag_is_a_verdict(kind):
+    assert {text: judge.read(kind, text) for text in READ[kind]} == READ[kind]
 
 
 def test_each_behaviour_is_asked_once_a_response_at_temperature_0(server, tmp_path):
@@ -133,7 +108,7 @@ def test_a_missing_count_is_asked_for_once_more_and_is_then_none_and_never_0(ser
 
 
 def test_a_second_run_asks_nothing_and_the_tokens_are_those_of_all_runs(server, tmp_path, capsys):
-    told = "16 replies, 16,000 prompt_tokens + 160 completion_tokens"
+    told = "16 replies, 16,000 prompt_tokens, 160 completion_tokens"
     first = judged(server, tmp_path, ["verification=2", "x"])
     written = (tmp_path / "behaviors.jsonl").read_bytes()
     assert told in capsys.readouterr().out
@@ -165,29 +140,26 @@ def test_what_the_server_rejects_is_none_and_asked_again_by_the_next_run(server,
 
 def test_after_kill_9_nothing_that_was_answered_is_asked_again(server, tmp_path):
     server.hold = 0.2
-    responses = [f"verification={i}" for i in range(6)]
-    cfg = config(server, tmp_path, responses, concurrency=4)
+    cfg = config(server, tmp_path, [f"verification={i}" for i in range(6)], concurrency=4)
     command = [sys.executable, "-m", "evaluation.judge", "--concurrency", "4"]
     for name in ("records", "what", "url", "model"):
         command += [f"--{name}", getattr(cfg, name)]
-    process = subprocess.Popen(command, env=os.environ | {"NO_PROXY": "127.0.0.1"})
+    process = subprocess.Popen(command)
     path, ends = tmp_path / "judge.jsonl", time.monotonic() + 300
     while len(server.requests) < 16:
         assert process.poll() is None and time.monotonic() < ends
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    kept, before = path.read_bytes().count(b"\n"), len(server.requests)
+    assert before - 2 * 4 <= kept < 48  # all replies but those on the way
     with path.open("ab") as file:
         file.write(b'{"hash": "cut off in the')
-    server.hold, kept = 0.0, path.read_bytes().count(b"\n")
-    before = len(server.requests)
-    assert kept >= before - 2 * 4  # all replies but those on the way
-    output = finished(command, tmp_path, {"NO_PROXY": "127.0.0.1"}, seconds=60)
-    assert len(server.requests) - before == 48 - kept and 8 <= kept < 48
-    assert "0 of 48 questions unanswered" in output
+    server.hold = 0.0
+    judge.main(cfg)
+    assert len(server.requests) - before == 48 - kept and len(lines_of(path)) == 48
     rows = lines_of(tmp_path / "behaviors.jsonl")
     assert sorted(row["counts"]["verification"] for row in rows) == [0, 1, 2, 3, 4, 5]
-    assert len(lines_of(path)) == 48
 
 
 def test_answers_are_right_wrong_or_not_known(server, tmp_path):
@@ -248,19 +220,6 @@ def test_the_table_puts_the_lexicon_right_by_the_judge(capsys):
         100 * behaviors.rates(behaviors.presence(texts))["verification"], abs=0.1
     )
     assert abs(lexicon - 52) < 5 and abs(right - 40) < 5 and low < 40 < high and abs(share - 40) < 6
-
-
-def test_a_record_without_its_item_is_named(server, tmp_path):
-    cfg = config(server, tmp_path, ["a"], record={"id": "lost"})
-    with pytest.raises(ValueError, match="lacks 1 items of the records, as 'lost'"):
-        judge.main(cfg)
-
-
-def test_two_judges_do_not_write_one_file(tmp_path):
-    first = judge.Cache(tmp_path / "judge.jsonl", "m")
-    with pytest.raises(ValueError, match="another process"):
-        judge.Cache(tmp_path / "judge.jsonl", "m")
-    first.file.file.close()
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_asked(server, tmp_path):

@@ -8,8 +8,8 @@ would grow over the boundary of prompt and response if they could.
 
 import faulthandler
 import json
-import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from common import data, distributed
+from common import data, distributed, records
 from common.log import beside, fingerprint
 from curation import score
 from model import load_model
@@ -101,14 +101,14 @@ def records_of(out) -> list[dict]:
     return [json.loads(line) for line in Path(out).read_text().splitlines()]
 
 
-def begun(cfg: score.Config, whole: score.Config, parts: dict[int, str]) -> Path:
-    """The state of a killed run: the whole one's protocol, and what its ranks had written."""
-    out = Path(cfg.out)
-    out.parent.mkdir(exist_ok=True)
-    beside(out, "protocol.json").write_text(beside(whole.out, "protocol.json").read_text())
+def begun(folder: Path, whole: score.Config, parts: dict[int, str]) -> score.Config:
+    """A run that was killed: the whole one's protocol, and what its ranks had written."""
+    cfg = replace(whole, out=str(folder / "o.jsonl"))
+    folder.mkdir(exist_ok=True)
+    beside(cfg.out, "protocol.json").write_text(beside(whole.out, "protocol.json").read_text())
     for rank, text in parts.items():
-        beside(out, f"rank{rank}.part.jsonl").write_text(text)
-    return out
+        beside(cfg.out, f"rank{rank}.part.jsonl").write_text(text)
+    return cfg
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +154,12 @@ def test_the_loss_is_the_mean_over_the_response_row_by_row_and_unpadded(plain, l
 
 def test_no_token_holds_an_end_of_the_prompt_and_a_beginning_of_the_response(plain):
     tokenizer = AutoTokenizer.from_pretrained(plain)
-    example = data.Example("x", "the sum", "\n\nis five")
     joined = tokenizer.encode("the sum\n\n\n\nis five")
-    document = score.plain_document(example, tokenizer)
-    assert len(document.ids) > len(joined)  # together they would share a token
-    assert tokenizer.decode(document.prompt.ids) == "<s>the sum\n\n"
-    assert tokenizer.decode(document.response_ids) == "\n\nis five"
-    assert document.ids.count(tokenizer.bos_token_id) == 1
+    example = data.Example("x", "the sum", "\n\nis five")
+    prompt_ids, response_ids = score.plain_text(example, tokenizer, 99)
+    assert len(prompt_ids + response_ids) > len(joined)  # together they would share a token
+    assert tokenizer.decode(prompt_ids) == "<s>the sum\n\n"
+    assert tokenizer.decode(response_ids) == "\n\nis five"
 
 
 @pytest.mark.parametrize("pack_tokens", [30, 10_000])
@@ -173,34 +172,25 @@ def test_batches_do_not_change_a_loss(plain, losses, tmp_path, pack_tokens, chun
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-6)
 
 
-def test_a_batch_holds_no_more_than_its_tokens_and_the_longest_come_first():
-    seen = []
+def test_a_batch_holds_no_more_than_its_tokens_and_softmax_is_in_float32():
+    torch.manual_seed(0)
+    batches, vocabulary = [], 4 * torch.randn(7)
 
     class Model:
         device = torch.device("cpu")
 
         def __call__(self, input_ids, attention_mask, use_cache):
-            seen.append((input_ids.shape, attention_mask.sum(1).tolist()))
-            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
+            batches.append(attention_mask.sum(1).tolist())
+            assert input_ids.numel() <= 20
+            logits = vocabulary.expand(*input_ids.shape, 7).bfloat16()
+            return type("Output", (), {"logits": logits})
 
     sizes = [3, 9, 4, 9, 2, 5, 10]
-    prompt = data.Prompt([1], [1], None, (), ())
-    documents = [data.Document(prompt, [2] * (size - 1)) for size in sizes]
-    found = score.plain_logps(documents, Model(), 20)
-    assert [len(x) for x in found] == [size - 1 for size in sizes]
-    assert all(x.tolist() == pytest.approx([-math.log(7)] * len(x)) for x in found)
-    assert [lengths for _, lengths in seen] == [[10, 9], [9, 5], [4, 3, 2]]
-    assert all(math.prod(shape) <= 20 for shape, _ in seen)
-
-
-def test_logits_in_bfloat16_are_summed_in_float32_and_in_chunks(monkeypatch):
-    torch.manual_seed(0)
-    logits, targets = (4 * torch.randn(50, 90)).bfloat16(), torch.randint(90, (50,))
-    wanted = logits.double().log_softmax(-1)[torch.arange(50), targets]
-    monkeypatch.setattr(score, "HEAD_CHUNK", 7)
-    found = score.target_logps(logits, targets)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    found = score.response_logps([([1], [2] * (size - 1)) for size in sizes], Model(), 20)
+    assert batches == [[10, 9], [9, 5], [4, 3, 2]]  # the longest come first
+    expected = vocabulary.bfloat16().double().log_softmax(-1)[2].item()
+    for logps, size in zip(found, sizes, strict=True):
+        assert logps.tolist() == pytest.approx([expected] * (size - 1), abs=1e-5)
 
 
 def test_a_chunk_of_which_nothing_can_be_scored_gives_nulls(plain, losses, tmp_path):
@@ -210,18 +200,8 @@ def test_a_chunk_of_which_nothing_can_be_scored_gives_nulls(plain, losses, tmp_p
 
 
 def test_a_model_that_overflows_gives_null_and_says_so():
-    document = data.Document(data.Prompt([1], [1], None, (), ()), [2, 3])
-    record = score.loss_record("x", document, torch.tensor([-1.0, math.nan]), 9)
+    record = score.loss_record("x", ([1], [2, 3]), torch.tensor([-1.0, float("nan")]), 9)
     assert record == {"id": "x", "loss": None, "tokens": 2, "why": "the loss is not finite"}
-
-
-def test_a_hub_name_is_read_from_the_cache(plain, losses, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "model_directory", {"Qwen/Qwen2.5-tiny": plain}.__getitem__)
-    cfg = replace(losses, model="Qwen/Qwen2.5-tiny", out=str(tmp_path / "o.jsonl"))
-    score.main(cfg)
-    assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
-    protocol = json.loads(beside(cfg.out, "protocol.json").read_text())
-    assert protocol["model"] == cfg.model and protocol["weights"] == fingerprint(plain)
 
 
 def test_a_model_that_reads_fewer_tokens_is_refused(plain, tmp_path):
@@ -278,65 +258,39 @@ def test_a_try_that_was_cut_is_wrong_and_options_reach_the_matcher():
 
 
 def test_a_prompt_that_is_too_long_is_not_tried_and_says_so(mini, passes, tmp_path):
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     problems = data.read_problems(mini.train)
-    sizes = {
-        p.id: len(data.encode_prompt(p.prompt, p.images, tokenizer, settings).ids) for p in problems
-    }
+    sizes = {p.id: len(data.encode_prompt(p.prompt, p.images, *tools).ids) for p in problems}
     limit = sorted(sizes.values())[5]
     cfg = replace(passes, out=str(tmp_path / "o.jsonl"), prompt_tokens=limit)
     score.main(cfg)
-    whole = {r["id"]: r for r in records_of(passes.out)}
-    long = [name for name, size in sizes.items() if size > limit]
-    for record in records_of(cfg.out):
-        if record["id"] in long:
-            why = f"prompt longer than {limit} tokens"
-            assert record == dict(id=record["id"], passes=None, why=why)
-        else:
-            assert record == whole[record["id"]]
-    missing = json.loads(beside(cfg.out, "report.json").read_text())["not_measured"]
-    assert 0 < len(long) < 12 and sum(missing.values()) == len(long)
+    nulls = {"passes": None, "why": f"prompt longer than {limit} tokens"}
+    assert max(sizes.values()) > limit
+    for record, tried in zip(records_of(cfg.out), records_of(passes.out), strict=True):
+        name = record["id"]
+        assert record == ({"id": name} | nulls if sizes[name] > limit else tried)
 
 
 # ------------------------------------------------------------------ what came out
 
 
-def test_the_summary_by_hand():
-    cfg = score.Config(rows="r.jsonl", kind="loss", model="m", out="o.jsonl", samples=3)
-    values = {"a": [1.0, 2.0, 3.0, 5.0, 100.0], "b": [None]}
-    pairs = [(source, {"loss": x}) for source, losses in values.items() for x in losses]
-    found = score.summarise(cfg, pairs)
-    assert found["loss"]["a"]["median"] == 3 and found["loss"]["a"]["mad"] == 2
-    assert found["loss"]["b"]["median"] is None
-    assert found["not_measured"] == {"a": 0, "b": 1}
-    pairs = [("a", {"passes": x}) for x in (0, 0, 3, 1, None)] + [("b", {"passes": None})]
-    found = score.summarise(replace(cfg, kind="passes"), pairs)
-    assert found == {"passes": {"a": [2, 1, 0, 1], "b": [0] * 4}, "not_measured": {"a": 1, "b": 1}}
-
-
-def test_the_report_says_what_was_measured_of_what_and_how(passes, losses, capsys):
-    for cfg in (passes, losses):
-        folder = Path(cfg.out).parent
-        assert not list(folder.glob("*.part*"))
-        report = json.loads(beside(cfg.out, "report.json").read_text())
-        protocol = json.loads(beside(cfg.out, "protocol.json").read_text())
-        assert report["protocol"] == protocol and report["config"] == asdict(cfg)
-        assert list(report["inputs"].values()) == [fingerprint(cfg.rows)] == [protocol["rows"]]
-        assert report["output"] == {Path(cfg.out).name: fingerprint(cfg.out)}
-        assert protocol["dtype"] == "float32" and protocol["weights"] == fingerprint(cfg.model)
-    found = records_of(passes.out)
-    counts = json.loads(beside(passes.out, "report.json").read_text())["passes"]
-    sources = {p.id: p.source for p in data.read_problems(passes.rows)}
-    for source in ("mini/image", "mini/text"):
-        mine = Counter(r["passes"] for r in found if sources[r["id"]] == source)
-        assert counts[source] == [mine[k] for k in range(6)]
+def test_the_report_says_what_was_measured_of_what_and_how(losses, capsys):
     score.main(losses)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    medians = json.loads(beside(losses.out, "report.json").read_text())["loss"]
+    report = json.loads(beside(losses.out, "report.json").read_text())
+    protocol = json.loads(beside(losses.out, "protocol.json").read_text())
+    assert report["protocol"] == protocol and protocol["dtype"] == "float32"
+    assert protocol["weights"] == fingerprint(losses.model)
+    assert list(report["inputs"].values()) == [fingerprint(losses.rows)] == [protocol["rows"]]
+    assert report["output"] == {Path(losses.out).name: fingerprint(losses.out)}
+    printed = capsys.readouterr().out
+    sources = {row["id"]: row["source"] for row in records_of(losses.rows)}
     for source in ("a", "b"):
-        (line,) = [line for line in lines if line[:1] == [source]]
-        assert float(line[3]) == round(medians[source]["median"], 4)
-        assert int(line[1]) == sum(r["source"] == source for r in records_of(losses.rows))
+        mine = [r["loss"] for r in records_of(losses.out) if sources[r["id"]] == source]
+        measured = [loss for loss in mine if loss is not None]
+        mean = pytest.approx(sum(measured) / len(measured), abs=1e-4)
+        about = {"rows": len(mine), "measured": len(measured), "mean": mean}
+        assert report["loss"][source] == about
+        assert re.search(rf"^{source} +{len(mine)} rows +{len(measured)} measured", printed, re.M)
 
 
 # ------------------------------------------------------------------ kills, ranks, refusals
@@ -350,44 +304,35 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(losses, tmp_path, kept,
     first, last = kept
     rest = lines[first][:17] if torn and first < 23 else ""
     texts = {0: "".join(lines[:first]) + rest, 3: "".join(lines[23 - last :])}
-    out = begun(replace(losses, out=str(tmp_path / "o.jsonl")), losses, texts)
-    score.main(replace(losses, out=str(out)))
-    assert out.read_bytes() == Path(losses.out).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "o.jsonl",
-        "o.protocol.json",
-        "o.report.json",
-    ]
+    cfg = begun(tmp_path, losses, texts)
+    score.main(cfg)
+    assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"o.jsonl", "o.protocol.json", "o.report.json"}
 
 
 def test_only_chunks_that_lack_a_row_are_measured_and_as_a_whole(losses, tmp_path, monkeypatch):
     lines = Path(losses.out).read_text().splitlines(keepends=True)
-    out = begun(replace(losses, out=str(tmp_path / "o.jsonl")), losses, {0: "".join(lines[:12])})
-    asked, measure = [], score.losses
+    measured, measure = [], score.losses
 
     def noted(examples, **options):
-        asked.append([example.id for example in examples])
+        measured.append([example.id for example in examples])
         return measure(examples, **options)
 
     monkeypatch.setattr(score, "losses", noted)
-    score.main(replace(losses, out=str(out)))
-    assert asked == [[f"r{i}" for i in range(k, min(k + 5, 23))] for k in (10, 15, 20)]
+    score.main(begun(tmp_path, losses, {0: "".join(lines[:12])}))
+    assert measured == [[f"r{i}" for i in range(k, min(k + 5, 23))] for k in (10, 15, 20)]
 
 
-def test_a_complete_run_loads_no_model(losses, passes, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("loaded again")
-
-    monkeypatch.setattr(score, "loss_scorer", refuse)
-    monkeypatch.setattr(score, "pass_scorer", refuse)
-    for cfg in (losses, passes):
-        before = Path(cfg.out).read_bytes()
-        report, part = beside(cfg.out, "report.json"), beside(cfg.out, "rank1.part.jsonl")
-        report.unlink()  # killed between the last rename and the end
-        part.write_bytes(before[:50])
-        score.main(cfg)
-        assert Path(cfg.out).read_bytes() == before
-        assert report.exists() and not part.exists()
+def test_a_complete_run_loads_no_model(losses, monkeypatch):
+    before = Path(losses.out).read_bytes()
+    report, part = beside(losses.out, "report.json"), beside(losses.out, "rank1.part.jsonl")
+    report.unlink()  # killed between the last rename and the end
+    part.write_bytes(before[:50])
+    monkeypatch.setattr(score, "loss_scorer", None)
+    score.main(losses)
+    assert Path(losses.out).read_bytes() == before
+    assert report.exists() and not part.exists()
 
 
 @pytest.mark.parametrize(
@@ -409,41 +354,24 @@ def test_another_protocol_is_refused_by_name(request, kind, changed, monkeypatch
 
 def test_a_restart_on_changed_rows_weights_or_a_foreign_file_is_refused(plain, tmp_path):
     cfg = loss_config(plain, tmp_path / "o.jsonl")
-    out = begun(cfg, cfg, {}) if beside(cfg.out, "protocol.json").exists() else Path(cfg.out)
-    write_rows(out, [{"id": "r0", "loss": 1.0, "tokens": 1}])
+    write_rows(Path(cfg.out), [{"id": "r0", "loss": 1.0, "tokens": 1}])
     with pytest.raises(ValueError, match="another protocol \\(kind None -> 'loss'"):
         score.main(cfg)
-    out.unlink()
+    Path(cfg.out).unlink()
     score.main(cfg)
-    rows = Path(cfg.rows).read_text()
-    write_rows(Path(cfg.rows), text_rows()[:-1])
-    with pytest.raises(ValueError, match="another protocol \\(rows 'sha256 .* -> 'sha256"):
-        score.main(cfg)
-    Path(cfg.rows).write_text(rows)
-    protocol = json.loads(beside(out, "protocol.json").read_text())
-    trained = protocol | {"weights": "sha256 of what it was before"}
-    beside(out, "protocol.json").write_text(json.dumps(trained))
-    with pytest.raises(ValueError, match="another protocol \\(weights"):
-        score.main(cfg)
+    note = beside(cfg.out, "protocol.json")
+    protocol = json.loads(note.read_text())
+    for name in ("rows", "weights"):  # the hashes of both
+        note.write_text(json.dumps(protocol | {name: "sha256 of what it was before"}))
+        with pytest.raises(ValueError, match=f"another protocol \\({name} 'sha256 of .*'sha256 "):
+            score.main(cfg)
 
 
-def test_a_broken_row_is_named_before_a_model_is_loaded(plain, tmp_path):
+def test_a_broken_row_is_named_before_a_model_is_loaded(tmp_path):
     cfg = loss_config("no model", tmp_path / "o.jsonl")
-    rows = text_rows()
-    del rows[2]["response"]
-    write_rows(Path(cfg.rows), rows)
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: column 'response' is missing"):
+    write_rows(Path(cfg.rows), [text_rows()[0], {"id": "r1", "prompt": "?"}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: column 'response' is missing"):
         score.main(cfg)
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: column 'answer' is missing"):
-        score.main(replace(cfg, kind="passes"))
-
-
-def test_ids_that_stand_twice_are_named(plain, tmp_path):
-    cfg = loss_config(plain, tmp_path / "o.jsonl")
-    write_rows(Path(cfg.rows), text_rows() + text_rows()[4:6])
-    with pytest.raises(ValueError, match="line 24: the id 'r4' is also that of .* line 5"):
-        score.main(cfg)
-    assert not beside(cfg.out, "protocol.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -462,20 +390,18 @@ def test_a_setting_that_makes_no_sense_is_refused(changed, message):
         score.Config(**base | changed)
 
 
-def killed_in_chunk(number: int):
-    """score.append that in this chunk of the process writes a line and a half, and is killed -9."""
-    append, calls = score.append, []
+class Killed(records.Appender):
+    """Writes a line and a half, and the process is killed -9."""
 
-    def half(file, records):
-        calls.append(None)
-        if len(calls) == number:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            file.write(text[: text.index("\n") + 20])
-            file.flush()
+    rows = 0
+
+    def add(self, row):
+        self.rows += 1
+        if self.rows == 2:
+            self.file.write(json.dumps(row).encode()[:20])
+            self.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        append(file, records)
-
-    return half
+        return super().add(row)
 
 
 def every_other(world, count: int, key: str, dynamic: bool):
@@ -485,70 +411,47 @@ def every_other(world, count: int, key: str, dynamic: bool):
 
 def worker(job: str, folder: Path):
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
-    configs = json.loads((folder / "configs.json").read_text())
-    cfgs = {name: score.Config(**given) for name, given in configs.items()}
-    if job == "one":  # a process alone: killed in its second chunk
-        score.append = killed_in_chunk(2)
-        score.main(cfgs["resumed by two"])
+    cfgs = [score.Config(**given) for given in json.loads((folder / f"{job}.json").read_text())]
     world, finish = distributed.start(), distributed.finish
     distributed.finish = lambda world: None  # the next run uses the group again
-    if job == "two":
-        score.main(cfgs["resumed by two"])  # by the counter, which may deal all to one
-        distributed.my_problems = every_other
-        score.main(cfgs["losses"])
-        score.main(cfgs["passes"])
-        world.wait()
-        finish(world)
-    if job == "kill":
-        distributed.my_problems = every_other
-        if world.rank == 1:
-            score.append = killed_in_chunk(1)
-        score.main(cfgs["resumed by one"])
+    if job == "kill" and world.rank == 1:
+        score.Appender = Killed
+    for cfg in cfgs:
+        score.main(cfg)
+        distributed.my_problems = every_other  # the first by the counter, which may deal all to one
+    world.wait()
+    finish(world)
 
 
-def torchrun(job: str, folder: Path) -> list[str]:
+def torchrun(job: str, folder: Path, configs: list[score.Config]) -> list[str]:
+    (folder / f"{job}.json").write_text(json.dumps([asdict(cfg) for cfg in configs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*command, "--nproc-per-node=2", __file__, job, str(folder)]
 
 
-@pytest.fixture(scope="module")
-def ranks(losses, passes, tmp_path_factory) -> Path:
-    """Folder of runs by two ranks; one was begun by a process alone, one is left to one."""
-    folder = tmp_path_factory.mktemp("ranks")
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    names = {"losses": losses, "passes": passes, "resumed by two": passes, "resumed by one": losses}
-    configs = {
-        name: asdict(replace(cfg, out=str(folder / f"{name.replace(' ', '_')}.jsonl")))
-        for name, cfg in names.items()
-    }
-    (folder / "configs.json").write_text(json.dumps(configs))
-    both = dict(cwd=folder, env=os.environ | ours, stdout=subprocess.PIPE, timeout=LIMIT)
-    alone = subprocess.run([sys.executable, __file__, "one", str(folder)], **both)
-    assert alone.returncode == -signal.SIGKILL
-    assert (folder / "resumed_by_two.rank0.part.jsonl").read_text().count("\n") == 6
-    dead = subprocess.run(torchrun("kill", folder), stderr=subprocess.STDOUT, **both)
-    assert dead.returncode != 0 and "Signal 9 (SIGKILL)" in dead.stdout.decode()
-    assert not (folder / "resumed_by_one.jsonl").exists()
-    assert (folder / "resumed_by_one.rank1.part.jsonl").read_text()[-1] != "\n"
-    finished(torchrun("two", folder), folder, ours, LIMIT)
-    return folder
+OURS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def test_two_ranks_give_the_bytes_of_one(ranks, losses, passes):
-    assert (ranks / "losses.jsonl").read_bytes() == Path(losses.out).read_bytes()
-    assert (ranks / "passes.jsonl").read_bytes() == Path(passes.out).read_bytes()
-    assert not list(ranks.glob("losses.rank*")) + list(ranks.glob("passes.rank*"))
+def test_two_ranks_and_those_who_go_on_for_one_give_its_bytes(losses, passes, tmp_path):
+    lines = Path(passes.out).read_text().splitlines(keepends=True)
+    cfgs = [begun(tmp_path / "begun", passes, {0: "".join(lines[:6]) + lines[6][:20]})]
+    cfgs += [begun(tmp_path / str(n), whole, {}) for n, whole in enumerate((losses, passes))]
+    finished(torchrun("all", tmp_path, cfgs), tmp_path, OURS, LIMIT)
+    for cfg, whole in zip(cfgs, (passes, losses, passes), strict=True):
+        assert Path(cfg.out).read_bytes() == Path(whole.out).read_bytes()
+        assert not list(Path(cfg.out).parent.glob("*.part.jsonl"))
 
 
-def test_one_rank_is_killed_and_two_go_on_to_the_same_bytes(ranks, passes):
-    assert (ranks / "resumed_by_two.jsonl").read_bytes() == Path(passes.out).read_bytes()
-
-
-def test_two_ranks_are_killed_and_one_goes_on_to_the_same_bytes(ranks, losses):
-    configs = json.loads((ranks / "configs.json").read_text())
-    score.main(score.Config(**configs["resumed by one"]))
-    assert (ranks / "resumed_by_one.jsonl").read_bytes() == Path(losses.out).read_bytes()
-    assert not list(ranks.glob("resumed_by_one.rank*"))
+def test_two_ranks_are_killed_and_one_goes_on_to_the_same_bytes(losses, tmp_path):
+    cfg = replace(losses, out=str(tmp_path / "o.jsonl"))
+    options = dict(cwd=tmp_path, env=os.environ | OURS, capture_output=True, timeout=LIMIT)
+    dead = subprocess.run(torchrun("kill", tmp_path, [cfg]), **options)
+    assert dead.returncode != 0 and "Signal 9 (SIGKILL)" in dead.stderr.decode()
+    assert not Path(cfg.out).exists()
+    assert beside(cfg.out, "rank1.part.jsonl").read_text()[-1] != "\n"
+    score.main(cfg)
+    assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
+    assert not list(tmp_path.glob("*.part.jsonl"))
 
 
 if __name__ == "__main__":

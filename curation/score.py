@@ -23,7 +23,7 @@ Dimensions: B rows of a batch, L tokens of its longest, R tokens of a response, 
 
 import glob
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +240,9 @@ def finish(cfg: Config, protocol: dict, rows: list[tuple[str, str]]) -> None:
         measured = [value for value in scores if value is not None]
         mean = round(sum(measured) / len(measured), 4) if measured else None
         summary[source] = {"rows": len(scores), "measured": len(measured), "mean": mean}
+        if cfg.kind == "passes":  # problems that were solved 0, 1, ... k times
+            counts = Counter(measured)
+            summary[source]["problems"] = [counts[passes] for passes in range(cfg.samples + 1)]
         print(f"{source:28.28}", *(f"{value} {name}  " for name, value in summary[source].items()))
     write_report(cfg.out, cfg, [cfg.rows], {}, protocol=protocol, **{cfg.kind: summary})
     for part in parts_of(cfg.out):

@@ -64,6 +64,8 @@ class Config:
     lr_end: float = 1.5e-4  # cosine ends here; ours: a tenth of the peak
     warmup: float = 0.03  # share of the steps, linear; ours: the paper names none
     weight_decay: float = 0.1  # AdamW, of matrices; paper: "Qwen2.5's default"; ours: the number
+    lora_rank: int = 0  # of adapters that train in place of the decoder; paper: 0, without
+    lora_alpha: float = 32.0  # scales them by alpha / rank; Schulman et al. 2025: 32
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     valid: int = 128  # rows kept apart for the validation loss
@@ -190,7 +192,8 @@ def main(cfg: Config):
         raise ValueError(f"{cfg.data}: all validation rows are longer than {limit}: raise it")
     stream, count = data.Stream(train, cfg.seed), rows_a_step(cfg, train, encode, world)
     steps = math.ceil(cfg.epochs * len(train) / count)
-    model = distributed.load(directory, world, recompute=cfg.recompute, compile=cfg.compile)
+    learns = distributed.Trained(False, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    model = distributed.load(directory, world, "lm", learns, cfg.recompute, cfg.compile)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the tower
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay}
     vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}  # norms, biases

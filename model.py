@@ -563,15 +563,19 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, _):
         hidden, weight, targets = ctx.saved_tensors
-        hidden_grads, weight_grad = [], torch.zeros_like(weight, dtype=torch.float32)
+        hidden_grads, weight_grad = [], None  # of a frozen head nobody wants one
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         parts = (x.split(ctx.chunk) for x in (hidden, targets, upstream[:, None]))
         for rows, wanted, slope in zip(*parts, strict=True):
             grad = F.linear(rows, weight).softmax(-1, dtype=torch.float32).neg_()  # (chunk, V)
             grad.scatter_add_(1, wanted[:, None], torch.ones_like(slope))
             grad = grad.mul_(slope).to(weight.dtype)
             hidden_grads.append(grad @ weight)
-            weight_grad += grad.T @ rows
-        return torch.cat(hidden_grads), weight_grad.to(weight.dtype), None, None
+            if weight_grad is not None:
+                weight_grad += grad.T @ rows
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return torch.cat(hidden_grads), weight_grad, None, None
 
 
 def train_flops(c: Config, length: int) -> float:
@@ -639,6 +643,7 @@ def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, s
     other kind) may be there, and a value head may not.
     """
     wanted = {name: [*weight.shape] for name, weight in model.named_parameters()}
+    wanted = {name: shape for name, shape in wanted.items() if ".lora_" not in name}  # not theirs
     stored, wrong = {}, []
     for file in sorted(Path(directory).glob("*.safetensors")):
         try:

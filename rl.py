@@ -80,6 +80,8 @@ class Config:
     sampler_batch: int = 256  # responses that a rank samples at once
     kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; ours: what memory holds
+    lora_rank: int = 0  # of adapters that train in place of the decoder; paper: 0, without
+    lora_alpha: float = 32.0  # scales them by alpha / rank; Schulman et al. 2025: 32
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     offload: bool = False  # a model that waits for the other waits in host memory
@@ -394,7 +396,8 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings):
 
 def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
     """{"policy": (model, optimizer), "critic": ...}, from one model; grpo has no critic."""
-    models, how = {}, (cfg.train_vision, cfg.recompute, cfg.compile)
+    learns = distributed.Trained(cfg.train_vision, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    models, how = {}, (learns, cfg.recompute, cfg.compile)
     heads = {"policy": "lm"} | ({"critic": "value"} if cfg.algorithm == "ppo" else {})
     for name, head in heads.items():
         torch.manual_seed(cfg.seed)  # the value head, the same on every rank

@@ -27,11 +27,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
-from common import log
+from common import log, lora
 from common.distributed import everyone, is_main, release
-from model import Config, Qwen25VL, save_model, save_weights
+from model import Config, Qwen25VL, save_weights
 
 # Settings that say how a run is executed, and not what it learns: rollouts stay good under others.
 EXECUTION = {"out", "steps", "save_every", "keep_every", "recompute", "compile", "offload"}
@@ -70,7 +74,11 @@ def compare_settings(run: Path, config, start: int) -> str:
     changed = log.changed_settings(before["config"], now)
     lines = {name: f"--{name.replace('_', '-')} {a} -> {b}" for name, (a, b) in changed.items()}
     print(f"{run} goes on from step {start}", *lines.values(), sep="\n  ", flush=True)
-    old, new, reason = before["data"], log.fingerprints(config), lines.get("algorithm", "")
+    fixed = ["algorithm", "lora_rank"]
+    if now.get("lora_rank"):  # a state of adapters lacks what they were trained on
+        fixed += ["lora_alpha", "model"]
+    reason = next((lines[name] for name in fixed if name in lines), "")
+    old, new = before["data"], log.fingerprints(config)
     if (steps := now.get("steps", start)) < start:
         reason = f"--steps {steps}, of which {start} are done"
     if sorted(old.values()) != sorted(new.values()):  # its files may have moved
@@ -100,8 +108,14 @@ def step_directory(run: str | Path, step: int) -> Path:
 
 def train_state(pairs: Pairs) -> dict:
     """The nested dict of weights and moments that torch.distributed.checkpoint reads and writes."""
-    both = {name: get_state_dict(*pair) for name, pair in pairs.items()}
+    both = {name: get_state_dict(*pair, options=parts_of(pair[0])) for name, pair in pairs.items()}
     return {name: {"model": w, "optimizer": moments} for name, (w, moments) in both.items()}
+
+
+def parts_of(model: nn.Module) -> StateDictOptions:
+    """Of a model with adapters a state has what trains: the base is read from --model again."""
+    adapted = bool(lora.adapters(model))
+    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def load_state(directory: Path, pairs: Pairs):
@@ -120,7 +134,8 @@ def load_state(directory: Path, pairs: Pairs):
     for name, (model, optimizer) in pairs.items():
         settings = [dict(group) for group in optimizer.param_groups]
         weights, moments = state[name]["model"], state[name]["optimizer"]
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        both = dict(model_state_dict=weights, optim_state_dict=moments)
+        set_state_dict(model, optimizer, **both, options=parts_of(model))
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)
 
@@ -181,6 +196,9 @@ class Saver:
         stager.close()
         (name,) = (name for name, (model, _) in pairs.items() if model is policy)
         weights, self.step = state[name]["model"], step
+        if lora.adapters(policy):
+            every = lora.merged(policy)
+            weights = {name: weight.to("cpu", self.dtype, copy=True) for name, weight in every}
         self.writing = self.thread.submit(self._write, step, state, weights, policy.config, card)
 
     def wait_for_save(self, block: bool = False):
@@ -226,11 +244,16 @@ class Writer(dcp.FileSystemWriter):
 
 
 def export(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: str):
-    """The policy as a Hugging Face directory, whole or not at all; OSError on all ranks."""
+    """The policy as a Hugging Face directory, whole or not at all; OSError on all ranks. Adapters
+    are merged, and stand alone in adapter/ beside it.
+    """
     part = directory.with_name(f"{directory.name}.part")
     release(policy)  # else gathered weights of the compute dtype are taken for the masters
     with together(f"writing {directory} failed", "Checkpoints are untouched"):
-        save_model(policy, part, like, dtype)
+        if lora.adapters(policy):
+            lora.save_adapters(policy, directory.with_name("adapter"), str(like), is_main())
+        weights = {name: weight.to("cpu", dtype) for name, weight in lora.merged(policy)}
+        save_weights(weights, policy.config, part, dtype, like)
         if is_main():
             (part / "README.md").write_text(card, **log.UTF8)
             publish(part, directory)

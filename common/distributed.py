@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 
+from common import lora
 from model import Qwen25VL, empty_model, load_weights
 
 # What selective recomputation keeps, by the names of torch's and flash-attn's operators: attention,
@@ -64,6 +65,19 @@ class World:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learns: the decoder, or LoRA adapters on it (common/lora.py); the tower or not."""
+
+    vision: bool = False
+    lora_rank: int = 0  # 0: the decoder itself
+    lora_alpha: float = 0.0
+    seed: int = 0  # of the adapters' first values
+
+
+DECODER = Trained()
 
 
 def start(dtype: str = "auto") -> World:
@@ -144,25 +158,33 @@ def load(
     directory: str | Path,
     world: World,
     head: str = "lm",
-    train_vision: bool = False,
+    trained: Trained = DECODER,
     recompute: str = "none",
     compile: bool = False,
 ) -> Qwen25VL:
     """A model directory as this rank's slices, float32 where it trains. Errors: load_weights.
 
-    A tower that does not train is kept whole, in the compute dtype: the hub's files are bfloat16,
-    so nothing is lost.
+    What does not train is kept in the compute dtype: the hub's files are bfloat16, so nothing is
+    lost.
     """
     model = empty_model(directory, head)
-    model.visual.requires_grad_(train_vision)
-    if not train_vision:
-        model.visual.to(world.dtype)
+    freeze(model, trained, world.dtype)
     if compile:
         compile_blocks(model)
     recompute_blocks(model, recompute)
     model = shard(model, world).to_empty(device=world.device)
     load_weights(model, directory)
+    lora.draw_adapters(model, trained.seed)
     return model
+
+
+def freeze(model: Qwen25VL, trained: Trained, dtype: torch.dtype):
+    """Leaves what `trained` says to the optimiser; the rest is in `dtype` from here on."""
+    model.visual.requires_grad_(trained.vision)
+    if not trained.vision:
+        model.visual.to(dtype)
+    if trained.lora_rank:
+        lora.add_adapters(model, trained.lora_rank, trained.lora_alpha, dtype)
 
 
 def compile_blocks(model: Qwen25VL):
@@ -201,14 +223,14 @@ def keep_attention(context, operator, *arguments, **options) -> checkpoint.Check
 
 
 def shard(model: Qwen25VL, world: World) -> Qwen25VL:
-    """FSDP2 (`fully_shard`) around each block and the rest. What needs no gradient stays whole.
+    """FSDP2 (`fully_shard`) around each block and the rest. A frozen tower stays whole.
 
     The rest (embedding, head, norm, merger) is gathered for the whole forward and backward, so that
     the chunked head reads one gathered weight, not one a chunk.
     """
     if world.mesh is None:
         return model
-    frozen = {p for p in model.parameters() if not p.requires_grad}
+    frozen = {p for p in model.visual.parameters() if not p.requires_grad}
     # inputs as they are: FSDP would cast the tower's float32 angles as well
     kinds = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = fsdp.MixedPrecisionPolicy(world.dtype, **kinds)
@@ -230,11 +252,12 @@ def release(model: nn.Module):
 
 def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple]:
     """(name, whole tensor), one at a time, on every rank: all ranks have to iterate together.
+    Adapters are merged into what they adapt.
 
     dtype: cast to before the slices are sent, which halves the traffic of bfloat16.
     """
     release(model)  # else those of the compute dtype are taken for the masters
-    for name, weight in model.named_parameters():
+    for name, weight in lora.merged(model):
         weight = weight.detach().to(dtype or weight.dtype)
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
@@ -280,7 +303,8 @@ def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: Wo
     except torch.OutOfMemoryError as error:
         where = f"a pack of {len(pack.ids)} tokens does not fit on rank {world.rank}"
         cure = (
-            "--recompute full, --offload, shorter packs, more GPUs; python -m tools.plan compares"
+            "--recompute full, --offload, shorter packs, --lora-rank, more GPUs;"
+            " python -m tools.plan compares"
         )
         raise RuntimeError(f"{where} ({error}): {cure}") from error
     optimizer.zero_grad()

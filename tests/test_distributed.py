@@ -112,7 +112,7 @@ def gradients(mini: dict, world, head: str) -> dict:
     comes with a tower that trains, and so is sharded.
     """
     torch.manual_seed(0)
-    model = distributed.load(mini["model"], world, head, train_vision=head == "value")
+    model = distributed.load(mini["model"], world, head, distributed.Trained(head == "value"))
     packs = picture_and_text(mini)[world.rank :: world.size] or [filler_pack()]
     packs = [with_blank_picture(pack) if head == "value" else pack for pack in packs]
 

@@ -25,6 +25,11 @@ SMALL = replace(TOY, hidden_size=256, num_attention_heads=8, vision=TOWER, inter
 SEVEN = plan.MODELS["7b"]
 
 
+def model_weights() -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Qwen25VL(SMALL).parameters())
+
+
 def real_peak(*task) -> float:
     """GB that the same run takes at most with real tensors, by what the allocator reports."""
     gc.collect()  # an earlier run's tensors would be freed in this one's account
@@ -40,11 +45,19 @@ def real_peak(*task) -> float:
 
 
 @pytest.mark.parametrize(
-    "head, recompute, ranks",
-    [("lm", "none", 2), ("lm", "selective", 2), ("lm", "full", 1), ("value", "full", 2)],
+    "head, recompute, ranks, lora_rank",
+    [
+        ("lm", "none", 2, 0),
+        ("lm", "selective", 2, 0),
+        ("lm", "full", 1, 0),
+        ("value", "full", 2, 0),
+        ("lm", "full", 2, 8),
+    ],
 )
-def test_fake_tensors_take_what_real_ones_are_given_by_the_allocator(head, recompute, ranks):
-    task = (SMALL, head, recompute, 1024, ranks)
+def test_fake_tensors_take_what_real_ones_are_given_by_the_allocator(
+    head, recompute, ranks, lora_rank
+):
+    task = (SMALL, head, recompute, 1024, ranks, lora_rank)
     parts = plan.measure(*task)
     assert sum(parts[:5]) == pytest.approx(real_peak(*task), rel=0.01)
     assert min(parts) > 0 and not dist.is_initialized()
@@ -59,6 +72,17 @@ def test_ranks_share_16_bytes_a_trained_weight_and_each_has_the_frozen_tower():
         parts = plan.measure(SMALL, "lm", "full", 1024, ranks)
         exact = (4 * trained / ranks + 2 * tower, 4 * trained / ranks, 8 * trained / ranks)
         assert [1e9 * size for size in parts[:3]] == pytest.approx(exact, rel=0.01)
+
+
+def test_with_adapters_a_frozen_weight_takes_2_bytes_and_an_adapters_16():
+    with torch.device("meta"):
+        decoder = Qwen25VL(SMALL).model
+    linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+    adapters = 8 * sum(m.in_features + m.out_features for m in linears)
+    whole, parts = (plan.measure(SMALL, "lm", "full", 1024, 1, rank) for rank in (0, 8))
+    exact = (2 * model_weights() + 4 * adapters, 4 * adapters, 8 * adapters)
+    assert [1e9 * size for size in parts[:3]] == pytest.approx(exact, rel=0.01)
+    assert sum(parts[:5]) < 0.5 * sum(whole[:5])
 
 
 def test_pictures_do_not_raise_the_peak_since_a_frozen_tower_is_done_before_the_decoder_starts():
@@ -111,6 +135,8 @@ def test_hours_are_flops_and_bytes_over_the_assumed_shares():
     cold = plan.Config(stage="coldstart", recompute="none", mfu=0.5, mean=4096)
     flops = 640 * 65_536 / 4096 * train_flops(SEVEN, 4096)
     assert plan.seconds(cold, SEVEN) == {"update": pytest.approx(flops / (8 * 0.5 * 989e12))}
+    frozen = plan.seconds(replace(cold, lora_rank=32), SEVEN)  # two of three products
+    assert frozen == {"update": pytest.approx(2 / 3 * flops / (8 * 0.5 * 989e12))}
 
 
 def test_a_table_with_all_that_is_assumed_is_printed_and_what_does_not_fit_is_an_error(

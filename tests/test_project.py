@@ -74,7 +74,7 @@ def config_of(script: str, stage: str):
     return tyro.cli(STAGES[stage].Config, args=settings_of(script, stage))
 
 
-@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+@pytest.mark.parametrize("script", ["small_gpu.sh", "one_gpu.sh", "ovr_7b.sh"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_scripts_for_gpus_give_settings_that_exist_and_agree(script, stage):
     config_of(script, stage)  # __post_init__ checks relations

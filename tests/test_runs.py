@@ -44,7 +44,7 @@ def addresses() -> list[str]:
     return own[:1] + [socket.gethostname()]
 
 
-@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+@pytest.mark.parametrize("script", ["small_gpu.sh", "one_gpu.sh", "ovr_7b.sh"])
 def test_torchrun_waits_for_a_checkpoint_and_starts_again_by_itself(tmp_path, script):
     printed, (stage_1, stage_2, average) = run(tmp_path, script)
     for line, stage in (stage_1, "coldstart.py"), (stage_2, "rl.py"):
@@ -54,7 +54,7 @@ def test_torchrun_waits_for_a_checkpoint_and_starts_again_by_itself(tmp_path, sc
     assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in printed
 
 
-@pytest.mark.parametrize("script", ["one_gpu.sh", "ovr_7b.sh"])
+@pytest.mark.parametrize("script", ["small_gpu.sh", "one_gpu.sh", "ovr_7b.sh"])
 @pytest.mark.parametrize("stage", ["coldstart", "rl"])
 def test_a_stage_that_was_stopped_is_not_followed_by_the_next(tmp_path, script, stage):
     printed, started = run(tmp_path, script, STOPS=str(tmp_path / "out" / stage))

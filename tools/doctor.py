@@ -137,7 +137,8 @@ def start(case: Case) -> str:
         case.engine = open_sampler(cfg.sampler, where, world, room)
         case.engine.rest()
     case.vision = case.rl and cfg.train_vision
-    case.policy = distributed.load(where, world, "lm", case.vision, cfg.recompute, cfg.compile)
+    learns = distributed.Trained(case.vision, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    case.policy = distributed.load(where, world, "lm", learns, cfg.recompute, cfg.compile)
     return f"{sum(p.numel() for p in case.policy.parameters()):,} weights"
 
 
@@ -179,19 +180,21 @@ def sampler(case: Case) -> str:
 @torch.enable_grad()
 def update(case: Case) -> str:
     """A weight without gradient never learns, a tower with one is not frozen, and a bfloat16 master
-    of 1 stays what it was after a step of 1e-6."""
-    policy, lr, wrong = case.policy, case.cfg.lr, []
+    of 1 stays what it was after a step of 1e-6. Of adapters, B alone has a gradient at first."""
+    policy, lr, wrong, lora = case.policy, case.cfg.lr, [], case.cfg.lora_rank > 0
     loss = -torch.cat(logps_of(case, case.documents)).mean() / case.world.size
     distributed.backward(policy, loss, case.world, last=True)
     for name, weight in policy.named_parameters():
         norm = 0.0 if weight.grad is None else whole(weight.grad).norm().item()
-        frozen = name.startswith("visual.") and not case.vision
+        tower = name.startswith("visual.")
+        frozen = not case.vision if tower else lora and ".lora_B." not in name
         if not math.isfinite(norm) or frozen == (norm > 0):
             wrong.append(f"the gradient of {name} is {norm:g}")
     require(not wrong, wrong, "mend requires_grad (distributed.load), or the weights")
     trained = [p for p in policy.parameters() if p.requires_grad]
     case.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
-    weight = policy.get_parameter("model.layers.0.mlp.down_proj.weight")
+    part = "lora_B.weight" if lora else "weight"
+    weight = policy.get_parameter(f"model.layers.0.mlp.down_proj.{part}")
     before, clear = whole(weight).clone(), whole(weight.grad).abs() > 1e-7  # AdamW's eps is 1e-8
     case.optimizer.step()
     share = (whole(weight) != before)[clear].float().mean().item()

@@ -7,7 +7,8 @@ Memory is not estimated, it is run: the real model, cut by FSDP2 as in training,
 through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
 shapes without contents) and so are the other ranks. The bytes of all tensors alive are added up
 after each operator; 7B takes 20 seconds on a laptop. The parts:
-  weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16
+  weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16; with
+             --lora-rank the decoder, too, is bfloat16, and only adapters have the next two
   gradients  of the slice, float32
   moments    AdamW's two, float32
   kept       what forward leaves for backward: activations, and embedding and head, gathered
@@ -17,7 +18,7 @@ model that waits (without --offload). Pictures are left out: a frozen tower has 
 is free again, before the decoder takes more.
 
 Hours are FLOPs and bytes at assumed shares of the GPU's peak and bandwidth, which are printed;
---mfu, --decode and --mean take what you have measured (bench/gpu.py).
+--mfu, --decode, --mean and --reserve-gb take what you have measured (bench/gpu.py).
 """
 
 import sys
@@ -73,6 +74,7 @@ class Config:
     gpus: int = 8  # in all; beyond 8 in whole nodes
     gpu: Literal["rtx4090", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"  # 24 to 180 GB
     pack_tokens: int = 65536  # tokens a pack, which is a micro-batch
+    lora_rank: int = 0  # of adapters that train in place of the decoder
     recompute: Literal["none", "selective", "full"] = "full"
     offload: bool = False  # a model that waits does so in host memory (rl)
     kv_cache_gb: float = 16.0  # the engine's room for keys and values, a GPU (rl)
@@ -82,6 +84,7 @@ class Config:
     mean: int = 10_000  # assumed: tokens of a response or row; paper: 7.2k to 12.6k
     mfu: float = 0.4  # assumed: FLOPs in training over the GPU's peak
     decode: float = 0.6  # assumed: bytes read in sampling over the GPU's bandwidth
+    reserve_gb: float = RESERVE_GB  # assumed: what tensors do not show
 
     def __post_init__(self):
         if self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
@@ -152,7 +155,9 @@ def follow(model: qwen.Qwen25VL, world, live: LiveBytes, tokens: int) -> Footpri
     return Footprint(*(size / 1e9 for size in sizes))
 
 
-def measure(config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int) -> Footprint:
+def measure(
+    config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int, lora_rank: int = 0
+) -> Footprint:
     """What a model (head: lm or value) takes of the first of `ranks` GPUs to train on a pack."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -160,7 +165,7 @@ def measure(config: qwen.Config, head: str, recompute: str, tokens: int, ranks: 
         world = distributed.World(0, ranks, torch.device("cpu"), torch.bfloat16, mesh)
         with torch.device("meta"):  # and on, in the order of distributed.load
             model = qwen.Qwen25VL(config, head)
-        model.visual.requires_grad_(False).to(world.dtype)
+        distributed.freeze(model, distributed.Trained(lora_rank=lora_rank), world.dtype)
         distributed.recompute_blocks(model, recompute)
         model = distributed.shard(model, world)
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
@@ -221,7 +226,10 @@ def at_once(cfg: Config, c: qwen.Config) -> int:
 def seconds(cfg: Config, c: qwen.Config) -> dict[str, float]:
     """{phase: seconds of a step}, at the assumed shares of the GPU's peak and bandwidth."""
     _, tflops, gbs = GPUS[cfg.gpu]
-    speed = 1e12 * tflops * cfg.mfu * cfg.gpus / EXECUTED[cfg.recompute]
+    # a frozen matrix gets no gradient, one of three products with it; attention saves nothing, so
+    # the hours of long rows are too few
+    executed = EXECUTED[cfg.recompute] - (1 / 3 if cfg.lora_rank else 0)
+    speed = 1e12 * tflops * cfg.mfu * cfg.gpus / executed
     if cfg.stage == "coldstart":
         rows = (cfg.batch or 640) * cfg.pack_tokens / cfg.mean
         return {"update": rows * qwen.train_flops(c, cfg.mean) / speed}
@@ -252,7 +260,7 @@ def main(cfg: Config):
     heads = {"critic": "value", "policy": "lm"}
     if not rl or cfg.algorithm == "grpo":
         del heads["critic"]
-    sizes = cfg.recompute, cfg.pack_tokens, ranks
+    sizes = cfg.recompute, cfg.pack_tokens, ranks, cfg.lora_rank
     models = {name: measure(c, head, *sizes) for name, head in heads.items()}
     table, times = phases(cfg, c, models), seconds(cfg, c)
     print_table(table)
@@ -267,10 +275,11 @@ def main(cfg: Config):
         how = f"prompts of {PROMPT} tokens; {at_once(cfg, c)} responses at once"
         print(f"assumed: {cfg.decode:.0%} of {gbs} GB/s in sampling; {how}")
     print("not counted: waiting for the longest response, traffic, checkpoints")
-    peak = RESERVE_GB + max(sum(parts.values()) for parts in table.values())
-    print(f"{peak:.1f} GB with {RESERVE_GB:g} GB in reserve, of {gb} GB of {cfg.gpu}")
+    peak = cfg.reserve_gb + max(sum(parts.values()) for parts in table.values())
+    print(f"{peak:.1f} GB with {cfg.reserve_gb:g} GB in reserve, of {gb} GB of {cfg.gpu}")
     if peak > gb:
-        sys.exit("does not fit: --recompute full, --offload, less cache, shorter packs, more GPUs")
+        cures = "--recompute full, --offload, less cache, shorter packs, --lora-rank, more GPUs"
+        sys.exit(f"does not fit: {cures}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ main() is numbered so. How it departs from textbook PPO, all by the paper:
   1  No KL term and no reference model; no entropy bonus.
   2  GAE with gamma = lambda = 1: A_t = R - V(s_t), and the critic's target is R at every token.
   3  Strictly on-policy: one policy step for each batch, so that the ratio is exactly 1 and the clip
-     never acts. With --policy-steps 4 it does.
+     never acts. With --policy-steps 4 it does, and with --finish-share 0.8, which puts the longest
+     responses of a step aside: they go on in the next, and begin with tokens of an older policy.
   4  Policy and critic are two networks, both from the cold-start model.
   5  Advantages are normalised over all tokens of the batch.
   6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped. The
@@ -21,6 +22,7 @@ main() is numbered so. How it departs from textbook PPO, all by the paper:
 Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R trained tokens.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -73,11 +75,12 @@ class Config:
     critic_lr: float = 1e-3  # critic; paper: 5e-6; laptop: small models want larger steps
     warmup: int = 5  # optimiser steps, linear, of each model; paper: 50; laptop: it has 35 steps
     lam: float = 1.0  # GAE's lambda; paper: 1
-    epsilon: float = 0.2  # PPO's clip; paper: 0.2; acts with more than one policy step alone
+    epsilon: float = 0.2  # PPO's clip; paper: 0.2; acts with more policy steps or a finish share
     tis: float = 0.0  # cap of the weight trainer / sampler, 2 is usual; ours: 0, not weighted
     train_vision: bool = False  # trains tower and merger; ours: frozen, as in stage 1
     sampler: Literal["torch", "vllm"] = "torch"  # vllm: faster from tens of M parameters on
     sampler_batch: int = 256  # responses that a rank samples at once
+    finish_share: float = 1.0  # of the responses; the rest goes on next step, off-policy; paper: 1
     kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
     pack_tokens: int = 4096  # tokens a pack, which is a micro-batch; ours: what memory holds
     lora_rank: int = 0  # of adapters that train in place of the decoder; paper: 0, without
@@ -102,8 +105,12 @@ class Config:
             raise ValueError(f"--pack-tokens {self.pack_tokens} < prompt + response, {longest}")
         if self.problems < self.parts:
             raise ValueError(f"--problems {self.problems} < {self.parts}, the parts of a batch")
-        if self.algorithm == "grpo" and self.samples < 2:
-            raise ValueError("grpo compares samples of one problem: --samples must be at least 2")
+        if self.algorithm == "grpo" and (self.samples < 2 or self.finish_share < 1):
+            rule = "--samples must be at least 2, and --finish-share 1"
+            raise ValueError(f"grpo compares all samples of a problem: {rule}")
+        if not self.parts / self.problems <= self.finish_share <= 1:
+            least = f"{self.parts} parts of a batch / --problems {self.problems}"
+            raise ValueError(f"--finish-share {self.finish_share}: from {least} to 1")
 
     @property
     def longest(self) -> int:
@@ -253,9 +260,13 @@ def critic_losses(critic, pack: Pack) -> dict[str, Tensor]:
 
 
 def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
-    """The loss of each token, and what else is watched of it: (R,) all."""
+    """The loss of each token, and what else is watched of it: (R,) all.
+
+    The old log-prob of a token that an earlier policy drew is what the sampler stored then.
+    """
     logps, entropies = policy.logps(pack)
     old_logps = logps.detach() if pack.old_logps is None else pack.old_logps
+    old_logps = torch.where(pack.stale, pack.logps, old_logps)
     weights = importance_weights(old_logps, pack.logps, cfg.tis) if cfg.tis else 1.0
     losses = policy_loss(logps, old_logps, pack.advantages, cfg.epsilon) * weights
     with torch.no_grad():
@@ -265,8 +276,9 @@ def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
             "surprisal": -logps,  # as the entropy, if draws follow the log-probs
             "clip_fraction": off > cfg.epsilon,
             "ratio_diff": off,
-            "logp_diff": gap.abs(),
+            "logp_diff": gap.abs(),  # 0 of a stale token
             "sampler_kl": gap.exp() - 1 - gap,  # k3 estimate of KL(sampler | trainer)
+            "stale_tokens": pack.stale,
         }
     return {"policy_loss": losses} | watched | ({"tis_weight": weights} if cfg.tis else {})
 
@@ -366,10 +378,30 @@ def record(run: Path, step: int, rollouts: list[Rollout]):
     file = record_of(run, step)
     file.parent.mkdir(exist_ok=True)
     save_rollouts(file, rollouts)
-    oldest = record_of(run, min(checkpoint.complete_steps(run), default=0))
+    # of the step before a checkpoint, too: what is unfinished in it goes on where a run resumes
+    oldest = record_of(run, max(0, min(checkpoint.complete_steps(run), default=0) - 1))
     for old in file.parent.glob("step_*.npz"):
         if old.name < oldest.name:
             old.unlink()
+
+
+def add_lengths(lengths: dict[str, tuple], rollouts: list[Rollout]) -> dict[str, tuple]:
+    """Into `lengths`: {problem id: (its place in the stream, tokens, responses)} of the responses
+    that have ended since it was drawn there; older ones are forgotten. -> what is new
+    """
+    for r in rollouts:
+        place, tokens, responses = lengths.get(r.problem.id, (r.index, 0, 0))
+        before = (tokens, responses) if place == r.index else (0, 0)
+        lengths[r.problem.id] = r.index, before[0] + len(r.response_ids), before[1] + 1
+    return {r.problem.id: lengths[r.problem.id] for r in rollouts}
+
+
+def read_lengths(run: Path) -> dict[str, tuple]:
+    """What add_lengths() knew when the steps ended that stand in the run's log."""
+    file, lengths = run / "lengths.jsonl", {}
+    for line in file.open(encoding="utf-8") if file.exists() else ():
+        lengths |= json.loads(line)["lengths"]
+    return lengths
 
 
 def card_of(cfg: Config, step: int) -> str:
@@ -411,6 +443,36 @@ def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
     return models
 
 
+def longest_first(batch: dict, lengths: dict[str, tuple], unfinished: list[Rollout]) -> list[int]:
+    """The order in which problems are handed out: a long response that starts last is a tail in
+    which most of the engine idles. No rollout changes by it.
+
+    First come those that go on, then those never seen (each may be the longest, and one that is
+    short costs nothing in front), then by falling mean of add_lengths(), from an epoch earlier.
+    """
+    going_on = {r.index for r in unfinished}
+
+    def rank(index: int) -> tuple:
+        _, tokens, responses = lengths.get(batch[index].id, (None, math.inf, 1))
+        return index not in going_on, -tokens / responses
+
+    return sorted(batch, key=rank)
+
+
+def finish_rule(cfg: Config, step: int, unfinished: int, world) -> Callable | None:
+    """Sampler.generate's `enough`: the rest is put aside once --finish-share of the responses has
+    ended, but not in the last step. Engines count together, so that none waits for another's tail;
+    the torch sampler counts by batch, so that its numbers do not hang on the clock.
+    """
+    share, in_flight = cfg.finish_share, unfinished + cfg.problems * cfg.samples
+    if share == 1 or step == cfg.steps - 1:
+        return None
+    if cfg.sampler == "torch":
+        return lambda ended, of: ended >= share * of
+    in_all = distributed.running_sum(world, f"ended/{step}")
+    return lambda ended, of: in_all(ended) >= share * in_flight
+
+
 def refuse_gap(gap: float, world, when: str):
     """RuntimeError where sampler and trainer are plainly not the same policy."""
     if not gap <= GAP_LIMITS[world.dtype]:  # NaN too
@@ -449,14 +511,26 @@ def main(cfg: Config):
         name = problem.place or problem.id
         return data.encode_prompt(problem.prompt, problem.images, tokenizer, settings, name)
 
-    def sample(step: int, problems: list[data.Problem], budget: int) -> list[Rollout]:
-        """This rank's rollouts; those of a step that was cut off are read, not sampled again."""
-        # rank 0 looks for all: a shared disk may tell ranks different things
-        if distributed.everyone(record_of(run, step).exists())[0]:
-            every = load_rollouts(record_of(run, step), problems, tokenizer, settings)
-            return [r for r in every if r.index % world.size == world.rank]
-        mine = distributed.my_problems(world, len(problems), f"{step}", cfg.sampler == "vllm")
-        return sampler.generate(problems, cfg.samples, budget, seed=(cfg.seed, step), indices=mine)
+    def recorded(step: int) -> bool:
+        """Rank 0 looks for all: a shared disk may tell ranks different things."""
+        return distributed.everyone(record_of(run, step).exists())[0]
+
+    def sample(step: int, batch: dict, unfinished: list[Rollout], budget: int) -> tuple:
+        """-> this rank's rollouts that have ended, and those of all ranks that go on in the next
+        step. Those of a step that was cut off are read, not sampled again.
+        """
+        if recorded(step):
+            every = load_rollouts(record_of(run, step), stream, tokenizer, settings)
+            mine = [r for r in every if r.index % world.size == world.rank]
+        else:
+            order = distributed.everyone(longest_first(batch, lengths, unfinished))[0]  # rank 0's
+            places = distributed.my_problems(world, len(order), f"{step}", cfg.sampler == "vllm")
+            how = dict(seed=(cfg.seed, step), indices=(order[k] for k in places))
+            enough = finish_rule(cfg, step, len(unfinished), world)
+            how |= dict(unfinished=unfinished, enough=enough)
+            mine = sampler.generate(batch, cfg.samples, budget, **how)
+        rest, _ = exchange([r for r in mine if r.unfinished], batch, world)
+        return [r for r in mine if not r.unfinished], rest
 
     peaks = []  # GB that a rank had, taken wherever memory may be given back
 
@@ -491,13 +565,20 @@ def main(cfg: Config):
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     if world.main and too_long:
         print(f"{too_long} problems left out: prompts over {cfg.prompt_tokens} tokens")
+    lengths, unfinished = read_lengths(run) if world.main else {}, []
+    if start and recorded(start - 1):
+        before = record_of(run, start - 1)
+        unfinished = load_rollouts(before, stream, tokenizer, settings, unfinished=True)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:
         for step in range(start, cfg.steps):
             # 1. sample: P problems, text and pictures mixed, G responses each, by today's policy
             timer("sample")
-            batch, budget = stream.batch(step, cfg.problems), length_budget(step, cfg.lengths)
-            rollouts = sample(step, batch, budget)
+            in_flight = len(unfinished) + cfg.problems * cfg.samples
+            new = enumerate(stream.batch(step, cfg.problems), step * cfg.problems)
+            batch = {r.index: r.problem for r in unfinished} | dict(new)  # by place in the stream
+            budget = length_budget(step, cfg.lengths)
+            rollouts, unfinished = sample(step, batch, unfinished, budget)
             sampler.rest()  # also where they were read: the last sync has woken it
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
@@ -505,15 +586,15 @@ def main(cfg: Config):
                 p = r.problem
                 r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
                 r.reward = reward_of(r)
-            metrics = describe(rollouts, world) | watch(rollouts, batch, world)
-            metrics["length_budget"] = budget
+            metrics = describe(rollouts, world) | watch(rollouts, [*batch.values()], world)
+            metrics |= {"length_budget": budget, "unfinished": len(unfinished)}
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
-            rollouts, lengths = exchange(rollouts, batch, world)
-            assert len(rollouts) == cfg.problems * cfg.samples, f"{len(rollouts)} rollouts"
+            rollouts, sizes = exchange(rollouts, batch, world)
+            assert len(rollouts + unfinished) == in_flight, f"{len(rollouts)} rollouts"
             if world.main:
-                record(run, step, rollouts)
-            parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
+                record(run, step, rollouts + unfinished)
+            parts = share_packs(rollouts, sizes, cfg, cost, encode, world)
             packs = sum(parts, [])
             # 4. advantages: of every token, how much better than expected?
             timer("advantages")
@@ -526,7 +607,7 @@ def main(cfg: Config):
                 metrics |= critic_metrics(packs, world)
             else:
                 compare_samples(rollouts, packs, cfg.samples)
-            traced = trace.rows_of(step, rollouts, packs, cfg.samples, tokenizer, world)
+            traced = trace.rows_of(step, rollouts, packs, tokenizer, world)
             # 5. update: the critic in some steps and the policy in one, by the same function
             timer("update")
             if critic:
@@ -540,6 +621,8 @@ def main(cfg: Config):
             lrs = rates(step, cfg.policy_steps, cfg.lr, cfg.warmup)
             losses_of = partial(policy_losses, cfg=cfg)
             metrics |= train(models["policy"], parts, lrs, losses_of, step, world)
+            for name in ("logp_diff", "sampler_kl"):  # of what today's policy drew
+                metrics[name] /= 1 - metrics["stale_tokens"]
             refuse_gap(metrics["logp_diff"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")
@@ -553,6 +636,7 @@ def main(cfg: Config):
             log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, shown)
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
+            log.append("lengths", [{"step": step, "lengths": add_lengths(lengths, rollouts)}])
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

@@ -19,7 +19,8 @@ Dimensions: P problems, n samples each, N = P n rows, V vocabulary. Nothing to r
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -51,13 +52,16 @@ class Rollout:
     problem: Problem
     sample: int  # which of the n
     prompt: Prompt
-    index: int = 0  # place of the problem in the batch
+    index: int = 0  # place of the problem in the list; in rl.py, in the stream of all steps
     response_ids: list[int] = field(default_factory=list)  # the stop token included, if it came
     logps: list[float] = field(default_factory=list)  # of each response token, by the sampler
     stopped: bool = False  # False: cut at max_tokens
     text: str = ""
     verdict: Verdict | None = None
     reward: float = 0.0
+    seed: int = 0  # of its random numbers
+    unfinished: bool = False  # put aside when enough others had ended: goes on in the next step
+    stale: int = 0  # of its first tokens: drawn in earlier steps, by the policies of that time
 
     @property
     def name(self) -> str:
@@ -104,42 +108,61 @@ def divergence(rollout: Rollout, token: int, model: nn.Module) -> FloatingPointE
     )
 
 
+def go_on(rollout: Rollout, problem: Problem, prompt: Prompt) -> Rollout:
+    """A copy to add tokens to; those that it has are now of an earlier policy."""
+    ids, logps = (np.asarray(x).tolist() for x in (rollout.response_ids, rollout.logps))
+    own = dict(problem=problem, prompt=prompt, response_ids=ids, logps=logps)
+    return replace(rollout, **own, stale=len(ids))
+
+
 class Sampler:
-    """What both share. What differs is _run(groups, samples, max_tokens, temperature): it takes the
-    next group (a problem's rollouts, each with its seed) when it has room for one, fills in
-    response_ids and logps, and yields each rollout when it is done.
+    """What both share. What differs is _run(groups, samples, max_tokens, temperature, enough): it
+    takes the next group (rollouts that go on from the same tokens) when it has room for one, adds
+    to their response_ids and logps, and yields each rollout when it has ended or is put aside.
     """
 
     top_p = 1.0  # of evaluation; what is trained on is drawn from the whole distribution
 
     def generate(
         self,
-        problems: list[Problem],
+        problems: list[Problem] | dict[int, Problem],
         samples: int = 1,
         max_tokens: int = 256,
         temperature: float = 1.0,  # 0: greedy
         seed: tuple[int, ...] = (0,),
         indices: Iterable[int] | None = None,
+        unfinished: Iterable[Rollout] = (),
+        enough: Callable[[int, int], bool] | None = None,
     ) -> list[Rollout]:
         """n rollouts a problem, in the order of `indices`: sample 0, sample 1, ... of each.
 
         indices: problems to sample, None for all; each is taken when there is room for it, so that
-        ranks can share a counter.
+        ranks can share a counter. unfinished: rollouts of an earlier call; their problems are not
+        sampled anew, these go on. enough(ended, of): whether the rest is put aside, now that so
+        many of so many responses have ended: of a batch (torch), or of a rank (vLLM), whose other
+        problems have all been taken by then. None: every rollout goes on to its end.
         """
-        first = {p.id: index for index, p in reversed([*enumerate(problems)])}
-        rollouts = []
+        problems = problems if isinstance(problems, dict) else dict(enumerate(problems))
+        first = {p.id: index for index, p in reversed(problems.items())}
+        begun, rollouts = defaultdict(list), []
+        for r in unfinished:
+            begun[r.index].append(r)
 
-        def groups() -> Iterator[list[tuple[Rollout, int]]]:
-            for index in range(len(problems)) if indices is None else indices:
+        def groups() -> Iterator[list[Rollout]]:
+            for index in problems if indices is None else indices:
                 p = problems[index]
                 prompt = data.encode_prompt(p.prompt, p.images, self.tokenizer, self.settings, p.id)
-                group = [Rollout(p, n, prompt, index) for n in range(samples)]
-                rollouts.extend(group)
-                yield [(r, address(seed, p.id, r.sample, index - first[p.id])) for r in group]
+                twin = index - first[p.id]
+                seeds = [address(seed, p.id, n, twin) for n in range(samples)]
+                new = [Rollout(p, n, prompt, index, seed=s) for n, s in enumerate(seeds)]
+                for group in [[go_on(r, p, prompt)] for r in begun[index]] or [new]:
+                    rollouts.extend(group)
+                    yield group
 
-        for rollout in self._run(groups(), samples, max_tokens, temperature):
-            rollout.stopped = rollout.response_ids[-1] in self.stops
-            rollout.text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        for r in self._run(groups(), samples, max_tokens, temperature, enough):
+            r.stopped = bool(r.response_ids) and r.response_ids[-1] in self.stops
+            r.unfinished = not r.stopped and len(r.response_ids) < max_tokens
+            r.text = self.tokenizer.decode(r.response_ids, skip_special_tokens=True)
         return rollouts
 
 
@@ -206,18 +229,31 @@ class TorchSampler(Sampler):
     def rest(self):
         """Nothing to give back: the model is small."""
 
-    def _run(self, groups, samples: int, max_tokens: int, temperature: float) -> Iterator[Rollout]:
-        while batch := [*islice(groups, max(1, self.batch // samples))]:
-            rollouts, seeds = zip(*(pair for group in batch for pair in group), strict=True)
-            uniforms = torch.stack([row_uniforms(seed, max_tokens) for seed in seeds], dim=1)
-            self._fill(rollouts, samples, uniforms.to(self.device), temperature)
-            yield from rollouts
+    def _run(self, groups, samples, max_tokens, temperature, enough) -> Iterator[Rollout]:
+        while batch := self._next_batch(groups, samples):
+            self._fill(batch, max_tokens, temperature, enough)
+            yield from sum(batch, [])
+
+    def _next_batch(self, groups: Iterator[list[Rollout]], samples: int) -> list[list[Rollout]]:
+        """As many groups as have room, of up to `samples` rollouts each."""
+        batch, rows = [], 0
+        while not batch or rows + samples <= self.batch:
+            if (group := next(groups, None)) is None:
+                break
+            batch.append(group)
+            rows += len(group)
+        return batch
 
     @torch.no_grad()
-    def _fill(self, rollouts: tuple[Rollout], samples: int, uniforms: Tensor, temperature: float):
-        """Samples the responses of one batch. uniforms (max_tokens, N)."""
-        prompts = [r.prompt for r in rollouts[::samples]]
-        cache, logits, positions = self._prefill(prompts, samples, len(uniforms))
+    def _fill(self, groups: list[list[Rollout]], max_tokens: int, temperature: float, enough):
+        """Samples the responses of one batch. A rollout that goes on draws with the random numbers
+        behind those of its tokens, so that by the same weights it ends as if never interrupted.
+        """
+        rollouts = sum(groups, [])
+        rest = [row_uniforms(r.seed, max_tokens)[len(r.response_ids) :] for r in rollouts]
+        budgets = torch.tensor([len(own) for own in rest], device=self.device)
+        uniforms = nn.utils.rnn.pad_sequence(rest).to(self.device)  # (most tokens, N)
+        cache, logits, positions = self._prefill(groups, len(uniforms))
         rows = torch.arange(len(rollouts), device=self.device)  # which rollout each row is
         stops = torch.tensor(sorted(self.stops), device=self.device)
         ids = torch.full(uniforms.shape, -1, device=self.device)  # -1: the rollout has ended
@@ -229,10 +265,12 @@ class TorchSampler(Sampler):
             # NaN or infinity among a row's logits makes its log-prob NaN. The host waits for the
             # GPU once a step, to read both counts.
             live, finite = torch.isin(token, stops, invert=True), logp.isfinite()
+            live &= step + 1 < budgets[rows]
             left, sound = torch.stack([live.sum(), finite.sum()]).tolist()
             if sound < len(rows):
-                raise divergence(rollouts[rows[~finite][0]], step + 1, self.model)
-            if not left or step == len(uniforms) - 1:
+                broken = rollouts[rows[~finite][0]]
+                raise divergence(broken, len(broken.response_ids) + step + 1, self.model)
+            if not left or (enough and enough(len(rollouts) - left, len(rollouts))):
                 break
             if left < len(rows):
                 order = cache.keep(live)
@@ -241,18 +279,19 @@ class TorchSampler(Sampler):
             positions = positions + 1
         for rollout, own, its_logps in zip(rollouts, ids.T.cpu(), logps.T.cpu(), strict=True):
             length = int((own >= 0).sum())
-            rollout.response_ids = own[:length].tolist()
-            rollout.logps = its_logps[:length].tolist()
+            rollout.response_ids += own[:length].tolist()
+            rollout.logps += its_logps[:length].tolist()
 
-    def _prefill(self, prompts: list[Prompt], samples: int, max_tokens: int) -> tuple:
-        """-> KVCache of N rows, logits (N, V) of the first response token, its position (N,)."""
-        pack = pack_alone([Document(prompt, []) for prompt in prompts]).to(self.device)
-        room, dtype = max(pack.lengths) + max_tokens, next(self.model.parameters()).dtype
-        cache = KVCache(self.model.config, len(prompts), room, dtype, self.device)
+    def _prefill(self, groups: list[list[Rollout]], steps: int) -> tuple:
+        """-> KVCache of N rows, logits (N, V) of the next token, its position (N,)."""
+        pack = pack_alone([group[0].document for group in groups]).to(self.device)
+        room, dtype = max(pack.lengths) + steps, next(self.model.parameters()).dtype
+        cache = KVCache(self.model.config, len(groups), room, dtype, self.device)
         last = torch.tensor(pack.lengths, device=self.device).cumsum(0) - 1
         logits = self.model.logits(pack, last, cache)
         order = torch.tensor(pack.members, device=self.device).argsort()  # a pack has its own
-        rows = order.repeat_interleave(samples)
+        counts = torch.tensor([len(group) for group in groups], device=self.device)
+        rows = order.repeat_interleave(counts)
         cache.take(rows)
         return cache, logits[rows], pack.positions[:, last].amax(0)[rows] + 1
 
@@ -314,36 +353,46 @@ class VllmSampler(Sampler):
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
+        kinds = vllm.sampling_params.RequestOutputKind
+        self.at_the_end, self.by_token = kinds.FINAL_ONLY, kinds.DELTA
         (runner,) = self.llm.collective_rpc(lambda worker: type(worker.model_runner))
         if os.environ.get("RANK", "0") == "0":
             print(f"vLLM runs {runner.__module__}.{runner.__name__}, sleep level {SLEEP_LEVEL}")
 
-    def _run(self, groups, samples: int, max_tokens: int, temperature: float) -> Iterator[Rollout]:
+    def _run(self, groups, samples, max_tokens, temperature, enough) -> Iterator[Rollout]:
         """n requests of one sample each, which share the prompt's keys, values and pictures. One
         request of n would keep its place until the longest of the n has ended.
         """
-        params = partial(self.params, max_tokens=max_tokens, temperature=temperature)
-        params = partial(params, top_p=self.top_p)
-        engine, running = self.llm.llm_engine, {}  # the rollout of each request
+        # of a request that is aborted the engine gives back nothing but what it gave on the way
+        params = partial(self.params, output_kind=self.by_token if enough else self.at_the_end)
+        params = partial(params, temperature=temperature, top_p=self.top_p)
+        engine, running, number, more = self.llm.llm_engine, {}, 0, True  # request: its rollout
         try:
             while True:
-                while not running or len(running) + samples <= self.batch:
+                while more and (not running or len(running) + samples <= self.batch):
                     if (group := next(groups, None)) is None:
+                        more = False
                         break
-                    prompt = self._prepare(group[0][0], max_tokens)
-                    for rollout, seed in group:
-                        request = f"{rollout.index}/{rollout.sample}"
-                        engine.add_request(request, prompt, params(seed=seed))
-                        running[request] = rollout
+                    prompt = self._prepare(group[0], max_tokens)
+                    for r in group:
+                        request, done = f"{r.index}/{r.sample}", len(r.response_ids)
+                        own = params(seed=r.seed + done, max_tokens=max_tokens - done)
+                        engine.add_request(request, prompt, own)
+                        running[request] = r
+                        number += 1
                 if not running:
                     return
                 for output in engine.step():
+                    self._read(output.outputs[0], running[output.request_id])
                     if output.finished:
-                        yield self._read(output.outputs[0], running.pop(output.request_id))
+                        yield running.pop(output.request_id)
+                # asked in any case: it also tells the other ranks how many have ended here
+                if enough and enough(number - len(running), number) and not more:
+                    yield from running.values()
+                    return
         finally:
-            engine.abort_request([*running])  # after an error: the next call must not meet them
+            engine.abort_request([*running])  # after an error, too: no later call may meet them
 
     def _prepare(self, rollout: Rollout, max_tokens: int) -> dict:
         """The prompt for vLLM, which itself expands one image token a picture; pictures resized as
@@ -355,30 +404,33 @@ class VllmSampler(Sampler):
                 f"{problem.id}: {len(prompt.ids)} prompt + {max_tokens} response tokens exceed "
                 f"max_model_len of {self.limit}: raise it, or leave the problem out"
             )
-        inputs, pictures = {"prompt_token_ids": prompt.short_ids}, []
+        inputs = {"prompt_token_ids": prompt.short_ids + rollout.response_ids}
+        pictures = []
         for image, (_, h, w) in zip(problem.images, prompt.grids, strict=True):
             size = (w * side, h * side)
             pictures.append(data.load_image(image).resize(size, Image.Resampling.BICUBIC))
         if pictures:
             inputs["multi_modal_data"] = {"image": pictures}
         (prepared,) = self.llm.renderer.render_cmpl([inputs])
-        if (length := len(prepared["prompt_token_ids"])) != len(prompt.ids):
+        length = len(prepared["prompt_token_ids"])
+        if length != len(rollout.document):
             raise RuntimeError(
-                f"{problem.id}: {length} prompt tokens in vLLM, {len(prompt.ids)} in the trainer: "
-                "their image settings differ"
+                f"{problem.id}: {length} prompt tokens in vLLM, {len(rollout.document)} in the "
+                "trainer: their image settings differ"
             )
         return prepared
 
-    def _read(self, output, rollout: Rollout) -> Rollout:
-        if output.finish_reason not in ("stop", "length"):
+    def _read(self, output, rollout: Rollout):
+        """Adds what is new of a response: all of it, or a token or two."""
+        if output.finish_reason not in ("stop", "length", None):
             why = output.finish_reason
             raise RuntimeError(f"{rollout.name}: vLLM dropped it ({why}); its log says more")
-        rollout.response_ids, rollout.logps = [*output.token_ids], output.logprobs.logprobs
-        finite = np.isfinite(rollout.logps)
+        finite = np.isfinite(output.logprobs.logprobs)
         if not finite.all():
-            token = int(finite.argmin()) + 1
+            token = len(rollout.response_ids) + int(finite.argmin()) + 1
             raise self.llm.apply_model(partial(divergence, rollout, token))[0]
-        return rollout
+        rollout.response_ids += output.token_ids
+        rollout.logps += output.logprobs.logprobs
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
         """Copies the policy's weights in, and forgets what the old ones left: keys and values of
@@ -492,9 +544,11 @@ def canary_gap(sampler: Sampler, policy: Qwen25VL, problem: Problem, vision: boo
 
 
 def save_rollouts(path: str | Path, rollouts: list[Rollout]):
-    """The graded rollouts of one step, 8 bytes a token, whole or not at all."""
+    """The rollouts of one step, those that go on as well; 8 bytes a token, whole or not at all."""
     rows = [
-        (r.problem.id, r.index, r.sample, r.stopped, r.verdict, float(r.reward)) for r in rollouts
+        (r.problem.id, r.index, r.sample, r.stopped, r.verdict, float(r.reward))
+        + (r.seed, r.unfinished, r.stale)
+        for r in rollouts
     ]
     part = Path(f"{path}.part")
     with part.open("wb") as file:
@@ -509,21 +563,27 @@ def save_rollouts(path: str | Path, rollouts: list[Rollout]):
 
 
 def load_rollouts(
-    path: str | Path, problems: list[Problem], tokenizer, settings: ImageSettings
+    path: str | Path, stream: data.Stream, tokenizer, settings: ImageSettings, unfinished=False
 ) -> list[Rollout]:
-    """What save_rollouts wrote of the batch `problems`, bit for bit."""
+    """What save_rollouts wrote, bit for bit, with the problems at their places in the stream.
+    unfinished: only what goes on in the next step.
+    """
     with np.load(path) as saved:
         rows, ends = json.loads(saved["rows"].item()), saved["ends"][:-1]
         ids, logps = (np.split(saved[name], ends) for name in ("ids", "logps"))
-    if {(i, name) for name, i, *_ in rows} != {(i, p.id) for i, p in enumerate(problems)}:
+    chosen = [one for one in zip(rows, ids, logps, strict=True) if one[0][-2] or not unfinished]
+    names = {i: name for (name, i, *_), _, _ in chosen}
+    problems = {i: stream[i] for i in names}
+    if names != {i: p.id for i, p in problems.items()}:
         raise ValueError(
             f"{path} is of other problems than these, so data or settings have changed: restore "
             "them, or delete the file to sample the step again"
         )
-    prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id) for p in problems]
-    rollouts = []
-    for (_, i, sample, stopped, verdict, reward), own, of_own in zip(rows, ids, logps, strict=True):
+    prompts, rollouts = {}, []
+    for i, p in problems.items():
+        prompts[i] = data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id)
+    for (_, i, sample, stopped, verdict, *rest), own, of_own in chosen:
         sampled = (problems[i], sample, prompts[i], i, own.tolist(), of_own.tolist(), stopped)
         text = tokenizer.decode(own, skip_special_tokens=True)
-        rollouts.append(Rollout(*sampled, text, verdict and Verdict(*verdict), reward))
+        rollouts.append(Rollout(*sampled, text, verdict and Verdict(*verdict), *rest))
     return rollouts

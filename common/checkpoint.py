@@ -86,7 +86,9 @@ def compare_settings(run: Path, config, start: int) -> str:
     if start and reason:
         return reason
     if reason or {*changed} - EXECUTION:  # what was sampled came from the run as it was
-        shutil.rmtree(run / "rollouts", ignore_errors=True)
+        for file in (run / "rollouts").glob("step_*[0-9].npz"):
+            if int(file.stem[5:]) >= start:  # of the step before, rollouts may have to go on
+                file.unlink()
     return ""
 
 

@@ -562,15 +562,17 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Stream:
-    """Endless batches, a fresh permutation each epoch. Without state, so a resume needs none."""
+    """Endless order, a fresh permutation each epoch. Without state, so a resume needs none."""
 
     def __init__(self, items: Sequence, seed: int):
         if not len(items):
             raise ValueError("a stream needs at least one item; were all of them filtered out?")
         self.items, self.seed = items, seed
 
+    def __getitem__(self, place: int):
+        epoch, k = divmod(place, len(self.items))
+        return self.items[int(permutation(len(self.items), self.seed, epoch)[k])]
+
     def batch(self, step: int, count: int) -> list:
         """Places [step * count, (step + 1) * count) of the endless order, with a constant count."""
-        places = (divmod(i, len(self.items)) for i in range(step * count, (step + 1) * count))
-        order = [permutation(len(self.items), self.seed, epoch)[k] for epoch, k in places]
-        return [self.items[int(i)] for i in order]
+        return [self[place] for place in range(step * count, (step + 1) * count)]

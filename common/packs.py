@@ -45,6 +45,7 @@ class Pack(Inputs):
     members: list[int]  # index of each document in the batch
     names: list[str]  # of the documents, for error messages
     logps: Tensor | None = None  # (R,) float32, by the sampler when it drew the token
+    stale: Tensor | None = None  # (R,) bool: drawn in an earlier step, by the policy of that time
     old_logps: Tensor | None = None  # (R,) by the trainer before the first of several policy steps
     rewards: Tensor | None = None  # (R,) zero but for a document's last token
     values: Tensor | None = None  # (R,) the critic's, before the token
@@ -199,6 +200,9 @@ def rollout_pack(rollouts: list, members: list[int]) -> Pack:
     """A pack of rollouts; a filler, if there are none."""
     pack = make_pack(rollouts, members, share_prompts=True) if rollouts else filler_pack()
     pack.logps = torch.cat([torch.zeros(0), *(torch.as_tensor(r.logps) for r in rollouts)])
+    pack.stale = torch.zeros(len(pack.targets), dtype=torch.bool)
+    for stale, r in zip(pack.stale.split(pack.counts), rollouts, strict=False):
+        stale[: r.stale] = True
     pack.rewards = torch.zeros(len(pack.targets))
     ends = torch.tensor(pack.counts).cumsum(0)[: len(rollouts)] - 1
     pack.rewards[ends] = torch.tensor([float(r.reward) for r in rollouts])

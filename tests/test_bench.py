@@ -1,20 +1,26 @@
-"""bench/gpu.py at miniature size: every part finds something, wrong kernels get no figures."""
+"""bench/gpu.py at miniature size: every part finds something, wrong kernels get no figures.
+bench/long_tail.py: its engine against one that counts step by step, and what its rules gain.
+"""
 
 import json
 import math
 import sys
+from collections import deque
 from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 
+from common.data import Problem
 from model import attend
+from rollout import Rollout
 from tools import plan
 
 # last: other files there are called as those they measure
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu  # noqa: E402
+import long_tail  # noqa: E402
 
 KEYS = dict(  # what a row without an error must have, and be positive
     ceilings=("ms", "first_ms"),
@@ -108,3 +114,49 @@ def test_mfu_is_the_flops_of_all_documents_over_peak_and_time(monkeypatch):
     assert row["mfu"] == pytest.approx(flops / 0.5 / 1e6)
     assert gpu.attempt(bench(room=10.0), {}, dict, needs=11.0)["error"] == "does not fit"
     assert gpu.attempt(bench(until=0.0), {}, dict)["error"] == "no time left"
+
+
+# ------------------------------------------------------------------ the long tail
+
+
+def step_by_step(lengths: list[int], slots: int, per_step: float, per_key: float) -> list[float]:
+    """When each response ends on one engine, counted token by token."""
+    running, waiting, ends, now = {}, deque(enumerate(lengths)), {}, 0.0
+    while running or waiting:
+        while waiting and len(running) < slots:
+            i, length = waiting.popleft()
+            running[i] = [0, length]
+        # keys of a token: all before it, and on average half of itself
+        now += per_step + per_key * sum(plan.PROMPT + done + 0.5 for done, _ in running.values())
+        for i, state in [*running.items()]:
+            state[0] += 1
+            if state[0] == state[1]:
+                ends[i] = now
+                del running[i]
+    return [ends[i] for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize("stop", [None, 4])
+def test_the_engine_of_the_simulation_takes_the_time_of_one_that_counts_its_tokens(stop):
+    lengths, problem = [5, 40, 3, 4, 17, 29, 1, 8], Problem("p", "", "")
+    rollouts = [Rollout(problem, i, None, 0) for i in range(len(lengths))]
+    rest = {r.name: n for r, n in zip(rollouts, lengths, strict=True)}
+    engine = long_tail.Engine(3, 0.5, 1e-3)
+    enough = (lambda ended, of: ended >= stop) if stop else None
+    aside = long_tail.sample(deque([rollouts]), [engine], 99, rest, enough)
+    ends = step_by_step(lengths, 3, 0.5, 1e-3)
+    assert engine.time == pytest.approx(sorted(ends)[(stop or 8) - 1])
+    names = {r.name for r in aside}
+    assert len(names) == (8 - stop if stop else 0)
+    for r in rollouts:
+        assert (len(r.response_ids) < rest[r.name]) == (r.name in names)
+    assert engine.busy <= 3 * engine.time and engine.full <= engine.time
+
+
+def test_longest_first_shortens_the_tail_and_putting_aside_ends_it():
+    cfg = long_tail.Config(problems=32, samples=4, sampler_batch=16)
+    rows = [long_tail.simulate(cfg, 4, *way) for way in ((False, 1.0), (True, 1.0), (True, 0.8))]
+    idle = [row["idle"] for row in rows]
+    assert 0 < idle[2] < idle[1] < idle[0] < 1 and idle[2] < 0.3 * idle[0]
+    assert rows[0]["aside"] == rows[1]["aside"] == 0 < rows[2]["aside"] < 128
+    assert rows[2]["sample"] < rows[1]["sample"] < rows[0]["sample"] < rows[0]["step"]

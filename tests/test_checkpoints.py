@@ -499,10 +499,14 @@ def test_what_was_sampled_after_the_checkpoint_is_read_again_only_if_nothing_has
     tmp_path, steps
 ):
     saved(tmp_path, steps)
+    """What was sampled before it stays: some of it may have to go on."""
     (tmp_path / "rollouts").mkdir()
-    for changed, stays in ({"steps": 99}, True), ({"lr": 0.5}, False):
+    for step in range(3):
+        (tmp_path / f"rollouts/step_{step:06}.npz").touch()
+    for changed, stays in ({"steps": 99}, 3), ({"lr": 0.5}, steps):
         assert checkpoint.resume_or_start(tmp_path, Settings(**changed))[0] == steps
-        assert (tmp_path / "rollouts").exists() == stays
+        names = sorted(file.name for file in (tmp_path / "rollouts").iterdir())
+        assert names == [f"step_{step:06}.npz" for step in range(stays)]
 
 
 # ------------------------------------------------------------------ several ranks

@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import finished
 from safetensors.torch import load_file
+from test_rl import account
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,6 +60,9 @@ RUNS = {  # of rl.py, by one process and by several
     # two responses for each of the critic's steps, on four ranks
     "few": dict(problems=4, samples=2, steps=1),
 }
+
+
+TAIL = dict(finish_share=0.5, steps=3)  # each rank puts aside what it has not finished
 
 
 def in_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -135,11 +139,15 @@ def gradients(mini: dict, world, head: str) -> dict:
 def small_things(world) -> dict:
     r = world.rank
     pairs = {"a": (3.0 + r, 2), "one": (5.0 * r, r), "nobody": (0.0, 0)}
+    running_sum = distributed.running_sum(world, "ended")
+    early = [running_sum(n) for n in (r + 1, r + 1, 3 + r)]  # does not wait for the other
+    world.wait()
     dynamic = [[*distributed.my_problems(world, 5, key, dynamic=True)] for key in ("a", "b")]
     return {
         "union": distributed.union(world, {r: "x" * r}),
         "static": [*distributed.my_problems(world, 5, "static", dynamic=False)],
         "dynamic": dynamic,
+        "running": [*early, running_sum(3 + r)],
         "sums": distributed.sums(world, 2**53 - 1 if r else 1, 0.5 + r, 3),
         "largest": [distributed.largest(world, x) for x in (r, -r, 0.25 * (1 - r), bool(r))],
         "means": distributed.means(world, pairs),
@@ -208,6 +216,7 @@ def two_ranks(mini: dict, folder: Path) -> dict:
     coldstart.main(coldstart_config(mini, folder / "coldstart"))
     for name in ("rl", "grpo", "vision"):
         rl.main(rl_config(mini, folder / name, **RUNS[name]))
+    rl.main(rl_config(mini, folder / "tail", **TAIL))
     distributed.clip_gradients = stop_in_first_step()
     coldstart.main(coldstart_config(mini, folder / "moved"))  # step 1; one process did step 0
     return results
@@ -346,6 +355,12 @@ def test_a_reward_that_reads_the_text_is_trained_as_it_is_logged_on_any_number_o
             assert row["return_mean"] == pytest.approx(np.average(rewards, weights=lengths))
 
 
+def test_two_ranks_that_put_responses_aside_lose_none(two, mini, monkeypatch):
+    monkeypatch.setattr(data, "permutation", in_order)
+    account(two[0] / "tail", mini, rl_config(asdict(mini), two[0] / "tail", **TAIL))
+    assert rows_of(two[0] / "tail")[1]["stale_tokens"] > 0
+
+
 def test_a_rank_killed_in_each_phase_is_started_again_and_the_run_ends_bit_for_bit(two):
     """Rank 0 while sampling and in the sync, rank 1 while learning and saving; nothing but the
     sampling that was cut off is sampled again."""
@@ -412,6 +427,8 @@ def test_sums_maxima_and_means_are_over_all_ranks_and_problems_are_taken_once(tw
         assert result["static"] == [rank, rank + 2, rank + 4][: 3 - rank]
         assert result["largest"] == [1, 0, 0.25, 1]
         assert result["means"] == {"a": 7 / 4, "one": 5.0}
+    for rank, values in enumerate((one["running"], other["running"])):
+        assert values == sorted(values) and values[0] >= rank + 1 and values[-1] == 3 + 4
     for mine, theirs in zip(one["dynamic"], other["dynamic"], strict=True):
         assert sorted(mine + theirs) == [0, 1, 2, 3, 4] and mine == sorted(mine)
 

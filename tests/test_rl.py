@@ -6,6 +6,8 @@ import math
 import random
 import shutil
 import signal
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval
 import rl
-from common import data, distributed, packs
+from common import checkpoint, data, distributed, packs
 from common.distributed import World
 from model import load_model
 from reward import Verdict
-from rollout import Rollout, Sampler, TorchSampler
+from rollout import Rollout, Sampler, TorchSampler, load_rollouts
 from tools import trace
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -149,6 +151,28 @@ def test_warm_up_counts_optimiser_steps():
     assert rl.rates(12, 4, 1.0, 50)[1] == 1 and rl.rates(12, 1, 1.0, 50) == [0.26]
 
 
+def test_problems_are_handed_out_longest_first_by_when_they_were_last_seen():
+    """By mean, whatever the number of responses; unknown ones before, unfinished ones in front."""
+    problems = {i: data.Problem(name, "", "") for i, name in enumerate("abcdef", start=40)}
+    lengths = {"a": (0, 30, 3), "b": (3, 80, 2), "d": (1, 900, 30), "f": (2, 99, 1), "z": (9, 1, 1)}
+    unfinished = [Rollout(problems[i], 0, None, i, [1]) for i in (43, 40, 40)]
+    assert rl.longest_first(problems, lengths, unfinished) == [43, 40, 42, 44, 45, 41]
+    assert rl.longest_first(problems, {}, []) == [*problems]
+
+
+def test_lengths_are_summed_until_a_problem_is_drawn_again():
+    lengths, problems = {}, [data.Problem(name, "", "") for name in "ab"]
+
+    def add(*responses):
+        rollouts = [Rollout(problems[p], 0, None, i, [1] * n) for p, i, n in responses]
+        return rl.add_lengths(lengths, rollouts)
+
+    assert add((0, 3, 10), (0, 3, 20), (1, 4, 5)) == {"a": (3, 30, 2), "b": (4, 5, 1)}
+    assert add((0, 3, 60)) == {"a": (3, 90, 3)}  # one that was put aside
+    assert add((0, 7, 1)) == {"a": (7, 1, 1)}
+    assert lengths == {"a": (7, 1, 1), "b": (4, 5, 1)}
+
+
 def pack_with(**columns) -> packs.Pack:
     """A pack that has nothing but numbers of its trained tokens."""
     return replace(packs.filler_pack(), **{n: torch.as_tensor(x) for n, x in columns.items()})
@@ -193,6 +217,10 @@ def test_critic_metrics_of_a_perfect_a_constant_and_any_critic():
         (dict(policy_steps=3), "--problems 4 < 12"),
         (dict(steps=0), "steps"),
         (dict(tis=-1), "tis"),
+        (dict(finish_share=0.0), "--finish-share 0.0"),
+        (dict(finish_share=1.1), "--finish-share 1.1"),
+        (dict(finish_share=0.7), "--finish-share 0.7: .* 4 parts .*--problems 4 to 1"),
+        (dict(finish_share=0.5, algorithm="grpo"), "grpo .* --finish-share 1"),
     ],
 )
 def test_a_setting_that_would_mislead_is_refused_by_name(wrong, named):
@@ -346,6 +374,57 @@ def test_with_several_policy_steps_the_clip_acts_and_the_gradient_is_that_of_ppo
     total = sum(map(len, drawn))
     assert metrics["ratio_diff"] == pytest.approx(off / total, rel=1e-4)
     assert metrics["clip_fraction"] == pytest.approx(clipped / total) and clipped > 0
+
+
+def test_tokens_of_an_earlier_policy_are_weighed_by_their_ratio_and_the_gradient_is_exact(
+    monkeypatch,
+):
+    """The first token of each response is drawn by a uniform policy, the rest by today's, which
+    differs in the first state alone. There the gradient is the exact one, as if today's policy had
+    drawn. States behind are visited as often as the old policy chose them: 1/3 instead of p(a).
+    """
+    monkeypatch.setattr(rl, "CLIP_NORM", 1e9)
+    theta = torch.zeros(len(STATES), TOKENS, dtype=torch.float64)
+    theta[STATES.index(())] = table([0.5, -0.4, 0.2])
+    policy, critic = TabularPolicy(theta), TabularPolicy(table([0.0] * len(STATES)))
+    known, first = exact_values(theta), theta[STATES.index(())].softmax(0)
+    critic.theta.data = table(known[s] for s in STATES)
+    (exact,) = torch.autograd.grad(objective(policy.theta), policy.theta)
+    for i, state in enumerate(STATES):
+        exact[i] *= 1 / TOKENS / first[state[0]] if state else 1.0
+    cfg = config(samples=1, problems=27, lengths=((0, 4),), critic_steps=1, epsilon=9.0, tis=2.0)
+    parts = packed([replace(r, stale=1) for r in mdp_rollouts(DRAWN)], cfg)
+    batch = sum(parts, [])
+    rl.critic_values(critic, batch, ALONE)
+    for p in batch:
+        p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, 1.0)
+    deviation = torch.cat([p.advantages for p in batch]).std(correction=0)
+    rl.normalise(batch, ALONE)
+    pair = policy, torch.optim.SGD(policy.parameters(), lr=0.0)
+    metrics = rl.train(pair, parts, [0.0], partial(rl.policy_losses, cfg=cfg), 0, ALONE)
+    tokens = sum(map(len, DRAWN))
+    wanted = -exact * 27 / tokens / deviation
+    torch.testing.assert_close(policy.theta.grad, wanted, atol=1e-7, rtol=0)
+    assert metrics["stale_tokens"] == 27 / tokens
+    off = [abs(3 * first[s[0]].item() - 1) for s in DRAWN]
+    assert metrics["ratio_diff"] == pytest.approx(sum(off) / tokens, rel=1e-6)
+    assert metrics["logp_diff"] < 1e-7 and metrics["tis_weight"] == pytest.approx(1)
+
+
+def test_the_clip_acts_on_tokens_of_an_earlier_policy_with_one_policy_step_and_with_several():
+    """And with several, today's own tokens keep the log-probs from before the first of them."""
+    logps = torch.tensor([-1.0, -1.0, -1.0, -1.0], requires_grad=True)
+    own = dict(logps=torch.tensor([-2.0, -2.0, -0.9, -1.0]), advantages=torch.ones(4))
+    own |= dict(stale=torch.tensor([True, True, True, False]))
+    model = type("Model", (), {"logps": lambda self, pack: (logps, logps.detach() * 0)})()
+    for old in (None, torch.tensor([5.0, 5.0, 5.0, -1.1])):
+        pack = pack_with(**own, **({} if old is None else {"old_logps": old}))
+        losses = rl.policy_losses(model, pack, config())
+        ratios = [1.2, 1.2, math.exp(-0.1), 1.0 if old is None else math.exp(0.1)]
+        assert (-losses["policy_loss"]).tolist() == pytest.approx(ratios)
+        (gradient,) = torch.autograd.grad(losses["policy_loss"].sum(), logps)
+        assert (-gradient).tolist() == pytest.approx([0.0, 0.0, *ratios[2:]])
+        assert losses["logp_diff"].tolist()[:3] == [0, 0, 0]
 
 
 # ---- the update, on a model with pictures
@@ -640,8 +719,115 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_and_samples_nothing_twice(
     assert metrics_of(resumed) == metrics_of(uninterrupted)
     one, other = weights_of(resumed), weights_of(uninterrupted)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-    for name in ("rollouts.jsonl", "trace.jsonl"):
+    for name in ("rollouts.jsonl", "trace.jsonl", "lengths.jsonl"):
         assert (resumed / name).read_text() == (uninterrupted / name).read_text()
+
+
+def test_the_order_in_which_problems_are_handed_out_changes_no_number_of_the_run(
+    mini, uninterrupted, tmp_path, monkeypatch
+):
+    """12 problems, 4 a step: those of step 3 were seen before, and come by their lengths."""
+    orders, longest_first = [], rl.longest_first
+
+    def as_they_come(*given):
+        orders.append(longest_first(*given))
+        return [*given[0]]
+
+    monkeypatch.setattr(rl, "longest_first", as_they_come)
+    other = run(config(model=mini.model, data=mini.train, out=str(tmp_path)))
+    assert orders[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert orders[3] != sorted(orders[3]) == [12, 13, 14, 15]
+    assert metrics_of(other) == metrics_of(uninterrupted)
+    one, two = weights_of(other), weights_of(uninterrupted)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+TAIL = dict(steps=6, problems=8, samples=3, finish_share=0.5, lengths=((0, 8), (3, 12)))
+# rates at which a policy moves so far in a step that the clip has to act
+TAIL |= dict(lr=2e-3, sampler_batch=12, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def tailed(mini, tmp_path_factory):
+    """A run that puts unfinished responses aside, with what is recorded of each step."""
+    out = tmp_path_factory.mktemp("tail") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "complete_steps", lambda run: [])  # no record is deleted
+        return run(config(model=mini.model, data=mini.train, out=str(out), **TAIL))
+
+
+def account(run: Path, mini, cfg: rl.Config):
+    """Of a run that put responses aside and kept all records: nothing is lost or doubled, what goes
+    on does so from its tokens, none is graded half-way, and the metrics are of what has ended.
+    """
+    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    stream, ended, going_on = data.Stream(data.read_problems(mini.train), 0), Counter(), {}
+    for row in metrics_of(run):
+        step, first = row["step"], row["step"] * cfg.problems
+        places = range(first, first + cfg.problems)
+        rollouts = load_rollouts(rl.record_of(run, step), stream, tokenizer, settings)
+        by_key = {(r.index, r.sample): r for r in rollouts}
+        new = {*itertools.product(places, range(cfg.samples))}
+        assert by_key.keys() == new | going_on.keys() and len(rollouts) == len(by_key)
+        for key, r in by_key.items():
+            before = going_on.get(key)
+            assert r.stale == (len(before.response_ids) if before else 0)
+            assert not before or r.response_ids[: r.stale] == before.response_ids
+            assert not before or r.logps[: r.stale] == before.logps
+        going_on = {key: r for key, r in by_key.items() if r.unfinished}
+        assert all(r.verdict is None and not r.stopped for r in going_on.values())
+        done = [r for r in rollouts if not r.unfinished]
+        for r in done:
+            assert r.verdict and r.stale < len(r.response_ids)
+            assert r.stopped or len(r.response_ids) == row["length_budget"]
+        ended.update((r.index, r.sample) for r in done)
+        tokens = sum(len(r.response_ids) for r in done)
+        assert row["tokens"] == tokens and row["unfinished"] == len(going_on)
+        assert row["stale_tokens"] == pytest.approx(sum(r.stale for r in done) / tokens)
+        assert row["reward"] == pytest.approx(sum(r.reward for r in done) / len(done))
+        assert row["logp_diff"] < 1e-5
+    every = itertools.product(range(cfg.steps * cfg.problems), range(cfg.samples))
+    assert ended == Counter(dict.fromkeys(every, 1)) and not going_on
+
+
+def test_with_a_finish_share_nothing_is_lost_doubled_or_graded_half_way(mini, tailed):
+    account(tailed, mini, config(**TAIL))
+    rows = metrics_of(tailed)
+    assert min(row["unfinished"] for row in rows[:-1]) > 0
+    assert max(row["stale_tokens"] for row in rows) > 0.1
+    assert max(row["clip_fraction"] for row in rows) > 0 == rows[0]["ratio_diff"]
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "killed"])
+def test_responses_that_were_put_aside_go_on_bit_for_bit_where_a_run_is_resumed(
+    mini, tailed, tmp_path, monkeypatch, how
+):
+    """Killed in step 3, whose record and that of the step before the checkpoint are read."""
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), **TAIL)
+    with monkeypatch.context() as patch:
+        interrupt(patch, how)
+        with pytest.raises(RuntimeError, match="killed") if how == "killed" else nullcontext():
+            rl.main(cfg)
+    resumed = run(cfg)
+    assert metrics_of(resumed) == metrics_of(tailed)
+    one, other = weights_of(resumed), weights_of(tailed)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    for name in ("rollouts.jsonl", "trace.jsonl", "lengths.jsonl"):
+        assert (resumed / name).read_text() == (tailed / name).read_text()
+
+
+def test_what_was_put_aside_goes_on_also_with_another_setting(mini, tailed, tmp_path, monkeypatch):
+    """The steps behind the checkpoint are sampled anew then, and nothing before them is lost."""
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), **TAIL)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "killed")
+        with pytest.raises(RuntimeError, match="killed"):
+            rl.main(cfg)
+    rows = metrics_of(run(replace(cfg, finish_share=1.0)))
+    before = [row["unfinished"] for row in metrics_of(tailed)]
+    assert [row["unfinished"] for row in rows] == [*before[:2], 0, 0, 0, 0]
+    sizes = [round(row["tokens"] / row["length"]) for row in rows]
+    assert sizes == [24 - before[0], 24 + before[0] - before[1], 24 + before[1], 24, 24, 24]
 
 
 def test_models_wait_in_host_memory_from_the_start_and_a_full_pack_is_tried_before_the_first_batch(
@@ -734,7 +920,7 @@ def test_a_run_that_was_stopped_in_its_last_step_keeps_its_checkpoints_and_write
     models = [load_file(f / "model/model.safetensors") for f in folders]
     assert all(torch.equal(w, models[-1][name]) for name, w in weights_of(tmp_path).items())
     kept = sorted(f.name for f in (tmp_path / "rollouts").iterdir())
-    assert kept == ["step_000001.npz", "step_000002.npz"]
+    assert kept == ["step_000000.npz", "step_000001.npz", "step_000002.npz"]  # 0: what goes on
     assert all("reward_text" in r and "reward_image" not in r for r in metrics_of(tmp_path))
     with pytest.raises(FileExistsError, match="finished run"):
         rl.main(cfg)

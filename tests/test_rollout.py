@@ -362,6 +362,70 @@ def test_saved_rollouts_come_back_bit_for_bit_for_the_same_problems(sampler, tok
         if other.prompt.patches is not None:
             assert torch.equal(one.prompt.patches, other.prompt.patches)
     others = [*PROBLEMS[:2], Problem("new", "A", "1"), PROBLEMS[3]]
-    for problems in (others, PROBLEMS[:3], [*PROBLEMS, PROBLEMS[0]]):
+    for problems in (others, data.Stream(PROBLEMS[:3], seed=0)):
         with pytest.raises(ValueError, match=f"{file} is of other problems .* delete"):
             load_rollouts(file, problems, tokenizer, SETTINGS)
+
+
+# ---- the long tail
+
+
+def a_tenth(ended, of):
+    return ended >= 0.1 * of
+
+
+def test_a_rollout_that_is_interrupted_again_and_again_ends_like_one_that_is_not(
+    sampler, model, tokenizer, tmp_path
+):
+    """Weights stay: then its numbers go on where they stopped. Problems are a batch's places in a
+    stream; on the way the unfinished ones are written and read, as where a run resumes.
+    """
+    stream = data.Stream(PROBLEMS, seed=5)
+    problems, ended, log = {i: stream[i] for i in range(8, 12)}, [], []
+    whole = sampler.generate(problems, 6, max_tokens=60)
+    small = TorchSampler(model, tokenizer, SETTINGS, batch=11)  # a problem's rest may be divided
+    unfinished, indices = [], None
+    while unfinished or not ended:
+        rollouts = small.generate(
+            problems, 6, 60, indices=indices, unfinished=unfinished, enough=a_tenth
+        )
+        assert {(r.index, r.sample) for r in rollouts} == {
+            (r.index, r.sample) for r in unfinished or whole
+        }
+        save_rollouts(tmp_path / "step.npz", rollouts)
+        unfinished = load_rollouts(tmp_path / "step.npz", stream, tokenizer, SETTINGS, True)
+        indices = [*{r.index: 0 for r in unfinished}][::-1]
+        ended += [r for r in rollouts if not r.unfinished]
+        log.append((len(ended), len(unfinished)))
+    assert all(sum(pair) == 24 for pair in log) and len(log) > 3 and log[0][1] >= 12
+    assert len(ended) == 24
+    assert_same(ended, whole)
+    assert {r.stale > 0 for r in ended} == {True, False}
+    assert all(r.stale < len(r.response_ids) and r.text for r in ended)
+    by_key = {(r.index, r.sample): r for r in whole}
+    assert {r.text for r in ended} == {r.text for r in by_key.values()}
+
+
+def test_a_rollout_goes_on_with_the_new_weights_and_keeps_the_log_probs_of_the_old(
+    model, tokenizer
+):
+    sampler = TorchSampler(build(tokenizer), tokenizer, SETTINGS)
+    first = sampler.generate(PROBLEMS, 6, max_tokens=60, enough=a_tenth)
+    unfinished = [r for r in first if r.unfinished]
+    sampler.sync((policy := build(tokenizer, seed=1)).named_parameters())
+    indices = [*{r.index: 0 for r in unfinished}]
+    second = sampler.generate(PROBLEMS, 6, 60, indices=indices, unfinished=unfinished)
+    assert len(second) == len(unfinished) >= 3
+    for before, r in zip(unfinished, second, strict=True):
+        assert r.name == before.name and not r.unfinished
+        assert r.stale == len(before.response_ids) < len(r.response_ids)
+        assert r.response_ids[: r.stale] == before.response_ids
+        pack = make_pack([r.document])
+        with torch.no_grad():
+            old, new = (m.logps(pack)[0] for m in (build(tokenizer), policy))
+        sampled = torch.tensor(r.logps)
+        assert (sampled - old)[: r.stale].abs().max() < 1e-5
+        assert (sampled - new)[r.stale :].abs().max() < 1e-5
+    # the budget is of the whole response, and one of today
+    for r in sampler.generate(PROBLEMS, 6, 62, indices=indices, unfinished=unfinished):
+        assert r.stopped or len(r.response_ids) == 62

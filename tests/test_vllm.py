@@ -110,6 +110,12 @@ def one_engine(folder: Path, train: str):
     out["other settings"] = raised(lambda: sample(problems[6:7]))
     sampler.settings = settings
 
+    aside = sample(enough=lambda ended, of: ended >= 0.4 * of)
+    out["aside"] = [r for r in aside if r.unfinished]
+    gap_after(moved)
+    indices = [*{r.index: 0 for r in out["aside"]}]
+    out["gone on"] = sample(indices=indices, unfinished=out["aside"], max_tokens=TOKENS + 2)
+    out["ended"] = [r for r in aside if not r.unfinished]
     out["gap"] = gap_after(model)
     sampler.llm.reset_prefix_cache = lambda: True
     out["gap, keys kept"] = gap_after(moved)
@@ -272,6 +278,33 @@ def test_a_rollout_depends_on_its_address_and_on_nothing_else(engine):
     assert all(len({tuple(first[i, n]) for n in range(SAMPLES)}) > 1 for i in (0, 1, 6, 7, 8))
     twins = [[first[i, n] for n in range(SAMPLES)] for i in (0, 9)]  # a problem that stands twice
     assert twins[0] != twins[1]
+
+
+def test_responses_that_are_put_aside_go_on_from_their_tokens_with_the_new_weights(engine, folder):
+    ended, aside, going_on = engine["ended"], engine["aside"], engine["gone on"]
+    first = ids_of(engine["sampled"])
+    count = len(first)
+    assert len(ended) + len(aside) == count and 0.4 * count <= len(ended) < count - 5
+    for r in ended + aside:
+        whole = first[r.index, r.sample]
+        assert r.response_ids == whole[: len(r.response_ids)]
+        assert (len(r.response_ids) < len(whole)) == r.unfinished
+    assert gap(ended, folder / "model") < 1e-5
+    assert any(r.problem.images for r in aside) and max(len(r.response_ids) for r in aside) > 5
+    models = [load_model(folder / name) for name in ("model", "moved")]
+    for r, before in zip(going_on, aside, strict=True):
+        assert (r.index, r.sample, r.stale) == (before.index, before.sample, len(before.logps))
+        assert (r.response_ids[: r.stale], r.logps[: r.stale]) == (
+            before.response_ids,
+            before.logps,
+        )
+        assert r.stopped or len(r.response_ids) == TOKENS + 2
+        pack = make_pack([r.document])
+        with torch.no_grad():
+            old, new = (model.logps(pack)[0] for model in models)
+        sampled = torch.tensor(r.logps)
+        assert r.stale == 0 or (sampled - old)[: r.stale].abs().max() < 1e-5
+        assert (sampled - new)[r.stale :].abs().max() < 1e-5
 
 
 def test_greedy_equals_the_torch_sampler_token_for_token(engine, folder, mini):

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_rl import account
 from test_vllm import HOME, LIMIT, ROOT, why_not
 
 import rl
@@ -172,9 +173,9 @@ def test_the_ranks_sample_each_problem_of_a_step_once_with_all_its_samples(run, 
     metrics = lines_of(run / "metrics.jsonl")
     for file in sorted((run / "rollouts").glob("*.npz")):
         row = metrics[int(file.stem.removeprefix("step_"))]
-        batch = stream.batch(row["step"], SMALL["problems"])
-        rollouts = load_rollouts(file, batch, tokenizer, settings)  # refuses other problems
-        assert Counter(r.index for r in rollouts) == dict.fromkeys(range(6), SMALL["samples"])
+        places = range(6 * row["step"], 6 * row["step"] + 6)
+        rollouts = load_rollouts(file, stream, tokenizer, settings)  # refuses other problems
+        assert Counter(r.index for r in rollouts) == dict.fromkeys(places, SMALL["samples"])
         assert len({r.name for r in rollouts}) == len(rollouts)
         lengths, rewards = [len(r.response_ids) for r in rollouts], [r.reward for r in rollouts]
         assert row["tokens"] == sum(lengths)
@@ -192,6 +193,18 @@ def test_a_run_with_the_torch_sampler_logs_the_same_names(run, mini, tmp_path):
         theirs = [row for row in lines_of(run / f"{name}.jsonl") if row["step"] == 0]
         assert [r.keys() for r in ours] == [r.keys() for r in theirs]
         assert [r[key] for r in ours] == [r[key] for r in theirs]
+
+
+def test_two_ranks_put_responses_aside_together_and_lose_none(mini, tmp_path):
+    """They share a count of what has ended; what goes on is dealt again over both."""
+    settings = settings_of(mini, tmp_path / "out") | ENGINES
+    settings |= dict(steps=4, finish_share=0.7, save_every=0, lengths=((0, BUDGET), (2, 16)))
+    finish(command_line("rl.py", settings), tmp_path / "log")
+    account(tmp_path / "out", mini, rl.Config(**settings))
+    rows = lines_of(tmp_path / "out/metrics.jsonl")
+    unfinished = [row["unfinished"] for row in rows]
+    assert unfinished[-1] == 0 < sum(unfinished) and rows[1]["stale_tokens"] > 0
+    assert unfinished[0] <= 0.3 * 24 and rows[0]["ratio_diff"] == 0 < rows[1]["ratio_diff"]
 
 
 # ------------------------------------------------------------------ its export

@@ -13,6 +13,7 @@ A). The problem is the first of the batch with right and wrong samples; with a p
 import json
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from common import distributed
@@ -39,18 +40,19 @@ def row_of(step: int, r, tokenizer) -> dict:
     return row | {"reward": r.reward, "status": r.verdict.status, "stopped": r.stopped}
 
 
-def samples_to_trace(rollouts: list, samples: int) -> list[int]:
+def samples_to_trace(rollouts: list) -> list[int]:
     """Indices of samples of one problem, best and worst."""
-    groups = [range(i, i + samples) for i in range(0, len(rollouts), samples)]
+    by_problem = groupby(range(len(rollouts)), key=lambda i: rollouts[i].index)
+    groups = [[*members] for _, members in by_problem]
     groups = [g for g in groups if rollouts[g[0]].problem.images] or groups
     mixed = (g for g in groups if len({rollouts[i].reward for i in g}) > 1)
     best_first = sorted(next(mixed, groups[0]), key=lambda i: -rollouts[i].reward)
     return sorted({*best_first[: SAMPLES // 2], *best_first[-(SAMPLES // 2) :]})
 
 
-def rows_of(step: int, rollouts: list, packs: list, samples: int, tokenizer, world) -> list[dict]:
+def rows_of(step: int, rollouts: list, packs: list, tokenizer, world) -> list[dict]:
     """Lines of trace.jsonl, before the update; each rank knows of the tokens that it trains."""
-    chosen, mine = samples_to_trace(rollouts, samples), {}
+    chosen, mine = samples_to_trace(rollouts), {}
     for pack in packs:
         columns = [pack.advantages] if pack.values is None else [pack.advantages, pack.values]
         by_document = zip(*(column.split(pack.counts) for column in columns), strict=True)

@@ -75,6 +75,8 @@ class Config:
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
     eval_every: int = 50  # steps between evaluations; 0: at the end only
+    wandb: str = ""  # project on Weights & Biases that gets the metrics; none: not sent
+    tensorboard: bool = False  # the metrics into RUN/tensorboard, too
     seed: int = 0
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,7 @@ class Config:
     steps: int = 35  # iterations; paper: 900 to 1,000; laptop: a minute
     problems: int = 64  # unique prompts a step, over all ranks; paper: 512; laptop: seconds a step
     samples: int = 4  # responses a prompt; paper: 16; laptop: seconds a step
+    resample: int = 0  # rounds in which groups all right or all wrong are replaced; paper: none
     policy_steps: int = 1  # optimiser steps a batch; paper: 1
     critic_steps: int = 4  # optimiser steps a batch, one pass; paper: 4; ORZ's code: one pass
     # (step, tokens): from that step on, tokens a response may have; paper: 0 24k, 300 32k, 700 48k
@@ -76,6 +77,7 @@ class Config:
     warmup: int = 5  # optimiser steps, linear, of each model; paper: 50; laptop: it has 35 steps
     lam: float = 1.0  # GAE's lambda; paper: 1
     epsilon: float = 0.2  # PPO's clip; paper: 0.2; acts with more policy steps or a finish share
+    epsilon_high: float = 0.0  # the clip's upper end, DAPO: 0.28; paper: none; 0: as epsilon
     tis: float = 0.0  # cap of the weight trainer / sampler, 2 is usual; ours: 0, not weighted
     train_vision: bool = False  # trains tower and merger; ours: frozen, as in stage 1
     sampler: Literal["torch", "vllm"] = "torch"  # vllm: faster from tens of M parameters on
@@ -93,11 +95,15 @@ class Config:
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
     eval_data: str = ""  # problems that nobody trains on, solved greedily; none: no evaluation
     eval_every: int = 10  # steps between evaluations; 0: at the end only
+    wandb: str = ""  # project on Weights & Biases that gets metrics and rollouts; none: not sent
+    tensorboard: bool = False  # metrics and rollouts into RUN/tensorboard, too
     seed: int = 0
 
     def __post_init__(self):
         if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1 or self.tis < 0:
             raise ValueError("steps, samples, policy and critic steps count from 1, tis from 0")
+        if self.epsilon_high < 0:
+            raise ValueError(f"--epsilon-high {self.epsilon_high} < 0: how far above 1 it may rise")
         starts = [first for first, _ in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0]:
             raise ValueError(f"--lengths are pairs of step and tokens, rising from 0: {starts}")
@@ -111,11 +117,19 @@ class Config:
         if not self.parts / self.problems <= self.finish_share <= 1:
             least = f"{self.parts} parts of a batch / --problems {self.problems}"
             raise ValueError(f"--finish-share {self.finish_share}: from {least} to 1")
+        if self.resample < 0 or (self.resample and self.algorithm == "ppo"):
+            why = "with ppo's critic a group that is all right or all wrong teaches, too"
+            raise ValueError(f"--resample {self.resample} counts from 0, for grpo alone: {why}")
 
     @property
     def longest(self) -> int:
         """Tokens of the longest response of the run."""
         return max(tokens for _, tokens in self.lengths)
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below 1 and above 1 the ratio still counts."""
+        return self.epsilon, self.epsilon_high or self.epsilon
 
     @property
     def parts(self) -> int:
@@ -159,14 +173,17 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.where(std > eps, centred / std.clamp_min(eps), 0.0)
 
 
-def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
+def policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, low: float, high: float
+) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) as a loss, a term a token: all (R,).
 
-    -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). On-policy, old_logps = logps.detach(), the ratio
-    is 1 and the gradient is that of -A log p.
+    -min(ratio A, clip(ratio, 1 - low, 1 + high) A); PPO has low = high, DAPO (arXiv 2503.14476, eq.
+    10) a larger high, so that unlikely tokens may rise. On-policy, old_logps = logps.detach(), the
+    ratio is 1 and the gradient is that of -A log p.
     """
     ratios = (logps - old_logps).exp()
-    return -torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -215,6 +232,54 @@ def normalise(packs: list[Pack], world):
 def reward_of(rollout: Rollout) -> float:
     """The place for a reward of one's own: it sees verdict, text and every column of the row."""
     return rollout.verdict.score * rollout.stopped  # a response that was cut is wrong
+
+
+def give_rewards(rollouts: list[Rollout]):
+    """Once, where the text is; from here on they travel with the rollout."""
+    for r in rollouts:
+        p = r.problem
+        r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
+        r.reward = reward_of(r)
+
+
+def slot_of(index: int, cfg: Config) -> int:
+    """Which problem of its step: 0 to P - 1. One of --resample has the slot that it takes over."""
+    return (index if index >= 0 else -1 - index) % cfg.problems
+
+
+def without_contrast(group: list[Rollout]) -> bool:
+    """Samples of one problem that are all right or all wrong: to GRPO they say nothing."""
+    return not group_advantages(torch.tensor([[float(r.reward) for r in group]])).any()
+
+
+def resample(rollouts: list[Rollout], cfg: Config, others: Callable) -> list[Rollout]:
+    """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, sec. 3.2 and eq. 11): a group
+    without contrast has no gradient, so another problem is sampled in its place, in --resample
+    rounds at most. others(round, slots): rollouts of the problems that take these slots over.
+
+    -> all rollouts of this rank. Of a slot the last group counts: groups_of().
+    """
+    newest, every = groups_of(rollouts, cfg), [*rollouts]
+    for round in range(1, cfg.resample + 1):
+        slots = [slot for slot, group in sorted(newest.items()) if without_contrast(group)]
+        if not slots:
+            break
+        new = others(round, slots)
+        give_rewards(new)
+        newest |= groups_of(new, cfg)
+        every += new
+    return every
+
+
+def groups_of(rollouts: list[Rollout], cfg: Config) -> dict[int, list[Rollout]]:
+    """{slot: samples of the problem that has it}, of several problems of the last one."""
+    groups = {}
+    for r in sorted(rollouts, key=lambda r: (r.index < 0, abs(r.index), r.sample)):
+        group = groups.setdefault(slot_of(r.index, cfg), [])
+        if group and group[0].index != r.index:
+            group.clear()
+        group.append(r)
+    return groups
 
 
 def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int):
@@ -268,14 +333,15 @@ def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
     old_logps = logps.detach() if pack.old_logps is None else pack.old_logps
     old_logps = torch.where(pack.stale, pack.logps, old_logps)
     weights = importance_weights(old_logps, pack.logps, cfg.tis) if cfg.tis else 1.0
-    losses = policy_loss(logps, old_logps, pack.advantages, cfg.epsilon) * weights
+    losses = policy_loss(logps, old_logps, pack.advantages, *cfg.clip) * weights
     with torch.no_grad():
-        gap, off = old_logps - pack.logps, ((logps - old_logps).exp() - 1).abs()
+        gap, off = old_logps - pack.logps, (logps - old_logps).exp() - 1
+        low, high = cfg.clip
         watched = {
             "entropy": entropies,
             "surprisal": -logps,  # as the entropy, if draws follow the log-probs
-            "clip_fraction": off > cfg.epsilon,
-            "ratio_diff": off,
+            "clip_fraction": (off < -low) | (off > high),
+            "ratio_diff": off.abs(),
             "logp_diff": gap.abs(),  # 0 of a stale token
             "sampler_kl": gap.exp() - 1 - gap,  # k3 estimate of KL(sampler | trainer)
             "stale_tokens": pack.stale,
@@ -473,6 +539,84 @@ def finish_rule(cfg: Config, step: int, unfinished: int, world) -> Callable | No
     return lambda ended, of: in_all(ended) >= share * in_flight
 
 
+class Batches:
+    """What the steps sample: new problems, what the step before left unfinished, and, for a step
+    that was cut off, what is recorded of it.
+
+    Problems are known by their place in the stream: step s has the places from s P on. Negative
+    places are a second order, whose problems take over the slots of --resample.
+    """
+
+    def __init__(self, cfg: Config, world, sampler, problems: Sequence, start: int):
+        self.cfg, self.world, self.sampler, self.run = cfg, world, sampler, Path(cfg.out)
+        self.stream = data.Stream(problems, cfg.seed)
+        self.lengths = read_lengths(self.run) if world.main else {}
+        self.unfinished, self.recorded = [], []  # rollouts of all ranks
+        if start:
+            self.unfinished = self.read(start - 1, unfinished=True)
+
+    def read(self, step: int, unfinished: bool = False) -> list[Rollout]:
+        """The record of a step, if there is one. Rank 0 looks for all: a shared disk may tell ranks
+        different things."""
+        file = record_of(self.run, step)
+        if not distributed.everyone(file.exists())[0]:
+            return []
+        tools = self.sampler.tokenizer, self.sampler.settings
+        return load_rollouts(file, self.stream, *tools, unfinished=unfinished)
+
+    def sample(self, step: int, budget: int) -> list[Rollout]:
+        """This rank's rollouts that have ended; those that have not go on in the next step."""
+        cfg, world = self.cfg, self.world
+        places = range(step * cfg.problems, (step + 1) * cfg.problems)
+        before, self.recorded = self.unfinished, self.read(step)
+        batch = {i: self.stream[i] for i in (*dict.fromkeys(r.index for r in before), *places)}
+        self.problems = [*batch.values()]
+        if self.recorded:
+            mine = [r for r in self.recorded if self.is_mine(r.index) and r.index >= 0]
+        else:
+            order = distributed.everyone(longest_first(batch, self.lengths, before))[0]  # rank 0's
+            turns = distributed.my_problems(world, len(order), f"{step}", cfg.sampler == "vllm")
+            how = dict(seed=(cfg.seed, step), indices=(order[k] for k in turns), unfinished=before)
+            how["enough"] = finish_rule(cfg, step, len(before), world)
+            mine = self.sampler.generate(batch, cfg.samples, budget, **how)
+        self.unfinished, _ = exchange([r for r in mine if r.unfinished], self.stream, world)
+        self.in_flight = len(before) + cfg.problems * cfg.samples - len(self.unfinished)
+        return [r for r in mine if not r.unfinished]
+
+    def others(self, step: int, budget: int, round: int, slots: list[int]) -> list[Rollout]:
+        """Rollouts of the problems that take over these slots in a round of --resample."""
+        cfg = self.cfg
+        first = -1 - (step * cfg.resample + round - 1) * cfg.problems
+        batch = {first - slot: self.stream[first - slot] for slot in range(cfg.problems)}
+        places = [first - slot for slot in slots]
+        if self.recorded:
+            return [r for r in self.recorded if r.index in places]
+        how = dict(seed=(cfg.seed, step, round), indices=places)
+        return self.sampler.generate(batch, cfg.samples, budget, **how)
+
+    def is_mine(self, index: int) -> bool:
+        return slot_of(index, self.cfg) % self.world.size == self.world.rank
+
+    def collect(self, step: int, rollouts: list[Rollout]) -> tuple[list, list[int], dict]:
+        """Records what all ranks have sampled. -> those of all ranks that are learnt from, in the
+        order of the batch, the tokens of each, and what --resample came to.
+        """
+        cfg = self.cfg
+        every, lengths = exchange(rollouts, self.stream, self.world)
+        fresh = [r for r in every if r.index >= 0]
+        assert len(fresh) == self.in_flight, f"{len(fresh)} rollouts, not {self.in_flight}"
+        if self.world.main:
+            record(self.run, step, every + self.unfinished)
+        if not cfg.resample:
+            return every, lengths, {}
+        tokens = {(r.index, r.sample): n for r, n in zip(every, lengths, strict=True)}
+        groups = [group for _, group in sorted(groups_of(every, cfg).items())]
+        counts = {"resampled": (len(every) - len(fresh)) // cfg.samples}
+        counts["no_contrast"] = sum(map(without_contrast, groups))
+        newest = sum(groups, [])
+        return newest, [tokens[r.index, r.sample] for r in newest], counts
+
+
 def refuse_gap(gap: float, world, when: str):
     """RuntimeError where sampler and trainer are plainly not the same policy."""
     if not gap <= GAP_LIMITS[world.dtype]:  # NaN too
@@ -495,7 +639,6 @@ def main(cfg: Config):
     held_out = (
         load_problems(cfg.eval_data, cfg, world, tokenizer, settings)[0] if cfg.eval_data else []
     )
-    stream = data.Stream(problems, cfg.seed)
     room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
     # before the trained models: vLLM measures the memory that is free when it starts
     sampler = open_sampler(cfg.sampler, directory, world, room)
@@ -510,27 +653,6 @@ def main(cfg: Config):
     def encode(problem: data.Problem) -> data.Prompt:
         name = problem.place or problem.id
         return data.encode_prompt(problem.prompt, problem.images, tokenizer, settings, name)
-
-    def recorded(step: int) -> bool:
-        """Rank 0 looks for all: a shared disk may tell ranks different things."""
-        return distributed.everyone(record_of(run, step).exists())[0]
-
-    def sample(step: int, batch: dict, unfinished: list[Rollout], budget: int) -> tuple:
-        """-> this rank's rollouts that have ended, and those of all ranks that go on in the next
-        step. Those of a step that was cut off are read, not sampled again.
-        """
-        if recorded(step):
-            every = load_rollouts(record_of(run, step), stream, tokenizer, settings)
-            mine = [r for r in every if r.index % world.size == world.rank]
-        else:
-            order = distributed.everyone(longest_first(batch, lengths, unfinished))[0]  # rank 0's
-            places = distributed.my_problems(world, len(order), f"{step}", cfg.sampler == "vllm")
-            how = dict(seed=(cfg.seed, step), indices=(order[k] for k in places))
-            enough = finish_rule(cfg, step, len(unfinished), world)
-            how |= dict(unfinished=unfinished, enough=enough)
-            mine = sampler.generate(batch, cfg.samples, budget, **how)
-        rest, _ = exchange([r for r in mine if r.unfinished], batch, world)
-        return [r for r in mine if not r.unfinished], rest
 
     peaks = []  # GB that a rank had, taken wherever memory may be given back
 
@@ -565,36 +687,28 @@ def main(cfg: Config):
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     if world.main and too_long:
         print(f"{too_long} problems left out: prompts over {cfg.prompt_tokens} tokens")
-    lengths, unfinished = read_lengths(run) if world.main else {}, []
-    if start and recorded(start - 1):
-        before = record_of(run, start - 1)
-        unfinished = load_rollouts(before, stream, tokenizer, settings, unfinished=True)
+    batches = Batches(cfg, world, sampler, problems, start)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:
         for step in range(start, cfg.steps):
             # 1. sample: P problems, text and pictures mixed, G responses each, by today's policy
             timer("sample")
-            in_flight = len(unfinished) + cfg.problems * cfg.samples
-            new = enumerate(stream.batch(step, cfg.problems), step * cfg.problems)
-            batch = {r.index: r.problem for r in unfinished} | dict(new)  # by place in the stream
             budget = length_budget(step, cfg.lengths)
-            rollouts, unfinished = sample(step, batch, unfinished, budget)
-            sampler.rest()  # also where they were read: the last sync has woken it
+            rollouts = batches.sample(step, budget)
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
-            for r in rollouts:  # once, where the text is; from here on they travel with the rollout
-                p = r.problem
-                r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
-                r.reward = reward_of(r)
-            metrics = describe(rollouts, world) | watch(rollouts, [*batch.values()], world)
-            metrics |= {"length_budget": budget, "unfinished": len(unfinished)}
+            give_rewards(rollouts)
+            metrics = describe(rollouts, world) | watch(rollouts, batches.problems, world)
+            metrics |= {"length_budget": budget, "unfinished": len(batches.unfinished)}
+            if cfg.resample:
+                timer("sample")
+                rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
+            sampler.rest()  # also where they were read: the last sync has woken it
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
-            rollouts, sizes = exchange(rollouts, batch, world)
-            assert len(rollouts + unfinished) == in_flight, f"{len(rollouts)} rollouts"
-            if world.main:
-                record(run, step, rollouts + unfinished)
-            parts = share_packs(rollouts, sizes, cfg, cost, encode, world)
+            rollouts, lengths, counts = batches.collect(step, rollouts)
+            metrics |= counts
+            parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
             packs = sum(parts, [])
             # 4. advantages: of every token, how much better than expected?
             timer("advantages")
@@ -636,7 +750,8 @@ def main(cfg: Config):
             log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, shown)
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
-            log.append("lengths", [{"step": step, "lengths": add_lengths(lengths, rollouts)}])
+            lengths = add_lengths(batches.lengths, rollouts)
+            log.append("lengths", [{"step": step, "lengths": lengths}])
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

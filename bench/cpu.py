@@ -168,7 +168,7 @@ def our_backward(model, documents, scales: Tensor, budget: int, shared: bool = F
         pack = packs.make_pack([documents[i] for i in members], members, shared)
         logps, _ = model.logps(pack)
         scale = scales[members].repeat_interleave(torch.tensor(pack.counts))
-        (rl.policy_loss(logps, logps.detach(), scale, 0.2).sum() / tokens).backward()
+        (rl.policy_loss(logps, logps.detach(), scale, 0.2, 0.2).sum() / tokens).backward()
         for i, part in zip(members, logps.detach().split(pack.counts), strict=True):
             found[i] = part
     return torch.cat(found)
@@ -186,7 +186,7 @@ def their_backward(model, documents, scales: Tensor, groups) -> Tensor:
         logits = model(ids, **mask, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         logps = logits.gather(2, ids[:, -keep:, None]).squeeze(2) - logits.logsumexp(-1)
         trained = ((places >= starts) & (places < ends))[:, -keep:]
-        losses = rl.policy_loss(logps, logps.detach(), scales[group, None], 0.2)
+        losses = rl.policy_loss(logps, logps.detach(), scales[group, None], 0.2, 0.2)
         ((losses * trained).sum() / tokens).backward()
         for i, row, mine in zip(group, logps.detach(), trained, strict=True):
             found[i] = row[mine]

@@ -39,7 +39,7 @@ from model import Config, Qwen25VL, save_weights
 
 # Settings that say how a run is executed, and not what it learns: rollouts stay good under others.
 EXECUTION = {"out", "steps", "save_every", "keep_every", "recompute", "compile", "offload"}
-EXECUTION |= {"sampler_batch", "kv_cache_gb", "pack_tokens"}
+EXECUTION |= {"sampler_batch", "kv_cache_gb", "pack_tokens", "wandb", "tensorboard"}
 KEEP_STATES = 2  # the newest checkpoints, from which a run can go on
 SAVE_TIMEOUT = timedelta(hours=2)  # a rank that has written its part waits for the slowest disk
 Pairs = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # {"policy": (model, optimizer), ...}

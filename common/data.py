@@ -556,9 +556,9 @@ def filter_long(items: Sequence, limit: int, lengths: Mapping | Sequence) -> tup
 # ---- order
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@lru_cache(maxsize=4)  # a batch may span two epochs, in either order
+def permutation(n: int, seed: int, epoch: int, *order: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, *order]).permutation(n)
 
 
 class Stream:
@@ -570,8 +570,10 @@ class Stream:
         self.items, self.seed = items, seed
 
     def __getitem__(self, place: int):
-        epoch, k = divmod(place, len(self.items))
-        return self.items[int(permutation(len(self.items), self.seed, epoch)[k])]
+        """The item at a place; negative places, -1, -2, ..., are a second order of the same."""
+        order = () if place >= 0 else (1,)
+        epoch, k = divmod(place if place >= 0 else -1 - place, len(self.items))
+        return self.items[int(permutation(len(self.items), self.seed, epoch, *order)[k])]
 
     def batch(self, step: int, count: int) -> list:
         """Places [step * count, (step + 1) * count) of the endless order, with a constant count."""

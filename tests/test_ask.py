@@ -3,6 +3,7 @@ as runs/serve.sh starts it.)
 """
 
 import json
+import random
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from common import data
+from miniature import world
 from model import load_model
 from rollout import TorchSampler
 from tools import ask
@@ -42,6 +44,16 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
 
+@pytest.fixture
+def url(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    Server.questions.clear()
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def problem(mini) -> data.Problem:
     return next(p for p in data.read_problems(mini.train) if p.images)
@@ -59,13 +71,38 @@ def test_a_model_directory_answers_a_question_about_a_picture(mini, problem, cap
     assert capsys.readouterr().out.endswith("[cut: --max-tokens]\n")
 
 
-def test_a_server_streams_thoughts_and_answer_of_the_model_it_has(problem, capsys, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
+def test_several_answers_differ_and_are_numbered(mini, problem, capsys):
+    """Sampled at temperature 1, unless it is given: at 0 all would be one."""
+    for temperature, different in ((None, True), (0.0, False)):
+        own = dict(image=problem.images, model=mini.model, samples=8, temperature=temperature)
+        ask.main(ask.Config(problem.prompt, **own))
+        pairs = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+        assert [number for number, _ in pairs] == [f"#{n}" for n in range(8)]
+        assert (len({text for _, text in pairs}) > 1) is different
+
+
+def test_what_a_picture_of_the_miniature_shows_is_printed_beside_the_answer(mini, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    made = world.Config(out=str(tmp_path))
+    row = world.problem_row(random.Random(0), 0, "test", made)  # a smudged bill, as a picture
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    image = str(tmp_path / row["images"][0])
+    ask.main(ask.Config(row["prompt"], image=(image,), model=mini.model, max_tokens=2))
+    name, *grid = capsys.readouterr().err.splitlines()[:6]
+    assert name == f"{image}:" and " ".join(grid) == row["bill"] and "~" in row["bill"]
+    assert [line.split()[0] for line in grid] == [*world.LINES]
+    for other in ("elsewhere-0.png", "test-1-0.png", "test.png"):  # no row is about these
+        assert ask.drawn(str(tmp_path / "images" / other)) == "" == ask.drawn(f"/{other}")
+
+
+def test_a_server_is_asked_once_for_each_answer(url, capsys):
+    ask.main(ask.Config("How many?", url=url, samples=2))
+    assert capsys.readouterr().out == "".join(f"#{n}  I count. There are three.\n" for n in (0, 1))
+    assert [body["temperature"] for body in Server.questions] == [1, 1]
+
+
+def test_a_server_streams_thoughts_and_answer_of_the_model_it_has(url, problem, capsys):
     ask.main(ask.Config("How many?", image=problem.images, url=url))
-    server.shutdown()
     assert capsys.readouterr().out == "I count. There are three.\n"
     (body,) = Server.questions
     picture, text = body["messages"][0]["content"]
@@ -80,6 +117,7 @@ def test_a_server_streams_thoughts_and_answer_of_the_model_it_has(problem, capsy
         ("what <image> ?", {}, "1 markers <image> for 0 images"),
         ("what ?", {"image": ("no.png",)}, "no.png: damaged picture .*No such file"),
         ("what ?", {"model": "nowhere"}, "nowhere"),
+        ("what ?", {"samples": 0}, "--samples 0"),
         ("what ?", {"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1: .* does it run"),
         ("How many ?", {}, f"109 words, without How, many; .*{re.escape(ask.EXAMPLE)}"),
     ],

@@ -336,7 +336,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(server, tmp_path, monke
     def flock(file, how):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(records.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     distil.main(config(server, tmp_path, problems(tmp_path, ["right"])))
     assert "cannot be locked (no locks available)" in capsys.readouterr().out
     assert len(lines_of(tmp_path / "t.jsonl")) == 1

@@ -55,7 +55,8 @@ def rl_config(mini: dict, out, **changed) -> rl.Config:
 
 RUNS = {  # of rl.py, by one process and by several
     "rl": {},
-    "grpo": dict(algorithm="grpo", policy_steps=2, lr=1e-3, steps=1),
+    # of two samples many are alike, and their problems give way
+    "grpo": dict(algorithm="grpo", policy_steps=2, lr=1e-3, steps=1, samples=2, resample=2),
     "vision": dict(train_vision=True, steps=1),
     # two responses for each of the critic's steps, on four ranks
     "few": dict(problems=4, samples=2, steps=1),
@@ -65,7 +66,7 @@ RUNS = {  # of rl.py, by one process and by several
 TAIL = dict(finish_share=0.5, steps=3)  # each rank puts aside what it has not finished
 
 
-def in_order(n: int, seed: int, epoch: int) -> np.ndarray:
+def in_order(n: int, seed: int, epoch: int, *order: int) -> np.ndarray:
     """In place of data.permutation: pictures and text alternate, so each rank has one kind."""
     return np.arange(n)
 
@@ -333,6 +334,7 @@ def test_two_ranks_give_the_run_of_one(two, alone, run):
     first, plain = rows_of(alone / run)[0], rows_of(alone / "rl")[0]
     assert run == "coldstart" or first["reward"] > 0
     assert (first.get("ratio_diff", 0) > 1e-4) == (run == "grpo")  # it has two policy steps
+    assert (first.get("resampled", 0) > 0) == (run == "grpo")
     if run == "vision":
         assert first["grad_norm"] > plain["grad_norm"]  # the tower has its share
 

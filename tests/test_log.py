@@ -28,6 +28,17 @@ class Config:
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     data: str = ""
     replay: str = ""
+    wandb: str = ""
+    tensorboard: bool = False
+
+
+ROLLOUT = {
+    "step": 0,
+    "id": "p",
+    "prompt": "a | b",
+    "response": "<think>\nbad \ud83d",
+    "reward": 1.0,
+}
 
 
 @pytest.fixture
@@ -78,6 +89,51 @@ def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, monkeyp
     assert {"python", "torch", "transformers"} <= about["versions"].keys()
     values = (0, 0.41321, 12.34, 1234.5, 3e-5, 120, float("nan"))
     assert [compact(v) for v in values] == "0 0.413 12.3 1,234 3e-05 120 nan".split()
+
+
+def test_weights_and_biases_gets_metrics_and_a_table_of_rollouts(tmp_path, monkeypatch):
+    began, sent = [], []
+    online = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: None)
+    module = SimpleNamespace(
+        init=lambda **about: began.append(about) or online,
+        Table=lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data],
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run_log = RunLog(tmp_path, Config(wandb="ovr"), steps=5)
+    run_log.log(0, {"loss": 0.5})
+    run_log.append("rollouts", (dict(ROLLOUT) for _ in range(2)))
+    run_log.append("trace", [{"step": 0, "id": "p"}])
+    assert began[0]["project"] == "ovr" and began[0]["config"]["wandb"] == "ovr"
+    (_, metrics), (step, shown) = sent
+    assert metrics["loss"] == 0.5 and step == 0 and len(shown["rollouts"]) == 2
+    row = {name: ROLLOUT[name] for name in ("id", "prompt", "reward")}
+    assert shown["rollouts"][0] == row | {"response": "<think>\nbad \\ud83d"}
+
+
+def test_tensorboard_reads_back_metrics_and_rollouts_and_forgets_what_a_resume_cut_off(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, start in ((3, 0), (2, 1)):
+        run_log = RunLog(tmp_path, Config(tensorboard=True), steps=5, start=start)
+        for step in range(start, steps):
+            run_log.log(step, {"loss": 10.0 * start + step})
+            run_log.append("rollouts", [ROLLOUT | {"step": step}])
+        run_log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.0), (1, 11.0)]
+    text = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text.endswith("p | a &#124; b | &lt;think&gt;<br>bad \\ud83d | 1.0")
+
+
+@pytest.mark.parametrize("flag, package", [("wandb", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(
+    tmp_path, monkeypatch, flag, package
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {package}"):
+        RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
 
 
 def test_a_resumed_run_holds_every_step_once(tmp_path):

@@ -1,5 +1,6 @@
 """The promises that stand outside the code: README and docs tell the truth, scripts start."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -137,6 +138,26 @@ def test_help_explains_the_settings_of_every_script(module):
 def test_the_matcher_and_the_lexicon_load_without_torch():
     code = "import reward, evaluation.behaviors, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_module_can_be_imported_where_linux_has_more_than_others():
+    """resource and fcntl are Unix's, sched_getaffinity is Linux's: macOS counts cores without."""
+    folders = ("", "common/", "curation/", "evaluation/", "miniature/", "tools/")
+    files = [file for folder in folders for file in ROOT.glob(f"{folder}*.py")]
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    code = """
+import importlib, os, sys
+sys.modules |= {"resource": None, "fcntl": None}
+del os.sched_getaffinity
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+from common import distributed
+distributed.start()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # start() counts
+    command = [sys.executable, "-c", code, *modules]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and len(modules) > 30, ran.stderr[-2000:]
 
 
 def test_a_user_error_is_one_line_that_names_the_culprit_and_the_cure(tmp_path):

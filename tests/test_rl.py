@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,9 +134,32 @@ def test_a_group_without_contrast_teaches_nothing():
 def test_the_clip_by_hand(ratio, advantage, loss, slope):
     logp = torch.tensor([math.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
     old, a = torch.tensor([-3.0]).double(), torch.tensor([advantage]).double()
-    got = rl.policy_loss(logp, old, a, 0.2)
+    got = rl.policy_loss(logp, old, a, 0.2, 0.2)
     got.sum().backward()
     assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope, clipped",
+    [  # low 0.2, high 0.28: DAPO's
+        (1.25, 2.0, -2.5, -2.5, 0),  # PPO would hold it back at 1.2
+        (1.3, 2.0, -2.56, 0.0, 1),
+        (0.75, -2.0, 1.6, 0.0, 1),  # the lower end stays
+        (0.81, -2.0, 1.62, 1.62, 0),
+    ],
+)
+def test_a_higher_upper_clip_by_hand(ratio, advantage, loss, slope, clipped):
+    logp = torch.tensor([math.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
+    numbers = dict(old_logps=torch.tensor([-3.0]).double(), logps=torch.tensor([-3.0]).double())
+    numbers["stale"] = torch.tensor([False])
+    pack = pack_with(**numbers, advantages=torch.tensor([advantage]).double())
+    policy = SimpleNamespace(logps=lambda pack: (logp, torch.zeros(1)))
+    got = rl.policy_losses(policy, pack, config(epsilon_high=0.28))
+    got["policy_loss"].sum().backward()
+    assert got["policy_loss"].item() == pytest.approx(loss)
+    assert logp.grad.item() == pytest.approx(slope)
+    assert got["clip_fraction"].item() == clipped
+    assert got["ratio_diff"].item() == pytest.approx(abs(ratio - 1))
 
 
 def test_the_length_budget_rises_at_the_papers_steps():
@@ -221,6 +245,9 @@ def test_critic_metrics_of_a_perfect_a_constant_and_any_critic():
         (dict(finish_share=1.1), "--finish-share 1.1"),
         (dict(finish_share=0.7), "--finish-share 0.7: .* 4 parts .*--problems 4 to 1"),
         (dict(finish_share=0.5, algorithm="grpo"), "grpo .* --finish-share 1"),
+        (dict(epsilon_high=-0.1), "--epsilon-high"),
+        (dict(resample=2), "--resample 2 .* grpo alone"),
+        (dict(resample=-1, algorithm="grpo"), "--resample -1"),
     ],
 )
 def test_a_setting_that_would_mislead_is_refused_by_name(wrong, named):
@@ -933,6 +960,15 @@ def test_several_policy_steps_move_the_ratio_and_are_warmed_up_one_by_one(mini, 
     assert row["logp_diff"] < 1e-5  # old log-probs against the sampler's
 
 
+def test_an_upper_clip_equal_to_epsilon_is_none_and_a_higher_one_changes_the_run(mini, tmp_path):
+    cfg = config(model=mini.model, data=mini.train, steps=1, policy_steps=4, lr=3e-3, warmup=0)
+    rows = [
+        metrics_of(run(replace(cfg, epsilon=0.02, epsilon_high=high, out=f"{tmp_path}/{high}")))
+        for high in (0.0, 0.02, 0.5)
+    ]
+    assert rows[0] == rows[1] and rows[2][0]["policy_loss"] != rows[0][0]["policy_loss"]
+
+
 def test_grpo_gives_each_token_its_groups_advantage(batch):
     rewards = [1, 0, 0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1]
     rollouts = [replace(r, reward=x) for r, x in zip(batch[0], rewards, strict=True)]
@@ -952,6 +988,67 @@ def test_grpo_needs_no_critic(mini, tmp_path):
     assert row["grad_norm"] > 0
     assert not {"value_loss", "explained_variance", "critic_grad_norm"} & row.keys()
     assert "4 advantages" in trace.page(trace.read(tmp_path, -1))
+
+
+def group(index: int, *rewards: int) -> list[Rollout]:
+    """Samples of one problem that have these scores."""
+    problem, verdicts = data.Problem(f"p{index}", "?", "1"), ("\\boxed{0}", "\\boxed{1}")
+    return [
+        Rollout(problem, n, None, index, text=verdicts[r], stopped=True, reward=float(r))
+        for n, r in enumerate(rewards)
+    ]
+
+
+def test_groups_without_contrast_give_way_to_other_problems_round_by_round():
+    """By hand: of four groups two; of the two that take over one, which the second round replaces;
+    what has no contrast after that stays."""
+    cfg, calls = config(algorithm="grpo", problems=4, samples=2, resample=2), []
+    batch = group(12, 0, 0) + group(13, 1, 0) + group(14, 1, 1) + group(15, 0, 1)  # of step 3
+    rounds = {1: group(-25, 1, 1) + group(-27, 0, 1), 2: group(-29, 0, 0)}
+
+    def others(round, slots):
+        calls.append((round, slots))
+        return rounds[round]
+
+    every = rl.resample(batch, cfg, others)
+    assert calls == [(1, [0, 2]), (2, [0])] and len(every) == 14
+    newest = rl.groups_of(every, cfg)
+    assert {slot: rows[0].index for slot, rows in newest.items()} == {0: -29, 1: 13, 2: -27, 3: 15}
+    assert [rl.without_contrast(newest[slot]) for slot in range(4)] == [True, False, False, False]
+    assert rl.resample(batch[2:4], cfg, others) == batch[2:4] and len(calls) == 2
+
+
+def test_a_run_that_resamples_is_cut_off_and_goes_on_bit_for_bit(mini, tmp_path, monkeypatch):
+    cfg = config(model=mini.model, data=mini.train, algorithm="grpo", steps=2, save_every=1)
+    plain = metrics_of(run(replace(cfg, out=str(tmp_path / "plain"))))
+    cfg = replace(cfg, resample=2)
+    whole = run(replace(cfg, out=str(tmp_path / "whole")))
+    rows, sampled = metrics_of(whole), lines_of(whole, "rollouts")
+    assert rows[0]["reward"] == plain[0]["reward"]  # of the problems before any gave way
+    assert rows[0]["resampled"] > 0 and rows[0]["grad_norm"] != plain[0]["grad_norm"]
+    for row in rows:
+        rewards = [r["reward"] for r in sampled if r["step"] == row["step"]]
+        groups = [{*rewards[i : i + 4]} for i in range(0, 16, 4)]
+        assert sum(len(group) == 1 for group in groups) == row["no_contrast"]
+
+    train, cut = rl.train, replace(cfg, out=str(tmp_path / "cut"))
+
+    def killed(pair, parts, rates, losses_of, step, world):
+        if step == 1:
+            raise RuntimeError("killed")
+        return train(pair, parts, rates, losses_of, step, world)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "train", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            rl.main(cut)
+    calls = []
+    note(monkeypatch, calls, Sampler, "generate")
+    resumed = run(cut)
+    assert not [call for call in calls if len(call) > 1]  # all is recorded
+    assert metrics_of(resumed) == rows and lines_of(resumed, "rollouts") == sampled
+    one, other = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_long_prompts_are_left_out_and_counted(mini, tmp_path, capsys):

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
+import tyro
 from conftest import finished
 
 import eval  # noqa: A004
+import rl
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$NOTES"
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
-case $out in *coldstart|*rl) [ "$out" = "${STOPS:-}" ] || mkdir -p "$out/model" ;; esac
+case $out in *coldstart|*rl|*rl_text) [ "$out" = "${STOPS:-}" ] || mkdir -p "$out/model" ;; esac
 """
 
 
@@ -59,6 +61,35 @@ def test_torchrun_waits_for_a_checkpoint_and_starts_again_by_itself(tmp_path, sc
 def test_a_stage_that_was_stopped_is_not_followed_by_the_next(tmp_path, script, stage):
     printed, started = run(tmp_path, script, STOPS=str(tmp_path / "out" / stage))
     assert len(started) == 1 + (stage == "rl") and f"{stage} has stopped" in printed
+
+
+def rl_settings(line: str) -> rl.Config:
+    """What torchrun was given for rl.py; Config refuses what does not go together."""
+    assert "--max-restarts 3" in line and "--shutdown-timeout" in line
+    return tyro.cli(rl.Config, args=line.split(" rl.py ")[1].split())
+
+
+def test_rl_starts_from_a_released_cold_start_with_the_papers_numbers(tmp_path):
+    _, (line,) = run(tmp_path, "from_coldstart.sh")
+    cfg = rl_settings(line)
+    assert (cfg.model, cfg.data) == ("Kangheng/OVR-7B-ColdStart", "rl.jsonl")
+    assert (cfg.algorithm, cfg.problems, cfg.samples) == ("ppo", 512, 16)
+    assert (cfg.lr, cfg.critic_lr, cfg.warmup, cfg.lengths) == (1e-6, 5e-6, 50, ((0, 24576),))
+
+
+def test_a_third_stage_on_text_alone_goes_on_from_the_second(tmp_path):
+    own = {"TEXT": "text.jsonl", "MODEL": "me/mine", "STEPS": "7", "LENGTHS": "0 4096 5 8192"}
+    _, lines = run(tmp_path, "from_coldstart.sh", **own)
+    second, third = map(rl_settings, lines)
+    assert (second.model, second.data, second.steps) == ("me/mine", "rl.jsonl", 7)
+    assert (third.model, third.data) == (f"{second.out}/model", "text.jsonl")
+    assert second.out != third.out and second.lengths == third.lengths == ((0, 4096), (5, 8192))
+
+
+def test_a_second_stage_that_was_stopped_is_not_followed_by_the_third(tmp_path):
+    own = {"TEXT": "text.jsonl", "STOPS": str(tmp_path / "out/rl")}
+    printed, lines = run(tmp_path, "from_coldstart.sh", **own)
+    assert len(lines) == 1 and "rl has stopped" in printed
 
 
 @pytest.mark.parametrize("head", addresses())

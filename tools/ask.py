@@ -1,18 +1,21 @@
-"""One question, with pictures or without, to one model: prints its answer.
+"""One question, with pictures or without, to one model: prints its answer, or several.
 
     python -m tools.ask "A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?"
     python -m tools.ask --model out/ovr_7b/rl/model --image a.png "How many apples are there?"
+    python -m tools.ask --samples 4 --image out/laptop/data/images/test-0-0.png "what is B + A ?"
     python -m tools.ask --url http://127.0.0.1:8000/v1 --image a.png "How many apples are there?"
 
 A model directory is sampled here, in plain torch. A server (runs/serve.sh, or any other with
 OpenAI's interface) streams its answer; if it wants a key, that stands in OPENAI_API_KEY. Pictures
-are seen where the question says <image>, or before it.
+are seen where the question says <image>, or before it; what one of the miniature shows is printed.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers.models import WordLevel
@@ -35,7 +38,17 @@ class Config:
     model: str = ""  # HF directory, Hub name; with --url its name there, by default the first
     url: str = ""  # of a server, with its /v1
     max_tokens: int = 0  # of the answer; 0: what the server allows, or 2,048
-    temperature: float = 0.0  # 0: the likeliest token each time
+    samples: int = 1  # answers
+    temperature: float | None = None  # 0: the likeliest token each time; none: 0, of several 1
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples}: answers count from 1")
+
+    @property
+    def heat(self) -> float:
+        """Several answers at temperature 0 would be one."""
+        return float(self.samples > 1) if self.temperature is None else self.temperature
 
 
 def refuse_unknown(question: str, tokenizer):
@@ -49,8 +62,22 @@ def refuse_unknown(question: str, tokenizer):
         )
 
 
+def drawn(image: str) -> str:
+    """What a picture of the miniature shows, three cells a line, from the row that it is of."""
+    name, _, _ = Path(image).stem.rpartition("-")  # test-0 of images/test-0-0.png
+    file = Path(image).absolute().parent.parent / f"{name.partition('-')[0]}.jsonl"
+    rows = map(json.loads, file.open()) if file.is_file() else ()
+    row = next((row for row in rows if "bill" in row and row.get("id") == name), {"bill": ""})
+    cells = row["bill"].split()
+    return "\n".join(" ".join(cells[i : i + 3]) for i in range(0, len(cells), 3))
+
+
+def numbered(n: int, cfg: Config) -> str:
+    return f"#{n}  " if cfg.samples > 1 else ""
+
+
 def sampled(cfg: Config) -> Iterator[str]:
-    """The answer of a model directory, in one piece."""
+    """The answers of a model directory, each in one piece."""
     where, cuda = data.model_directory(cfg.model or MODEL), torch.cuda.is_available()
     tokenizer, settings = data.load_tokenizer(where), data.load_image_settings(where)
     refuse_unknown(cfg.question, tokenizer)
@@ -58,25 +85,31 @@ def sampled(cfg: Config) -> Iterator[str]:
     print(f"{where}, {dtype} on {device}", file=sys.stderr)
     sampler = TorchSampler(load_model(where, dtype, device), tokenizer, settings)
     problem = data.Problem("the question", cfg.question, "", cfg.image)
-    (rollout,) = sampler.generate([problem], 1, cfg.max_tokens or 2048, cfg.temperature)
-    yield rollout.text + ("" if rollout.stopped else " [cut: --max-tokens]")
+    for r in sampler.generate([problem], cfg.samples, cfg.max_tokens or 2048, cfg.heat):
+        cut = "" if r.stopped else " [cut: --max-tokens]"
+        yield f"{numbered(r.sample, cfg)}{r.text}{cut}\n"
 
 
 def streamed(cfg: Config) -> Iterator[str]:
-    """The answer of a server, piece by piece; its thoughts, where it tells them apart, too."""
+    """The answers of a server, one after the other, piece by piece; thoughts, where it tells them
+    apart, too.
+    """
     import openai  # here: a directory needs no second of it
 
     client = openai.OpenAI(base_url=cfg.url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    settings = {"temperature": cfg.temperature, "max_tokens": cfg.max_tokens or openai.omit}
+    settings = {"temperature": cfg.heat, "max_tokens": cfg.max_tokens or openai.omit}
     settings |= {"messages": [user_message(cfg.question, cfg.image)], "stream": True}
     try:
         model = cfg.model or client.models.list().data[0].id
         print(f"{model} at {cfg.url}", file=sys.stderr)
-        for chunk in client.chat.completions.create(model=model, **settings):
-            for choice in chunk.choices:
-                for name in ("reasoning", "reasoning_content", "content"):
-                    yield getattr(choice.delta, name, None) or ""
-                yield " [cut: --max-tokens]" if choice.finish_reason == "length" else ""
+        for n in range(cfg.samples):
+            yield numbered(n, cfg)
+            for chunk in client.chat.completions.create(model=model, **settings):
+                for choice in chunk.choices:
+                    for name in ("reasoning", "reasoning_content", "content"):
+                        yield getattr(choice.delta, name, None) or ""
+                    yield " [cut: --max-tokens]" if choice.finish_reason == "length" else ""
+            yield "\n"
     except openai.OpenAIError as error:
         raise ConnectionError(f"{cfg.url}: {error}; does it run, does it end in /v1?") from error
 
@@ -84,9 +117,10 @@ def streamed(cfg: Config) -> Iterator[str]:
 def main(cfg: Config):
     for image in cfg.image:
         data.load_image(image)  # a missing or damaged picture is named
+        if grid := drawn(image):
+            print(f"{image}:\n{grid}", file=sys.stderr)
     for piece in streamed(cfg) if cfg.url else sampled(cfg):
         print(piece, end="", flush=True)
-    print()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from common.data import Document, Prompt
@@ -110,13 +111,21 @@ def test_a_phase_holds_what_works_the_engine_and_without_offload_what_waits():
     models, cfg = {"critic": critic, "policy": policy}, plan.Config(kv_cache_gb=10.0)
     here = plan.phases(cfg, SEVEN, models)
     away = plan.phases(replace(cfg, offload=True), SEVEN, models)
-    assert [phase["waiting"] for phase in here.values()] == [14, 31, 17, 14, 14]
+    assert [phase["waiting"] for phase in here.values()] == [4, 11, 31, 17, 14, 14]
     engine = 2 * 8.292 + 10
-    sums = {"load": 13, "sample": engine, "critic": 26, "policy": 40, "sync": engine + 5 + 6}
+    sums = {
+        "load": 5,
+        "resume": 13,
+        "sample": engine,
+        "critic": 26,
+        "policy": 40,
+        "sync": engine + 5 + 6,
+    }
     assert {n: sum(parts.values()) for n, parts in away.items()} == pytest.approx(sums, rel=1e-4)
     grpo = plan.phases(cfg, SEVEN, {"policy": policy})
     assert "critic" not in grpo and grpo["policy"]["waiting"] == 0
-    assert [*plan.phases(plan.Config(stage="coldstart"), SEVEN, {"policy": policy})] == ["update"]
+    cold = plan.phases(plan.Config(stage="coldstart"), SEVEN, {"policy": policy})
+    assert [*cold] == ["resume", "update"]
 
 
 def test_hours_are_flops_and_bytes_over_the_assumed_shares():
@@ -147,10 +156,26 @@ def test_a_table_with_all_that_is_assumed_is_printed_and_what_does_not_fit_is_an
     with pytest.raises(SystemExit, match="does not fit: .*--offload"):
         plan.main(plan.Config(str(tmp_path), **sizes))
     out = capsys.readouterr().out
-    rows = [line.split()[0] for line in out.splitlines()[1:6]]
-    assert rows == ["load", "sample", "critic", "policy", "sync"]
+    rows = [line.split()[0] for line in out.splitlines()[1:7]]
+    assert rows == ["load", "resume", "sample", "critic", "policy", "sync"]
     for part in ("6 GB in reserve, of 24 GB", "40% of 165", "60% of 1008", "rows of 256"):
         assert part in out
+
+
+def test_the_table_gives_what_a_single_plan_gives(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TOY, torch.float32)))
+    small = f"--model {tmp_path} --gpus 2 --gpu rtx4090 --pack-tokens 512 --mean 256"
+    lines = [f"{small} --stage coldstart", f"{small} --kv-cache-gb 2 --offload --algorithm grpo"]
+    monkeypatch.setattr(plan, "TRIED", "\n".join(lines))
+    plan.main(plan.Config(table=True))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    for line, (name, *cells) in zip(lines, rows, strict=True):
+        assert name == f"| `{line}`"
+        plan.main(tyro.cli(plan.Config, args=line.split()))
+        out = capsys.readouterr().out
+        sums = {text.split()[0]: text.split()[-1] for text in out.splitlines()[1:6]}
+        shown = [sums.get(name, "") for name in ("load", "resume", "sample", "critic")]
+        assert cells[:4] == shown and cells[-2] == f"{out.splitlines()[-1].split()[0]} of 24"
 
 
 def test_settings_that_no_run_can_have_are_refused():

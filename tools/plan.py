@@ -2,6 +2,7 @@
 
     python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40
     python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --pack-tokens 16384
+    python -m tools.plan --table         # what fits which GPUs, a minute and a half on two cores
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
 through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
@@ -24,11 +25,13 @@ Hours are FLOPs and bytes at assumed shares of the GPU's peak and bandwidth, whi
 import sys
 from collections import deque, namedtuple
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Literal
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,12 +88,36 @@ class Config:
     mfu: float = 0.4  # assumed: FLOPs in training over the GPU's peak
     decode: float = 0.6  # assumed: bytes read in sampling over the GPU's bandwidth
     reserve_gb: float = RESERVE_GB  # assumed: what tensors do not show
+    table: bool = False  # print settings for GPUs of 24 to 141 GB instead
 
     def __post_init__(self):
         if self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
             raise ValueError(f"--gpus {self.gpus}: 1 to {NODE}, or whole nodes of {NODE}")
         if self.mean > self.pack_tokens:  # a document is never cut
             raise ValueError(f"--mean {self.mean} is more than --pack-tokens {self.pack_tokens}")
+
+
+ONE = "--gpus 1 --pack-tokens 16384 --mean 3000 --batch 512"
+TRIED = f"""
+--stage coldstart
+--stage coldstart --gpus 64
+--stage coldstart --gpu h200 --recompute selective
+--offload --kv-cache-gb 40
+--offload --kv-cache-gb 40 --gpus 64
+--algorithm grpo --kv-cache-gb 32
+--gpu h200 --recompute selective --offload --kv-cache-gb 95
+--gpu h200 --gpus 4 --offload --kv-cache-gb 90
+--gpu h200 --gpus 2 --offload --kv-cache-gb 80
+--lora-rank 32 --offload --kv-cache-gb 30 --sampler-batch 256 {ONE}
+--model 3b
+--model 3b --gpus 64
+--model 3b --stage coldstart --recompute selective {ONE} --batch 64
+--model 3b --recompute selective --offload --kv-cache-gb 40 --sampler-batch 256 {ONE}
+--model 3b --recompute selective --offload --kv-cache-gb 60 --sampler-batch 256 {ONE} --gpu h200
+--lora-rank 32 --algorithm grpo --offload --kv-cache-gb 4 --gpus 1 --gpu l40s --pack-tokens 8192 --mean 3000 --batch 256
+--model 3b --stage coldstart --lora-rank 64 --gpus 1 --gpu rtx4090 --pack-tokens 8192 --mean 4000 --batch 32 --reserve-gb 4
+--model 3b --lora-rank 32 --algorithm grpo --offload --kv-cache-gb 1.5 --sampler-batch 32 --gpus 1 --gpu rtx4090 --pack-tokens 6144 --mean 2000 --batch 128 --reserve-gb 4
+"""  # noqa: E501  settings for GPUs of 24 to 141 GB, of both stages and sizes
 
 
 # ------------------------------------------------------------------ one model with fake tensors
@@ -192,25 +219,25 @@ def phases(cfg: Config, c: qwen.Config, models: dict[str, Footprint]) -> dict[st
     parts = {name: model._asdict() for name, model in models.items()}
     syncs = {name: of_model.pop("sync") for name, of_model in parts.items()}
     policy = parts["policy"]
+    state = {"weights": policy["weights"], "moments": policy["moments"]}
     if cfg.stage == "coldstart":
-        return {"update": policy}
+        return {"resume": state, "update": policy}
 
-    def waiting(active: str = "") -> dict[str, float]:
-        """Weights, gradients and moments of the models whose turn it is not."""
-        idle = [sum(model[:3]) for name, model in models.items() if name != active]
+    def waiting(active: str, *of: str) -> dict[str, float]:
+        """What is there of the models whose turn it is not."""
+        idle = [sum(parts[name][part] for part in of) for name in parts if name != active]
         return {"waiting": 0.0 if cfg.offload else sum(idle)}
 
+    whole = ("weights", "gradients", "moments")
     engine = {"engine": engine_gb(c), "cache": cfg.kv_cache_gb}
     handed = dict.fromkeys(("gradients", "moments"), 0.0) if cfg.offload else {}  # wait elsewhere
+    sync = policy | handed | {"kept": 0, "working": syncs["policy"]}
     return {
-        "load": waiting("policy") | {name: policy[name] for name in ("weights", "moments")},
-        "sample": engine | waiting(),
-        **{name: waiting(name) | of_model for name, of_model in parts.items()},
-        "sync": engine
-        | waiting("policy")
-        | policy
-        | handed
-        | {"kept": 0, "working": syncs["policy"]},
+        "load": waiting("policy", "weights") | {"weights": policy["weights"]},
+        "resume": waiting("policy", "weights", "moments") | state,  # read from a checkpoint
+        "sample": engine | waiting("", *whole),
+        **{name: waiting(name, *whole) | of_model for name, of_model in parts.items()},
+        "sync": engine | waiting("policy", *whole) | sync,
     }
 
 
@@ -254,14 +281,46 @@ def print_table(table: dict[str, dict[str, float]]):
         print(f"{phase:12}" + "".join(cells))
 
 
-def main(cfg: Config):
-    (gb, tflops, gbs), rl, ranks = GPUS[cfg.gpu], cfg.stage == "rl", min(cfg.gpus, NODE)
+def heads_of(cfg: Config) -> dict[str, str]:
+    """{model: its head} of those that train."""
+    critic = {"critic": "value"} if cfg.stage == "rl" and cfg.algorithm == "ppo" else {}
+    return critic | {"policy": "lm"}
+
+
+def measurements(cfg: Config) -> dict[str, tuple]:
+    """{model: arguments of measure()}"""
     c = MODELS.get(cfg.model) or qwen.read_config(model_directory(cfg.model))
-    heads = {"critic": "value", "policy": "lm"}
-    if not rl or cfg.algorithm == "grpo":
-        del heads["critic"]
-    sizes = cfg.recompute, cfg.pack_tokens, ranks, cfg.lora_rank
-    models = {name: measure(c, head, *sizes) for name, head in heads.items()}
+    sizes = cfg.recompute, cfg.pack_tokens, min(cfg.gpus, NODE), cfg.lora_rank
+    return {name: (c, head, *sizes) for name, head in heads_of(cfg).items()}
+
+
+def print_tried():
+    """TRIED as a table in Markdown. Each model is measured once, two at a time."""
+    plans = {line: tyro.cli(Config, args=line.split()) for line in TRIED.strip().splitlines()}
+    needed = {m: None for cfg in plans.values() for m in measurements(cfg).values()}
+    with get_context("spawn").Pool(2) as pool:
+        measured = dict(zip(needed, pool.starmap(measure, needed, chunksize=1), strict=True))
+    columns = "load resume sample critic policy sync".split()
+    print(f"| `python -m tools.plan ...` | {' | '.join(columns)} | with reserve | minutes a step |")
+    print("|---" * (len(columns) + 3) + "|")
+    for line, cfg in plans.items():
+        models = measurements(cfg)
+        (c, *_), *_ = models.values()
+        table = phases(cfg, c, {name: measured[m] for name, m in models.items()})
+        sums = {phase: sum(parts.values()) for phase, parts in table.items()}
+        sums.setdefault("policy", sums.get("update"))
+        cells = " | ".join(f"{sums[name]:.1f}" if name in sums else "" for name in columns)
+        peak, minutes = cfg.reserve_gb + max(sums.values()), sum(seconds(cfg, c).values()) / 60
+        print(f"| `{line}` | {cells} | {peak:.1f} of {GPUS[cfg.gpu][0]} | {minutes:.1f} |")
+
+
+def main(cfg: Config):
+    if cfg.table:
+        return print_tried()
+    (gb, tflops, gbs), rl, ranks = GPUS[cfg.gpu], cfg.stage == "rl", min(cfg.gpus, NODE)
+    models = measurements(cfg)
+    (c, *_), *_ = models.values()
+    models = {name: measure(*arguments) for name, arguments in models.items()}
     table, times = phases(cfg, c, models), seconds(cfg, c)
     print_table(table)
     state = ranks * sum(model.weights + model.moments for model in models.values())

@@ -100,8 +100,6 @@ class Config:
 ONE = "--gpus 1 --pack-tokens 16384 --mean 3000 --batch 512"
 TRIED = f"""
 --stage coldstart
---stage coldstart --gpus 64
---stage coldstart --gpu h200 --recompute selective
 --offload --kv-cache-gb 40
 --offload --kv-cache-gb 40 --gpus 64
 --algorithm grpo --kv-cache-gb 32
@@ -110,7 +108,6 @@ TRIED = f"""
 --gpu h200 --gpus 2 --offload --kv-cache-gb 80
 --lora-rank 32 --offload --kv-cache-gb 30 --sampler-batch 256 {ONE}
 --model 3b
---model 3b --gpus 64
 --model 3b --stage coldstart --recompute selective {ONE} --batch 64
 --model 3b --recompute selective --offload --kv-cache-gb 40 --sampler-batch 256 {ONE}
 --model 3b --recompute selective --offload --kv-cache-gb 60 --sampler-batch 256 {ONE} --gpu h200

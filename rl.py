@@ -22,10 +22,9 @@ main() is numbered so. How it departs from textbook PPO, all by the paper:
 Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R trained tokens.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +34,14 @@ import torch
 from torch import Tensor
 
 from common import checkpoint, data, distributed
+from common.batches import Batches, add_lengths, groups_of
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
-from common.packs import Pack, exchange, full_pack, share_packs, with_blank_picture
+from common.packs import Pack, full_pack, share_packs, with_blank_picture
 from evaluation import behaviors
 from miniature.base import ensure
 from model import train_flops
 from reward import grade
-from rollout import Rollout, canary, canary_gap, load_rollouts, open_sampler, save_rollouts, solved
+from rollout import Rollout, canary, canary_gap, open_sampler, solved
 from tools import trace
 
 GAMMA = 1.0  # discount a token; paper, sec. 4.1
@@ -242,11 +242,6 @@ def give_rewards(rollouts: list[Rollout]):
         r.reward = reward_of(r)
 
 
-def slot_of(index: int, cfg: Config) -> int:
-    """Which problem of its step: 0 to P - 1. One of --resample has the slot that it takes over."""
-    return (index if index >= 0 else -1 - index) % cfg.problems
-
-
 def without_contrast(group: list[Rollout]) -> bool:
     """Samples of one problem that are all right or all wrong: to GRPO they say nothing."""
     return not group_advantages(torch.tensor([[float(r.reward) for r in group]])).any()
@@ -269,17 +264,6 @@ def resample(rollouts: list[Rollout], cfg: Config, others: Callable) -> list[Rol
         newest |= groups_of(new, cfg)
         every += new
     return every
-
-
-def groups_of(rollouts: list[Rollout], cfg: Config) -> dict[int, list[Rollout]]:
-    """{slot: samples of the problem that has it}, of several problems of the last one."""
-    groups = {}
-    for r in sorted(rollouts, key=lambda r: (r.index < 0, abs(r.index), r.sample)):
-        group = groups.setdefault(slot_of(r.index, cfg), [])
-        if group and group[0].index != r.index:
-            group.clear()
-        group.append(r)
-    return groups
 
 
 def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int):
@@ -434,42 +418,6 @@ def watch_names(problem: data.Problem) -> list[str]:
     return [f"{name}/{group}" for name in ("reward", *patterns)] if patterns else []
 
 
-def record_of(run: Path, step: int) -> Path:
-    """What was sampled in a step: a run that resumes there reads it instead of sampling again."""
-    return run / f"rollouts/step_{step:06}.npz"
-
-
-def record(run: Path, step: int, rollouts: list[Rollout]):
-    """Writes what was sampled, before it is learnt from; what no resume will read again goes."""
-    file = record_of(run, step)
-    file.parent.mkdir(exist_ok=True)
-    save_rollouts(file, rollouts)
-    # of the step before a checkpoint, too: what is unfinished in it goes on where a run resumes
-    oldest = record_of(run, max(0, min(checkpoint.complete_steps(run), default=0) - 1))
-    for old in file.parent.glob("step_*.npz"):
-        if old.name < oldest.name:
-            old.unlink()
-
-
-def add_lengths(lengths: dict[str, tuple], rollouts: list[Rollout]) -> dict[str, tuple]:
-    """Into `lengths`: {problem id: (its place in the stream, tokens, responses)} of the responses
-    that have ended since it was drawn there; older ones are forgotten. -> what is new
-    """
-    for r in rollouts:
-        place, tokens, responses = lengths.get(r.problem.id, (r.index, 0, 0))
-        before = (tokens, responses) if place == r.index else (0, 0)
-        lengths[r.problem.id] = r.index, before[0] + len(r.response_ids), before[1] + 1
-    return {r.problem.id: lengths[r.problem.id] for r in rollouts}
-
-
-def read_lengths(run: Path) -> dict[str, tuple]:
-    """What add_lengths() knew when the steps ended that stand in the run's log."""
-    file, lengths = run / "lengths.jsonl", {}
-    for line in file.open(encoding="utf-8") if file.exists() else ():
-        lengths |= json.loads(line)["lengths"]
-    return lengths
-
-
 def card_of(cfg: Config, step: int) -> str:
     """README.md of an exported policy."""
     title, run = "Open Vision Reasoner, stage 2: multimodal reinforcement learning", Path(cfg.out)
@@ -507,114 +455,6 @@ def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
         if cfg.offload:  # before the next one comes: a GPU has no room for both
             distributed.move(model, optimizer, "cpu")
     return models
-
-
-def longest_first(batch: dict, lengths: dict[str, tuple], unfinished: list[Rollout]) -> list[int]:
-    """The order in which problems are handed out: a long response that starts last is a tail in
-    which most of the engine idles. No rollout changes by it.
-
-    First come those that go on, then those never seen (each may be the longest, and one that is
-    short costs nothing in front), then by falling mean of add_lengths(), from an epoch earlier.
-    """
-    going_on = {r.index for r in unfinished}
-
-    def rank(index: int) -> tuple:
-        _, tokens, responses = lengths.get(batch[index].id, (None, math.inf, 1))
-        return index not in going_on, -tokens / responses
-
-    return sorted(batch, key=rank)
-
-
-def finish_rule(cfg: Config, step: int, unfinished: int, world) -> Callable | None:
-    """Sampler.generate's `enough`: the rest is put aside once --finish-share of the responses has
-    ended, but not in the last step. Engines count together, so that none waits for another's tail;
-    the torch sampler counts by batch, so that its numbers do not hang on the clock.
-    """
-    share, in_flight = cfg.finish_share, unfinished + cfg.problems * cfg.samples
-    if share == 1 or step == cfg.steps - 1:
-        return None
-    if cfg.sampler == "torch":
-        return lambda ended, of: ended >= share * of
-    in_all = distributed.running_sum(world, f"ended/{step}")
-    return lambda ended, of: in_all(ended) >= share * in_flight
-
-
-class Batches:
-    """What the steps sample: new problems, what the step before left unfinished, and, for a step
-    that was cut off, what is recorded of it.
-
-    Problems are known by their place in the stream: step s has the places from s P on. Negative
-    places are a second order, whose problems take over the slots of --resample.
-    """
-
-    def __init__(self, cfg: Config, world, sampler, problems: Sequence, start: int):
-        self.cfg, self.world, self.sampler, self.run = cfg, world, sampler, Path(cfg.out)
-        self.stream = data.Stream(problems, cfg.seed)
-        self.lengths = read_lengths(self.run) if world.main else {}
-        self.unfinished, self.recorded = [], []  # rollouts of all ranks
-        if start:
-            self.unfinished = self.read(start - 1, unfinished=True)
-
-    def read(self, step: int, unfinished: bool = False) -> list[Rollout]:
-        """The record of a step, if there is one. Rank 0 looks for all: a shared disk may tell ranks
-        different things."""
-        file = record_of(self.run, step)
-        if not distributed.everyone(file.exists())[0]:
-            return []
-        tools = self.sampler.tokenizer, self.sampler.settings
-        return load_rollouts(file, self.stream, *tools, unfinished=unfinished)
-
-    def sample(self, step: int, budget: int) -> list[Rollout]:
-        """This rank's rollouts that have ended; those that have not go on in the next step."""
-        cfg, world = self.cfg, self.world
-        places = range(step * cfg.problems, (step + 1) * cfg.problems)
-        before, self.recorded = self.unfinished, self.read(step)
-        batch = {i: self.stream[i] for i in (*dict.fromkeys(r.index for r in before), *places)}
-        self.problems = [*batch.values()]
-        if self.recorded:
-            mine = [r for r in self.recorded if self.is_mine(r.index) and r.index >= 0]
-        else:
-            order = distributed.everyone(longest_first(batch, self.lengths, before))[0]  # rank 0's
-            turns = distributed.my_problems(world, len(order), f"{step}", cfg.sampler == "vllm")
-            how = dict(seed=(cfg.seed, step), indices=(order[k] for k in turns), unfinished=before)
-            how["enough"] = finish_rule(cfg, step, len(before), world)
-            mine = self.sampler.generate(batch, cfg.samples, budget, **how)
-        self.unfinished, _ = exchange([r for r in mine if r.unfinished], self.stream, world)
-        self.in_flight = len(before) + cfg.problems * cfg.samples - len(self.unfinished)
-        return [r for r in mine if not r.unfinished]
-
-    def others(self, step: int, budget: int, round: int, slots: list[int]) -> list[Rollout]:
-        """Rollouts of the problems that take over these slots in a round of --resample."""
-        cfg = self.cfg
-        first = -1 - (step * cfg.resample + round - 1) * cfg.problems
-        batch = {first - slot: self.stream[first - slot] for slot in range(cfg.problems)}
-        places = [first - slot for slot in slots]
-        if self.recorded:
-            return [r for r in self.recorded if r.index in places]
-        how = dict(seed=(cfg.seed, step, round), indices=places)
-        return self.sampler.generate(batch, cfg.samples, budget, **how)
-
-    def is_mine(self, index: int) -> bool:
-        return slot_of(index, self.cfg) % self.world.size == self.world.rank
-
-    def collect(self, step: int, rollouts: list[Rollout]) -> tuple[list, list[int], dict]:
-        """Records what all ranks have sampled. -> those of all ranks that are learnt from, in the
-        order of the batch, the tokens of each, and what --resample came to.
-        """
-        cfg = self.cfg
-        every, lengths = exchange(rollouts, self.stream, self.world)
-        fresh = [r for r in every if r.index >= 0]
-        assert len(fresh) == self.in_flight, f"{len(fresh)} rollouts, not {self.in_flight}"
-        if self.world.main:
-            record(self.run, step, every + self.unfinished)
-        if not cfg.resample:
-            return every, lengths, {}
-        tokens = {(r.index, r.sample): n for r, n in zip(every, lengths, strict=True)}
-        groups = [group for _, group in sorted(groups_of(every, cfg).items())]
-        counts = {"resampled": (len(every) - len(fresh)) // cfg.samples}
-        counts["no_contrast"] = sum(map(without_contrast, groups))
-        newest = sum(groups, [])
-        return newest, [tokens[r.index, r.sample] for r in newest], counts
 
 
 def refuse_gap(gap: float, world, when: str):
@@ -706,8 +546,10 @@ def main(cfg: Config):
             sampler.rest()  # also where they were read: the last sync has woken it
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
-            rollouts, lengths, counts = batches.collect(step, rollouts)
-            metrics |= counts
+            rollouts, lengths = batches.collect(step, rollouts)
+            if cfg.resample:
+                dull = sum(map(without_contrast, groups_of(rollouts, cfg).values()))
+                metrics |= {"resampled": batches.resampled, "no_contrast": dull}
             parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
             packs = sum(parts, [])
             # 4. advantages: of every token, how much better than expected?

@@ -16,7 +16,6 @@ else is in the batch, nor on the rank (with vLLM up to rounding, which may flip 
 Dimensions: P problems, n samples each, N = P n rows, V vocabulary. Nothing to run here: see rl.py.
 """
 
-import json
 import os
 import zlib
 from collections import defaultdict
@@ -538,52 +537,3 @@ def canary_gap(sampler: Sampler, policy: Qwen25VL, problem: Problem, vision: boo
     pack = with_blank_picture(pack) if vision else pack
     logps, _ = policy.logps(pack.to(next(policy.parameters()).device))
     return (logps.cpu() - torch.tensor(rollout.logps)).abs().mean().item()
-
-
-# ------------------------------------------------------------------ a step on disk
-
-
-def save_rollouts(path: str | Path, rollouts: list[Rollout]):
-    """The rollouts of one step, those that go on as well; 8 bytes a token, whole or not at all."""
-    rows = [
-        (r.problem.id, r.index, r.sample, r.stopped, r.verdict, float(r.reward))
-        + (r.seed, r.unfinished, r.stale)
-        for r in rollouts
-    ]
-    part = Path(f"{path}.part")
-    with part.open("wb") as file:
-        np.savez(
-            file,
-            rows=json.dumps(rows).encode(),
-            ends=np.cumsum([len(r.response_ids) for r in rollouts]),
-            ids=np.concatenate([np.array(r.response_ids, np.int32) for r in rollouts]),
-            logps=np.concatenate([np.array(r.logps, np.float32) for r in rollouts]),
-        )
-    part.replace(path)
-
-
-def load_rollouts(
-    path: str | Path, stream: data.Stream, tokenizer, settings: ImageSettings, unfinished=False
-) -> list[Rollout]:
-    """What save_rollouts wrote, bit for bit, with the problems at their places in the stream.
-    unfinished: only what goes on in the next step.
-    """
-    with np.load(path) as saved:
-        rows, ends = json.loads(saved["rows"].item()), saved["ends"][:-1]
-        ids, logps = (np.split(saved[name], ends) for name in ("ids", "logps"))
-    chosen = [one for one in zip(rows, ids, logps, strict=True) if one[0][-2] or not unfinished]
-    names = {i: name for (name, i, *_), _, _ in chosen}
-    problems = {i: stream[i] for i in names}
-    if names != {i: p.id for i, p in problems.items()}:
-        raise ValueError(
-            f"{path} is of other problems than these, so data or settings have changed: restore "
-            "them, or delete the file to sample the step again"
-        )
-    prompts, rollouts = {}, []
-    for i, p in problems.items():
-        prompts[i] = data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id)
-    for (_, i, sample, stopped, verdict, *rest), own, of_own in chosen:
-        sampled = (problems[i], sample, prompts[i], i, own.tolist(), of_own.tolist(), stopped)
-        text = tokenizer.decode(own, skip_special_tokens=True)
-        rollouts.append(Rollout(*sampled, text, verdict and Verdict(*verdict), *rest))
-    return rollouts

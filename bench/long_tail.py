@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rl  # noqa: E402
-from common import data, distributed  # noqa: E402
+from common import batches, data, distributed  # noqa: E402
 from common.log import run_main  # noqa: E402
 from model import train_flops  # noqa: E402
 from rollout import Rollout, go_on  # noqa: E402
@@ -162,7 +162,7 @@ def simulate(cfg: Config, gpus: int, ordered: bool, share: float) -> dict[str, f
     for step in range(steps):
         new = dict(enumerate(stream.batch(step, cfg.problems), step * cfg.problems))
         batch = {r.index: r.problem for r in unfinished} | new
-        order = rl.longest_first(batch, lengths, unfinished) if ordered else batch
+        order = batches.longest_first(batch, lengths, unfinished) if ordered else batch
         groups = {i: [] for i in order}
         for r in unfinished:
             groups[r.index].append(go_on(r, r.problem, None))
@@ -174,11 +174,11 @@ def simulate(cfg: Config, gpus: int, ordered: bool, share: float) -> dict[str, f
         rollouts = sum(groups.values(), [])
         rest = {r.name: ends[r.name] - r.stale for r in rollouts}
         engines = engines_of(planned, c)
-        enough = rl.finish_rule(settings, step, len(unfinished), ALONE)
+        enough = batches.finish_rule(settings, step, len(unfinished), ALONE)
         unfinished = sample(deque(groups.values()), engines, cfg.sampler_batch, rest, enough)
         aside = {r.name for r in unfinished}
         ended = [r for r in rollouts if r.name not in aside]
-        rl.add_lengths(lengths, ended)
+        batches.add_lengths(lengths, ended)
         again = sum(train_flops(c, plan.PROMPT + r.stale) for r in rollouts if r.stale) / 3
         rows.append(step_row(planned, engines, again, len(ended)) | {"aside": len(aside)})
     return {name: mean(row[name] for row in rows[EPOCH:]) for name in rows[0]}

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval
 import rl
-from common import checkpoint, data, distributed, packs
+from common import batches, checkpoint, data, distributed, packs
 from common.distributed import World
 from model import load_model
 from reward import Verdict
-from rollout import Rollout, Sampler, TorchSampler, load_rollouts
+from rollout import Rollout, Sampler, TorchSampler
 from tools import trace
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -180,8 +180,8 @@ def test_problems_are_handed_out_longest_first_by_when_they_were_last_seen():
     problems = {i: data.Problem(name, "", "") for i, name in enumerate("abcdef", start=40)}
     lengths = {"a": (0, 30, 3), "b": (3, 80, 2), "d": (1, 900, 30), "f": (2, 99, 1), "z": (9, 1, 1)}
     unfinished = [Rollout(problems[i], 0, None, i, [1]) for i in (43, 40, 40)]
-    assert rl.longest_first(problems, lengths, unfinished) == [43, 40, 42, 44, 45, 41]
-    assert rl.longest_first(problems, {}, []) == [*problems]
+    assert batches.longest_first(problems, lengths, unfinished) == [43, 40, 42, 44, 45, 41]
+    assert batches.longest_first(problems, {}, []) == [*problems]
 
 
 def test_lengths_are_summed_until_a_problem_is_drawn_again():
@@ -189,7 +189,7 @@ def test_lengths_are_summed_until_a_problem_is_drawn_again():
 
     def add(*responses):
         rollouts = [Rollout(problems[p], 0, None, i, [1] * n) for p, i, n in responses]
-        return rl.add_lengths(lengths, rollouts)
+        return batches.add_lengths(lengths, rollouts)
 
     assert add((0, 3, 10), (0, 3, 20), (1, 4, 5)) == {"a": (3, 30, 2), "b": (4, 5, 1)}
     assert add((0, 3, 60)) == {"a": (3, 90, 3)}  # one that was put aside
@@ -754,13 +754,13 @@ def test_the_order_in_which_problems_are_handed_out_changes_no_number_of_the_run
     mini, uninterrupted, tmp_path, monkeypatch
 ):
     """12 problems, 4 a step: those of step 3 were seen before, and come by their lengths."""
-    orders, longest_first = [], rl.longest_first
+    orders, longest_first = [], batches.longest_first
 
     def as_they_come(*given):
         orders.append(longest_first(*given))
         return [*given[0]]
 
-    monkeypatch.setattr(rl, "longest_first", as_they_come)
+    monkeypatch.setattr(batches, "longest_first", as_they_come)
     other = run(config(model=mini.model, data=mini.train, out=str(tmp_path)))
     assert orders[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert orders[3] != sorted(orders[3]) == [12, 13, 14, 15]
@@ -792,7 +792,7 @@ def account(run: Path, mini, cfg: rl.Config):
     for row in metrics_of(run):
         step, first = row["step"], row["step"] * cfg.problems
         places = range(first, first + cfg.problems)
-        rollouts = load_rollouts(rl.record_of(run, step), stream, tokenizer, settings)
+        rollouts = batches.load_rollouts(batches.record_of(run, step), stream, tokenizer, settings)
         by_key = {(r.index, r.sample): r for r in rollouts}
         new = {*itertools.product(places, range(cfg.samples))}
         assert by_key.keys() == new | going_on.keys() and len(rollouts) == len(by_key)
@@ -1012,7 +1012,7 @@ def test_groups_without_contrast_give_way_to_other_problems_round_by_round():
 
     every = rl.resample(batch, cfg, others)
     assert calls == [(1, [0, 2]), (2, [0])] and len(every) == 14
-    newest = rl.groups_of(every, cfg)
+    newest = batches.groups_of(every, cfg)
     assert {slot: rows[0].index for slot, rows in newest.items()} == {0: -29, 1: 13, 2: -27, 3: 15}
     assert [rl.without_contrast(newest[slot]) for slot in range(4)] == [True, False, False, False]
     assert rl.resample(batch[2:4], cfg, others) == batch[2:4] and len(calls) == 2

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from common import data
+from common.batches import load_rollouts, save_rollouts
 from common.data import ImageSettings, Problem
 from common.packs import make_pack, plan_packs
 from miniature import base, world
@@ -25,9 +26,7 @@ from rollout import (
     canary,
     canary_gap,
     draw_tokens,
-    load_rollouts,
     row_uniforms,
-    save_rollouts,
 )
 
 SETTINGS = ImageSettings(28 * 28, 28 * 28 * 64, 14, 2, 2, (0.5,) * 3, (0.25,) * 3)

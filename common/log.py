@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -188,12 +189,24 @@ def run_main(main: Callable, Config: type):
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
         main(tyro.cli(Config, description=sys.modules[main.__module__].__doc__))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if is_broken(sys.stdout):  # `| head` has read enough
+            os._exit(1)
+        raise
     except Exception as error:
         if os.environ.get("OVR_TRACE") or not foreseen(error):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" + f" (rank {rank})" * (rank != "0"), file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def is_broken(stream) -> bool:
+    """Whether whoever read from it has left."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def foreseen(error: Exception) -> bool:

@@ -271,7 +271,12 @@ def chance(metric: str, items: list[dict]) -> dict[str, float]:
     """{name: expected score of guessing each item by itself}: exact where the metric is a mean of
     sums and products of scores; for F1's ratios the ratio of the expectations."""
     guess = {"sample": 0, "status": "ok", "extracted": "yes"}
-    return point(metric, [item | guess | {"score": item["chance"]} for item in items])
+    rows = []
+    for item in items:
+        options = item.get("choices") or ()  # of older items, which do not tell their chance
+        share = item.get("chance", 1 / len(options) if options else 0.0)
+        rows.append(item | guess | {"score": share})
+    return point(metric, rows)
 
 
 def at_most(metric: str, rows: list[dict]) -> dict[str, float]:

@@ -348,3 +348,24 @@ def test_a_step_of_stage_0_says_what_it_made_of_which_files(tmp_path):
     assert report["inputs"] == {"raw/a.jsonl": fingerprint(tmp_path / "raw/a.jsonl")}
     assert report["output"] == {"out.jsonl": fingerprint(out)}
     assert report["steps"] == counts and report["cost"] == 1.5
+
+
+def test_a_reader_that_has_seen_enough_ends_a_script_without_a_traceback(tmp_path):
+    code = """
+from dataclasses import dataclass
+from common.log import run_main
+
+@dataclass
+class Config:
+    lines: int = 100_000
+
+def main(cfg):
+    for k in range(cfg.lines):
+        print(k)
+
+run_main(main, Config)
+"""
+    (tmp_path / "script.py").write_text(code)
+    command = f"{sys.executable} {tmp_path / 'script.py'} | head -n 1"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert ran.stdout == "0\n" and not ran.stderr

@@ -611,7 +611,7 @@ def load_weights(model: Qwen25VL, directory: Folder):
     """Fills a model, plain or sharded; of sharded weights each rank reads its own rows alone.
 
     A critic may come from a policy's files: its value head then starts as in Open-Reasoner-Zero's
-    code, N(0, 1/(C+1)), the same on all ranks if they have seeded torch alike.
+    code, normal with std 1/(C+1), the same on all ranks if they have seeded torch alike.
     """
     stored, weights = check_weights(model, directory), model.state_dict()
     if tied := model.lm_head is None and model.value_head is None and "lm_head.weight" in stored:

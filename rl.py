@@ -433,11 +433,22 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings):
     share = (world.rank, world.size)
     problems = data.read_problems(name, columns=cfg.columns, share=share)
     data.check_images(problems, share)
-    lengths = {}
+    lengths, ids = {}, {}
     for i in range(world.rank, len(problems), world.size):
         p = problems[i]
         lengths[i] = data.prompt_length(p.prompt, p.images, tokenizer, settings, p.place)
-    return data.filter_long(problems, cfg.prompt_tokens, distributed.union(world, lengths))
+        ids[i] = p.id
+    ids = distributed.union(world, ids)
+    if len({*ids.values()}) < len(ids):  # read_problems sees those of one rank
+        ((twin, count), *_) = Counter(ids.values()).most_common(1)
+        rows = [i + 1 for i, own in sorted(ids.items()) if own == twin]
+        raise ValueError(f"{name}: {count} rows, as {rows[:2]}, have the id {twin!r}")
+    lengths = distributed.union(world, lengths)
+    problems, too_long = data.filter_long(problems, cfg.prompt_tokens, lengths)
+    if not len(problems):
+        fault = f"{too_long} are over --prompt-tokens {cfg.prompt_tokens}"
+        raise ValueError(f"{name}: of {len(lengths)} problems none is left; {fault}")
+    return problems, too_long
 
 
 def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
@@ -527,6 +538,8 @@ def main(cfg: Config):
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     if world.main and too_long:
         print(f"{too_long} problems left out: prompts over {cfg.prompt_tokens} tokens")
+    if world.main and cfg.problems > len(problems):
+        print(f"a step samples {cfg.problems} problems, of {len(problems)}: some more than once")
     batches = Batches(cfg, world, sampler, problems, start)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:

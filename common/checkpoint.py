@@ -70,10 +70,13 @@ def compare_settings(run: Path, config, start: int) -> str:
         return f"it is a finished run: remove {run}/model to {again}"
     if not (run / "run.json").exists():
         return ""
-    before, now = log.read_record(run), log.provenance(config)["config"]
+    before, about = log.read_record(run), log.provenance(config)
+    now, codes = about["config"], [x["commit"] for x in (before, *before["resumed"])]
     changed = log.changed_settings(before["config"], now)
     lines = {name: f"--{name.replace('_', '-')} {a} -> {b}" for name, (a, b) in changed.items()}
     print(f"{run} goes on from step {start}", *lines.values(), sep="\n  ", flush=True)
+    if codes[-1] != about["commit"]:
+        print(f"  the code has changed: {codes[-1]} -> {about['commit']}", flush=True)
     fixed = ["algorithm", "lora_rank"]
     if now.get("lora_rank"):  # a state of adapters lacks what they were trained on
         fixed += ["lora_alpha", "model"]

@@ -283,11 +283,18 @@ def command_line() -> str:
 
 
 def commit() -> dict | None:
-    """{"hash", "dirty"} of the checkout this file lies in; None without git or without a commit."""
-    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"  # a shell may have no git
-    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-    name = subprocess.run(describe, **options).stdout.strip()
-    return {"hash": name.removesuffix("-dirty"), "dirty": name.endswith("-dirty")} if name else None
+    """{"hash", "dirty", "changes"} of the checkout this file lies in; None without git or without a
+    commit. changes: a hash of what differs from the commit, so that two runs can be compared.
+    """
+    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True)  # may have no git
+    head, diff = (
+        subprocess.run(command, **options).stdout.strip()
+        for command in ("git rev-parse HEAD", "git diff HEAD")
+    )
+    if not head:
+        return None
+    changes = hashlib.sha256(diff).hexdigest()[:12] if diff else ""
+    return {"hash": head.decode(), "dirty": bool(diff), "changes": changes}
 
 
 def fingerprint(source: str | Path) -> str:

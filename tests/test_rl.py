@@ -1051,6 +1051,25 @@ def test_a_run_that_resamples_is_cut_off_and_goes_on_bit_for_bit(mini, tmp_path,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_an_id_that_two_ranks_have_is_refused_and_so_is_a_file_without_a_problem(
+    mini, tmp_path, monkeypatch
+):
+    """Each rank reads a share: what the other has read comes by the union."""
+    rows = [json.loads(line) for line in Path(mini.text).read_text().splitlines()]
+    file, cfg = tmp_path / "rows.jsonl", config(prompt_tokens=64)
+    file.write_text("".join(json.dumps(row | {"id": "twin"}) + "\n" for row in rows[:2]))
+    tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    first = distributed.World(0, 2, torch.device("cpu"))
+    others = iter([{1: "twin"}, {1: 5}])
+    monkeypatch.setattr(distributed, "union", lambda world, own: own | next(others))
+    with pytest.raises(ValueError, match=r"2 rows, as \[1, 2\], have the id 'twin'"):
+        rl.load_problems(str(file), cfg, first, *tools)
+    monkeypatch.undo()
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="of 0 problems none is left"):
+        rl.load_problems(str(file), cfg, ALONE, *tools)
+
+
 def test_long_prompts_are_left_out_and_counted(mini, tmp_path, capsys):
     cfg = config(model=mini.model, data=mini.train, out=str(tmp_path), steps=1, prompt_tokens=26)
     lines = lines_of(run(cfg), "rollouts")

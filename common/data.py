@@ -286,6 +286,8 @@ def read_rows(
     if not path.exists() and not on_hub(source):
         raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
     raw = line_rows(path) if path.suffix == ".jsonl" else table_rows(path)
+    if not len(raw):
+        raise ValueError(f"{source}: there is no row in it")
     names = {name: column for name, _, column in (text.partition("=") for text in columns)}
     for name, column in names.items():
         if not any(column in row for _, row, _ in raw):

@@ -1051,7 +1051,7 @@ def test_a_run_that_resamples_is_cut_off_and_goes_on_bit_for_bit(mini, tmp_path,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_id_that_two_ranks_have_is_refused_and_so_is_a_file_without_a_problem(
+def test_an_id_that_two_ranks_have_is_refused_and_so_is_a_file_that_leaves_no_problem(
     mini, tmp_path, monkeypatch
 ):
     """Each rank reads a share: what the other has read comes by the union."""
@@ -1065,8 +1065,10 @@ def test_an_id_that_two_ranks_have_is_refused_and_so_is_a_file_without_a_problem
     with pytest.raises(ValueError, match=r"2 rows, as \[1, 2\], have the id 'twin'"):
         rl.load_problems(str(file), cfg, first, *tools)
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="of 12 problems none is left; 12 are over"):
+        rl.load_problems(mini.train, config(prompt_tokens=3), ALONE, *tools)
     file.write_text("\n")
-    with pytest.raises(ValueError, match="of 0 problems none is left"):
+    with pytest.raises(ValueError, match="there is no row in it"):
         rl.load_problems(str(file), cfg, ALONE, *tools)
 
 

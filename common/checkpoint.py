@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from common import log, lora
+from common import log, lora, viewers
 from common.distributed import everyone, is_main, release
 from model import Config, Qwen25VL, save_weights
 
@@ -53,6 +53,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     FileExistsError where compare_settings finds that it may not go on: nothing is overwritten.
     """
     run = Path(run)
+    viewers.refuse_missing(config)
     start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reason := everyone(is_main() and compare_settings(run, config, start))[0]:

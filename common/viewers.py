@@ -7,6 +7,7 @@ same files of TensorBoard, which hides what a resume has cut off.
 """
 
 import html
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -54,6 +55,18 @@ class Tensorboard:
 
     def close(self):
         self.writer.close()
+
+
+def project_of(config) -> str:
+    return getattr(config, "wandb", "") or os.environ.get("WANDB_PROJECT", "")
+
+
+def refuse_missing(config):
+    """ImportError at a run's start, and not when its models are loaded."""
+    if project_of(config):
+        imported("wandb", "--wandb", "wandb")
+    if getattr(config, "tensorboard", False):
+        imported("torch.utils.tensorboard", "--tensorboard", "tensorboard")
 
 
 def imported(module: str, flag: str, package: str):

@@ -13,7 +13,7 @@ set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
@@ -29,11 +29,11 @@ ended() { # stage: else it was asked to stop, and the next one has nothing to st
 ended coldstart
 
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
-  --out "$OUT/rl" --steps 200 --problems 64 --samples 8 --lengths 0 4096 100 8192 \
+  --out "$OUT/rl" --steps "$STEPS" --problems 64 --samples 8 --lengths 0 4096 100 8192 \
   --prompt-tokens 4096 --pack-tokens 16384 --lr 1e-6 --critic-lr 5e-6 --warmup 20 \
   --sampler vllm --sampler-batch 256 --kv-cache-gb 40 --offload --recompute selective \
   --save-every 20 --save-minutes 30 --keep-every 20
 ended rl
 
-[ -e "$OUT/average/model" ] || python -m tools.average \
+[ -e "$OUT/average/model" ] || [ "$STEPS" -lt 200 ] || python -m tools.average \
   --models "$OUT"/rl/checkpoints/step_000{160,180,200}/model --out "$OUT/average/model"

@@ -14,20 +14,21 @@
 # are kept, an unfinished one goes on from its newest checkpoint, also on another number of GPUs.
 #
 # Expected, by tools/plan.py and not measured on GPUs (7.6 B parameters trained, 24k to 48k tokens a response):
-#   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 57 while it trains, 76 while weights go over to the
+#   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 61 while it trains, 73 while weights go over to the
 #             engine; 198 GB of host memory a node for the models that wait, as many while a checkpoint is written
 #   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10 days;
-#             a PPO step of 8,192 responses 130 min, 57 of them sampling, 900 steps 81 days; an eighth of all that on 64
+#             a PPO step of 8,192 responses 124 min, 52 of them sampling, 900 steps 78 days; an eighth of all that on 64
 #   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)
 # Before it: python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40, and python -m tools.doctor rl
 #   with the settings below. --compile is not measured yet, and off.
+# A smoke test of the real settings, on a few rows: STEPS=2 OUT=out/smoke SFT=... RL=... bash runs/ovr_7b.sh
 # Watch it: tail -f $OUT/rl/metrics.jsonl. Hangs: kill -USR1 PID prints every thread's stack.
 # Stop it: touch $OUT/rl/stop (Ctrl-C and SIGTERM ask the same: torchrun then waits $PATIENCE seconds for the checkpoint).
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} STEPS=${STEPS:-900} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
@@ -51,7 +52,7 @@ ended coldstart
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
-  --out "$OUT/rl" --algorithm ppo --steps 900 --problems 512 --samples 16 --policy-steps 1 --critic-steps 4 \
+  --out "$OUT/rl" --algorithm ppo --steps "$STEPS" --problems 512 --samples 16 --policy-steps 1 --critic-steps 4 \
   --lengths 0 24576 300 32768 700 49152 --prompt-tokens 8192 --pack-tokens 65536 \
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --lam 1 --epsilon 0.2 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 40 --offload --recompute full \
@@ -61,6 +62,6 @@ ended rl
 # The final model (paper, sec. 4.1): the average of several checkpoints. Which ones, it does not say.
 # The first node makes it: the one that HEAD names, or whose address HEAD is.
 first=${HEAD:-$(hostname)}
-if [ ! -e "$OUT/average/model" ] && [[ " $(hostname) $(hostname -s) $(hostname -f 2>/dev/null) $(hostname -I 2>/dev/null) " == *" $first "* ]]; then
+if [ ! -e "$OUT/average/model" ] && [ "$STEPS" -ge 900 ] && [[ " $(hostname) $(hostname -s) $(hostname -f 2>/dev/null) $(hostname -I 2>/dev/null) " == *" $first "* ]]; then
   python -m tools.average --models "$OUT"/rl/checkpoints/step_000{700,800,900}/model --out "$OUT/average/model"
 fi

@@ -10,7 +10,7 @@
 #   time      GRPO 6.5 minutes a step of 16 x 8 responses of 2,000 tokens, 22 hours in all; cold start 1.3 minutes a
 #             step of 64 rows of 4,000 tokens
 # python -m tools.plan --model 3b --gpus 1 --gpu rtx4090 --algorithm grpo --lora-rank 32 --pack-tokens 6144 --mean 2000 \
-#   --kv-cache-gb 1.5 --sampler-batch 32 --batch 128 --steps 200 --offload --reserve-gb 4
+#   --kv-cache-gb 1.5 --sampler-batch 32 --batch 128 --steps "$STEPS" --offload --reserve-gb 4
 # What is smaller than in runs/one_gpu.sh: what trains (adapters of rank 32, 60 M weights, on a frozen decoder in bfloat16;
 # hence ten times the learning rates), no critic, the batch (16 x 8), the lengths. The engine gets the adapters merged in
 # bfloat16, which rounds what the trainer computes exactly; --tis 2 weighs that out, logp_diff shows it.
@@ -19,7 +19,7 @@ set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} OUT=${OUT:-out/small_gpu} PATIENCE=${PATIENCE:-1800}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} OUT=${OUT:-out/small_gpu} PATIENCE=${PATIENCE:-1800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
@@ -35,11 +35,11 @@ ended() { # stage: else it was asked to stop, and the next one has nothing to st
 ended coldstart
 
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
-  --out "$OUT/rl" --algorithm grpo --steps 200 --problems 16 --samples 8 --lengths 0 4096 \
+  --out "$OUT/rl" --algorithm grpo --steps "$STEPS" --problems 16 --samples 8 --lengths 0 4096 \
   --prompt-tokens 2048 --pack-tokens 6144 --lora-rank 32 --lr 1e-5 --warmup 20 --tis 2 \
   --sampler vllm --sampler-batch 32 --kv-cache-gb 1.5 --offload --recompute full \
   --save-every 20 --save-minutes 30 --keep-every 20
 ended rl
 
-[ -e "$OUT/average/model" ] || python -m tools.average \
+[ -e "$OUT/average/model" ] || [ "$STEPS" -lt 200 ] || python -m tools.average \
   --models "$OUT"/rl/checkpoints/step_000{160,180,200}/model --out "$OUT/average/model"

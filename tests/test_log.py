@@ -197,7 +197,7 @@ def test_a_signal_or_a_file_asks_and_a_second_signal_has_its_ordinary_effect(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.signal(number, before) is signal.default_int_handler
-    assert "to resume: python" in stop.advice
+    assert "Here: python" in stop.advice
     with log.stop_on_signal(tmp_path) as stop, log.stop_on_signal(tmp_path, main=False) as other:
         (tmp_path / "stop").touch()
         assert stop.requested and not other.requested  # rank 0 looks for all

@@ -108,7 +108,7 @@ TRIED = f"""
 --gpu h200 --gpus 2 --offload --kv-cache-gb 80
 --lora-rank 32 --offload --kv-cache-gb 30 --sampler-batch 256 {ONE}
 --model 3b
---model 3b --stage coldstart --recompute selective {ONE} --batch 64
+--model 3b --stage coldstart --recompute selective {ONE} --batch 12
 --model 3b --recompute selective --offload --kv-cache-gb 40 --sampler-batch 256 {ONE}
 --model 3b --recompute selective --offload --kv-cache-gb 60 --sampler-batch 256 {ONE} --gpu h200
 --lora-rank 32 --algorithm grpo --offload --kv-cache-gb 4 --gpus 1 --gpu l40s --pack-tokens 8192 --mean 3000 --batch 256

@@ -2,12 +2,12 @@
 
     python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40
     python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --pack-tokens 16384
-    python -m tools.plan --table         # what fits which GPUs, a minute and a half on two cores
+    python -m tools.plan --table         # what fits which GPUs, two minutes on two cores
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
 through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
 shapes without contents) and so are the other ranks. The bytes of all tensors alive are added up
-after each operator; 7B takes 20 seconds on a laptop. The parts:
+after each operator; 7B takes ten to twenty seconds of a core. The parts:
   weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16; with
              --lora-rank the decoder, too, is bfloat16, and only adapters have the next two
   gradients  of the slice, float32

@@ -448,7 +448,7 @@ def show_comparison(before: Path, after: Path) -> None:
         for name, (change, low, high) in habits.items():
             print(f"{name}: {change:+.3f} of the replies [{low:+.3f}, {high:+.3f}]")
     for way in ("gained", "lost"):
-        print(f"{way}: {len(comparison[way])}: {' '.join(map(str, comparison[way][:50]))}")
+        print(f"{way}: {len(comparison[way])}", *comparison[way][:50])
 
 
 def evaluate(cfg: Config) -> None:

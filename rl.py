@@ -12,7 +12,7 @@ main() is numbered so. How it departs from textbook PPO, all by the paper:
   5  Advantages are normalised over all tokens of the batch.
   6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped. The
      budget is a penalty that the curriculum relaxes.
-`--algorithm grpo` replaces the critic by the mean of the G samples, in one `if`.
+`--algorithm grpo` replaces the critic by the mean of the G samples: step 4 has the `if`.
 
     torchrun rl.py                                 # the miniature: minutes on a laptop
     torchrun --nproc-per-node 2 rl.py              # the same numbers from two processes

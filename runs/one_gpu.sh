@@ -6,14 +6,14 @@
 #
 # Expected, by tools/plan.py and not measured on a GPU (3.1 B trained parameters):
 #   memory    of 80 GB, 6 of them reserve: cold start 71 at 16k tokens; PPO 71; the model that waits does so in 77 GB of host
-#             memory, and a checkpoint takes as many while it is written. On 141 GB: --kv-cache-gb 60
+#             memory, and a checkpoint takes as many while it is written. On 141 GB: KV_CACHE_GB=60
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 # --compile is not measured yet, and off. Stop it: touch $OUT/rl/stop. Hangs: kill -USR1 PID prints every thread's stack.
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} KV_CACHE_GB=${KV_CACHE_GB:-40} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
@@ -31,7 +31,7 @@ ended coldstart
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
   --out "$OUT/rl" --steps "$STEPS" --problems 64 --samples 8 --lengths 0 4096 100 8192 \
   --prompt-tokens 4096 --pack-tokens 16384 --lr 1e-6 --critic-lr 5e-6 --warmup 20 \
-  --sampler vllm --sampler-batch 256 --kv-cache-gb 40 --offload --recompute selective \
+  --sampler vllm --sampler-batch 256 --kv-cache-gb "$KV_CACHE_GB" --offload --recompute selective \
   --save-every 20 --save-minutes 30 --keep-every 20
 ended rl
 

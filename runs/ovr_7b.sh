@@ -16,19 +16,20 @@
 # Expected, by tools/plan.py and not measured on GPUs (7.6 B parameters trained, 24k to 48k tokens a response):
 #   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 61 while it trains, 73 while weights go over to the
 #             engine; 198 GB of host memory a node for the models that wait, as many while a checkpoint is written
-#   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10 days;
+#   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10.5 days;
 #             a PPO step of 8,192 responses 124 min, 52 of them sampling, 900 steps 78 days; an eighth of all that on 64
 #   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)
 # Before it: python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40, and python -m tools.doctor rl
 #   with the settings below. --compile is not measured yet, and off.
-# A smoke test of the real settings, on a few rows: STEPS=2 OUT=out/smoke SFT=... RL=... bash runs/ovr_7b.sh
+# A smoke test of these settings, of an epoch or five over a few hundred rows and two small steps of RL:
+#   STEPS=2 PROBLEMS=16 PACKS=8 VALID=16 OUT=out/smoke SFT=... RL=... bash runs/ovr_7b.sh
 # Watch it: tail -f $OUT/rl/metrics.jsonl. Hangs: kill -USR1 PID prints every thread's stack.
 # Stop it: touch $OUT/rl/stop (Ctrl-C and SIGTERM ask the same: torchrun then waits $PATIENCE seconds for the checkpoint).
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
 requirements=requirements-gpu.txt
 source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} STEPS=${STEPS:-900} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} STEPS=${STEPS:-900} PROBLEMS=${PROBLEMS:-512} PACKS=${PACKS:-640} VALID=${VALID:-1024} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
@@ -45,14 +46,14 @@ ended() { # stage: else it was asked to stop, and the next one has nothing to st
 
 # Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 packs of 64k tokens a step, 2e-4
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
-  --out "$OUT/coldstart" --epochs 5 --batch-packs 640 --batch-rows 0 --pack-tokens 65536 --max-tokens 65536 \
+  --out "$OUT/coldstart" --epochs 5 --batch-packs "$PACKS" --batch-rows 0 --pack-tokens 65536 --max-tokens 65536 \
   --lr 2e-4 --lr-end 2e-5 --warmup 0.03 --weight-decay 0.1 --recompute full \
-  --valid 1024 --valid-every 20 --save-every 200 --save-minutes 60 --keep-every 200
+  --valid "$VALID" --valid-every 20 --save-every 200 --save-minutes 60 --keep-every 200
 ended coldstart
 
 # Stage 2 (paper, sec. 3.2 and 4.1): 512 prompts x 16 samples, 24k tokens, from step 300 on 32k, from 700 on 48k
 [ -e "$OUT/rl/model" ] || torchrun "${where[@]}" rl.py --model "$OUT/coldstart/model" --data "$RL" \
-  --out "$OUT/rl" --algorithm ppo --steps "$STEPS" --problems 512 --samples 16 --policy-steps 1 --critic-steps 4 \
+  --out "$OUT/rl" --algorithm ppo --steps "$STEPS" --problems "$PROBLEMS" --samples 16 --policy-steps 1 --critic-steps 4 \
   --lengths 0 24576 300 32768 700 49152 --prompt-tokens 8192 --pack-tokens 65536 \
   --lr 1e-6 --critic-lr 5e-6 --warmup 50 --lam 1 --epsilon 0.2 \
   --sampler vllm --sampler-batch 128 --kv-cache-gb 40 --offload --recompute full \

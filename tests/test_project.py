@@ -68,9 +68,9 @@ def test_every_link_inside_the_project_leads_somewhere(page):
 def settings_of(script: str, stage: str) -> list[str]:
     """What a script under runs/ gives to a stage, its variables as they stand."""
     text = (ROOT / "runs" / script).read_text().replace("\\\n", " ")
-    (steps,) = re.findall(r"STEPS:-(\d+)", text)
+    numbers = dict(re.findall(r"(\w+)=\$\{\w+:-(\d+)\}", text))
     (line,) = re.findall(rf"torchrun .*? {stage}\.py (.*)", text)
-    return shlex.split(line.replace("$STEPS", steps))
+    return shlex.split(re.sub(r"\$(\w+)", lambda m: numbers.get(m[1], m[0]), line))
 
 
 def config_of(script: str, stage: str):

@@ -94,7 +94,8 @@ def read(run: Path, step: int) -> list[dict]:
 
 def page(rows: list[dict]) -> str:
     first, best, worst = (*rows[:1], *(f(rows, key=lambda row: row["reward"]) for f in (max, min)))
-    shown = f"{len(first['images'])} pictures, " if first["images"] else ""
+    count = len(first["images"])
+    shown = f"{count} picture{'s' if count > 1 else ''}, " if count else ""
     lines = [f"step {first['step']}", f"1 sample     {first['id']}: {first['prompt']!r}"]
     lines += [f"             {shown}reference answer {first['answer']}"]
     lines += [f"             #{row['sample']}  {row['response']}" for row in rows]

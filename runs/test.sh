@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, from nothing: about 4 minutes of set-up, then minutes on 2 cores. Arguments go to pytest.
+# All tests, from nothing: 2 to 4 minutes of set-up, then 7 to 8 on 2 cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

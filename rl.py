@@ -591,7 +591,7 @@ def main(cfg: Config):
             losses_of = partial(policy_losses, cfg=cfg)
             metrics |= train(models["policy"], parts, lrs, losses_of, step, world)
             for name in ("logp_diff", "sampler_kl"):  # of what today's policy drew
-                metrics[name] /= 1 - metrics["stale_tokens"]
+                metrics[name] /= max(1 - metrics["stale_tokens"], 1e-9)
             refuse_gap(metrics["logp_diff"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")

@@ -209,6 +209,16 @@ def main(cfg: Config):
         data.check_images(held_out, (world.rank, world.size))  # now, not hours into the run
         room = EVALUATED, cfg.max_tokens, 0.0
         sampler = open_sampler("torch", directory, world, room)
+
+    def evaluate(step: int) -> dict[str, float]:
+        """Where it is due; no weight, draw or order of the training changes by it."""
+        due = step == steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+        if not (held_out and due):
+            return {}
+        timer("evaluate")
+        sampler.sync(distributed.whole_weights(model, world.dtype))
+        return solved(sampler, held_out, cfg.max_tokens, world)
+
     log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
@@ -233,15 +243,10 @@ def main(cfg: Config):
             if step == steps - 1 or (cfg.valid_every and step % cfg.valid_every == 0):
                 timer("validate")
                 metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
+            solved_now = evaluate(step)
+            metrics |= solved_now | timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
             shown = SHOWN if tokens else ("too_long", "lr")
-            due = step == steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-            if held_out and due:
-                timer("evaluate")
-                sampler.sync(distributed.whole_weights(model, world.dtype))
-                found = solved(sampler, held_out, cfg.max_tokens, world)
-                metrics, shown = metrics | found, (*shown, *found)
-            metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
-            log.log(step, metrics, shown)
+            log.log(step, metrics, (*shown, *solved_now))
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

@@ -23,8 +23,8 @@ Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R 
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from common import checkpoint, data, distributed
-from common.batches import Batches, add_lengths, groups_of
+from common.batches import Batches, groups_of
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, full_pack, share_packs, with_blank_picture
 from evaluation import behaviors
@@ -51,6 +51,8 @@ CLIP_NORM = 1.0  # of the gradient; Open-Reasoner-Zero's code
 # gives 1e-6 to 1e-4 in float32 and about 0.01 in bfloat16, stale weights 0.3 and more.
 GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
+NO_BOX = ("no_box", "unclosed")  # of the matcher's statuses
+UNREAD = ("unparsed", "gold_unparsed", "too_big", "failed")
 SHOWN = ("reward", "length", "entropy", "grad_norm", "logp_diff")  # on the step line
 
 
@@ -266,13 +268,14 @@ def resample(rollouts: list[Rollout], cfg: Config, others: Callable) -> list[Rol
     return every
 
 
-def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int):
+def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int) -> dict[str, float]:
     """GRPO: a rollout's advantage over the other samples of its problem, for each of its tokens."""
     rewards = torch.tensor([float(r.reward) for r in rollouts])
-    advantages = group_advantages(rewards.view(-1, samples)).flatten()
+    advantages = group_advantages(rewards.view(-1, samples))
     for pack in packs:
         counts = torch.tensor(pack.counts[: len(pack.members)], dtype=torch.int64)
-        pack.advantages = advantages[pack.members].repeat_interleave(counts)
+        pack.advantages = advantages.flatten()[pack.members].repeat_interleave(counts)
+    return {"no_contrast": sum(not group.any() for group in advantages)}
 
 
 @torch.no_grad()
@@ -376,46 +379,29 @@ def train(
 
 def describe(rollouts: list[Rollout], world) -> dict[str, float]:
     """Means over the rollouts of all ranks; pictures and text apart where it matters."""
-    pairs = {}
-
-    def mean(name: str, values: list[float]):
-        pairs[name] = (sum(values), len(values))
-
-    statuses = [r.verdict.status for r in rollouts]
-    mean("reward", [r.reward for r in rollouts])
-    mean("length", [len(r.response_ids) for r in rollouts])
-    mean("truncated", [not r.stopped for r in rollouts])
-    mean("no_box", [status in ("no_box", "unclosed") for status in statuses])
-    unread = ("unparsed", "gold_unparsed", "too_big", "failed")
-    mean("unparsed", [status in unread for status in statuses])
-    for kind in ("image", "text"):
-        some = [r for r in rollouts if bool(r.problem.images) is (kind == "image")]
-        mean(f"reward_{kind}", [r.reward for r in some])
-        mean(f"length_{kind}", [len(r.response_ids) for r in some])
-        counts = [behaviors.count(r.text) for r in some]
-        for name in behaviors.NAMES:
-            mean(f"{kind}/{name}", [c[name] > 0 for c in counts])
-    return distributed.means(world, pairs)
-
-
-def watch(rollouts: list[Rollout], problems: list[data.Problem], world) -> dict[str, float]:
-    """What rows ask for in a column `watch`, {name: pattern}: the share of responses that match,
-    and the mean reward, over all rows of the same `group`. problems: the batch of all ranks.
-    """
-    pairs = {name: (0.0, 0) for problem in problems for name in watch_names(problem)}
+    values = defaultdict(list)
     for r in rollouts:
-        patterns = r.problem.extra.get("watch") or {}
-        values = [r.reward, *behaviors.watched(r.text, patterns).values()]
-        for name, value in zip(watch_names(r.problem), values, strict=bool(patterns)):
-            total, count = pairs[name]
-            pairs[name] = total + value, count + 1
-    return distributed.means(world, pairs)
+        kind, status = "image" if r.problem.images else "text", r.verdict.status
+        row = {"reward": r.reward, "length": len(r.response_ids), "truncated": not r.stopped}
+        row |= {f"reward_{kind}": r.reward, f"length_{kind}": len(r.response_ids)}
+        row |= {"no_box": status in NO_BOX, "unparsed": status in UNREAD}
+        row |= {f"{kind}/{name}": n > 0 for name, n in behaviors.count(r.text).items()}
+        row |= watched(r)
+        for name, value in row.items():
+            values[name].append(value)
+    return distributed.means(world, {name: (sum(x), len(x)) for name, x in values.items()})
 
 
-def watch_names(problem: data.Problem) -> list[str]:
-    """The metrics that a row takes part in."""
-    patterns, group = problem.extra.get("watch"), problem.extra.get("group", "all")
-    return [f"{name}/{group}" for name in ("reward", *patterns)] if patterns else []
+def watched(rollout: Rollout) -> dict[str, float]:
+    """What its row asks for in a column `watch`, {name: pattern}: whether the response matches,
+    and the reward, to be averaged over all rows of the same `group`.
+    """
+    row = rollout.problem.extra
+    patterns, group = row.get("watch"), row.get("group", "all")
+    if not patterns:
+        return {}
+    shown = {"reward": rollout.reward} | behaviors.watched(rollout.text, patterns)
+    return {f"{name}/{group}": float(value) for name, value in shown.items()}
 
 
 def card_of(cfg: Config, step: int) -> str:
@@ -428,8 +414,10 @@ def card_of(cfg: Config, step: int) -> str:
 # ------------------------------------------------------------------ start and loop
 
 
-def load_problems(name: str, cfg: Config, world, tokenizer, settings):
-    """-> problems, and how many were left out for too long a prompt; each rank checks a share."""
+def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequence:
+    """Those whose prompts are not too long; each rank checks a share. Of no name none."""
+    if not name:
+        return []
     share = (world.rank, world.size)
     problems = data.read_problems(name, columns=cfg.columns, share=share)
     data.check_images(problems, share)
@@ -445,10 +433,12 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings):
         raise ValueError(f"{name}: {count} rows, as {rows[:2]}, have the id {twin!r}")
     lengths = distributed.union(world, lengths)
     problems, too_long = data.filter_long(problems, cfg.prompt_tokens, lengths)
+    fault = f"{name}: {too_long} problems left out: prompts over {cfg.prompt_tokens} tokens"
     if not len(problems):
-        fault = f"{too_long} are over --prompt-tokens {cfg.prompt_tokens}"
-        raise ValueError(f"{name}: of {len(lengths)} problems none is left; {fault}")
-    return problems, too_long
+        raise ValueError(f"{fault}, and none is left: raise --prompt-tokens")
+    if too_long and world.main:
+        print(fault)
+    return problems
 
 
 def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
@@ -486,10 +476,8 @@ def main(cfg: Config):
     run, directory = Path(cfg.out), data.model_directory(cfg.model)
     start, state = checkpoint.resume_or_start(run, cfg)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    problems, too_long = load_problems(cfg.data, cfg, world, tokenizer, settings)
-    held_out = (
-        load_problems(cfg.eval_data, cfg, world, tokenizer, settings)[0] if cfg.eval_data else []
-    )
+    problems = load_problems(cfg.data, cfg, world, tokenizer, settings)
+    held_out = load_problems(cfg.eval_data, cfg, world, tokenizer, settings)
     room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
     # before the trained models: vLLM measures the memory that is free when it starts
     sampler = open_sampler(cfg.sampler, directory, world, room)
@@ -499,12 +487,8 @@ def main(cfg: Config):
         checkpoint.load_state(state, models)
     policy, critic = models["policy"][0], models.get("critic", (None,))[0]
     known_prompt = canary(problems, tokenizer, settings, cfg.prompt_tokens)
-    cost = partial(train_flops, policy.config)
-
-    def encode(problem: data.Problem) -> data.Prompt:
-        name = problem.place or problem.id
-        return data.encode_prompt(problem.prompt, problem.images, tokenizer, settings, name)
-
+    encode = partial(data.encode_problem, tokenizer=tokenizer, settings=settings)
+    cost, losses_of = partial(train_flops, policy.config), partial(policy_losses, cfg=cfg)
     peaks = []  # GB that a rank had, taken wherever memory may be given back
 
     def offload(name: str, device, for_moments=None):
@@ -533,13 +517,17 @@ def main(cfg: Config):
         offload("policy", "cpu")
         refuse_gap(distributed.largest(world, gap), world, when)
 
+    def evaluate(step: int, budget: int) -> dict[str, float]:
+        """Where it is due; no weight, draw or order of the training changes by it."""
+        due = step == cfg.steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+        if not (held_out and due):
+            return {}
+        timer("evaluate")
+        return solved(sampler, held_out, budget, world)
+
     rehearse()
     sync("at the start")
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
-    if world.main and too_long:
-        print(f"{too_long} problems left out: prompts over {cfg.prompt_tokens} tokens")
-    if world.main and cfg.problems > len(problems):
-        print(f"a step samples {cfg.problems} problems, of {len(problems)}: some more than once")
     batches = Batches(cfg, world, sampler, problems, start)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with saver, stop_on_signal(run, world.main) as stop:
@@ -551,23 +539,19 @@ def main(cfg: Config):
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
             give_rewards(rollouts)
-            metrics = describe(rollouts, world) | watch(rollouts, batches.problems, world)
-            metrics |= {"length_budget": budget, "unfinished": len(batches.unfinished)}
+            metrics = describe(rollouts, world) | {"length_budget": budget}
             if cfg.resample:
-                timer("sample")
                 rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
             sampler.rest()  # also where they were read: the last sync has woken it
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
             rollouts, lengths = batches.collect(step, rollouts)
-            if cfg.resample:
-                dull = sum(map(without_contrast, groups_of(rollouts, cfg).values()))
-                metrics |= {"resampled": batches.resampled, "no_contrast": dull}
+            metrics |= batches.counts
             parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
             packs = sum(parts, [])
             # 4. advantages: of every token, how much better than expected?
             timer("advantages")
-            if cfg.algorithm == "ppo":
+            if critic:
                 offload("critic", world.device)
                 critic_values(critic, packs, world)
                 for p in packs:
@@ -575,7 +559,7 @@ def main(cfg: Config):
                 normalise(packs, world)
                 metrics |= critic_metrics(packs, world)
             else:
-                compare_samples(rollouts, packs, cfg.samples)
+                metrics |= compare_samples(rollouts, packs, cfg.samples)
             traced = trace.rows_of(step, rollouts, packs, tokenizer, world)
             # 5. update: the critic in some steps and the policy in one, by the same function
             timer("update")
@@ -588,25 +572,17 @@ def main(cfg: Config):
             if cfg.policy_steps > 1:
                 store_old_logps(policy, packs, world)
             lrs = rates(step, cfg.policy_steps, cfg.lr, cfg.warmup)
-            losses_of = partial(policy_losses, cfg=cfg)
             metrics |= train(models["policy"], parts, lrs, losses_of, step, world)
-            for name in ("logp_diff", "sampler_kl"):  # of what today's policy drew
-                metrics[name] /= max(1 - metrics["stale_tokens"], 1e-9)
             refuse_gap(metrics["logp_diff"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            shown = SHOWN
-            due = step == cfg.steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-            if held_out and due:
-                timer("evaluate")
-                found = solved(sampler, held_out, budget, world)
-                metrics, shown = metrics | found, (*SHOWN, *found)
-            log.log(step, metrics | timer.seconds() | {"peak_gb": max(peaks)}, shown)
+            solved_now = evaluate(step, budget)
+            metrics |= solved_now | timer.seconds() | {"peak_gb": max(peaks)}
+            log.log(step, metrics, (*SHOWN, *solved_now))
             log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
-            lengths = add_lengths(batches.lengths, rollouts)
-            log.append("lengths", [{"step": step, "lengths": lengths}])
+            log.append("lengths", [batches.add_lengths(step, rollouts)])
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

@@ -150,7 +150,7 @@ class Sampler:
         def groups() -> Iterator[list[Rollout]]:
             for index in problems if indices is None else indices:
                 p = problems[index]
-                prompt = data.encode_prompt(p.prompt, p.images, self.tokenizer, self.settings, p.id)
+                prompt = data.encode_problem(p, self.tokenizer, self.settings)
                 twin = index - first[p.id]
                 seeds = [address(seed, p.id, n, twin) for n in range(samples)]
                 new = [Rollout(p, n, prompt, index, seed=s) for n, s in enumerate(seeds)]

@@ -78,9 +78,8 @@ def load_rollouts(
             f"{path} is of other problems than these, so data or settings have changed: restore "
             "them, or delete the file to sample the step again"
         )
-    prompts, rollouts = {}, []
-    for i, p in problems.items():
-        prompts[i] = data.encode_prompt(p.prompt, p.images, tokenizer, settings, p.id)
+    prompts = {i: data.encode_problem(p, tokenizer, settings) for i, p in problems.items()}
+    rollouts = []
     for (_, i, sample, stopped, verdict, *rest), own, of_own in chosen:
         sampled = (problems[i], sample, prompts[i], i, own.tolist(), of_own.tolist(), stopped)
         text = tokenizer.decode(own, skip_special_tokens=True)
@@ -168,9 +167,8 @@ class Batches:
         self.cfg, self.world, self.sampler, self.run = cfg, world, sampler, Path(cfg.out)
         self.stream = data.Stream(problems, cfg.seed)
         self.lengths = read_lengths(self.run) if world.main else {}
-        self.unfinished, self.recorded = [], []  # rollouts of all ranks
-        if start:
-            self.unfinished = self.read(start - 1, unfinished=True)
+        self.recorded = []  # rollouts of all ranks, as the next
+        self.unfinished = self.read(start - 1, unfinished=True) if start else []
 
     def read(self, step: int, unfinished: bool = False) -> list[Rollout]:
         """The record of a step, if there is one. Rank 0 looks for all: a shared disk may tell ranks
@@ -183,21 +181,20 @@ class Batches:
 
     def sample(self, step: int, budget: int) -> list[Rollout]:
         """This rank's rollouts that have ended; those that have not go on in the next step."""
-        cfg, world = self.cfg, self.world
+        cfg, world, before = self.cfg, self.world, self.unfinished
         places = range(step * cfg.problems, (step + 1) * cfg.problems)
-        before, self.recorded = self.unfinished, self.read(step)
-        batch = {i: self.stream[i] for i in (*dict.fromkeys(r.index for r in before), *places)}
-        self.problems = [*batch.values()]
+        self.recorded = self.read(step)
         if self.recorded:
             mine = [r for r in self.recorded if self.is_mine(r.index) and r.index >= 0]
         else:
+            batch = {i: self.stream[i] for i in (*dict.fromkeys(r.index for r in before), *places)}
             order = distributed.everyone(longest_first(batch, self.lengths, before))[0]  # rank 0's
             turns = distributed.my_problems(world, len(order), f"{step}", cfg.sampler == "vllm")
             how = dict(seed=(cfg.seed, step), indices=(order[k] for k in turns), unfinished=before)
             how["enough"] = finish_rule(cfg, step, len(before), world)
             mine = self.sampler.generate(batch, cfg.samples, budget, **how)
         self.unfinished, _ = exchange([r for r in mine if r.unfinished], self.stream, world)
-        self.in_flight = len(before) + cfg.problems * cfg.samples - len(self.unfinished)
+        self.ended = len(before) + len(places) * cfg.samples - len(self.unfinished)
         return [r for r in mine if not r.unfinished]
 
     def others(self, step: int, budget: int, round: int, slots: list[int]) -> list[Rollout]:
@@ -216,16 +213,21 @@ class Batches:
 
     def collect(self, step: int, rollouts: list[Rollout]) -> tuple[list[Rollout], list[int]]:
         """Records what all ranks have sampled. -> rollouts of all ranks that are learnt from, in
-        the order of the batch, and the tokens of each.
+        the order of the batch, and the tokens of each. `counts` says what else there was.
         """
         every, lengths = exchange(rollouts, self.stream, self.world)
-        fresh = [r for r in every if r.index >= 0]
-        assert len(fresh) == self.in_flight, f"{len(fresh)} rollouts, not {self.in_flight}"
+        fresh = sum(r.index >= 0 for r in every)
+        assert fresh == self.ended, f"{fresh} rollouts, not {self.ended}"
         if self.world.main:
             record(self.run, step, every + self.unfinished)
-        self.resampled = (len(every) - len(fresh)) // self.cfg.samples
-        if not self.resampled:
+        self.counts = {"unfinished": len(self.unfinished)}
+        if not self.cfg.resample:
             return every, lengths
+        self.counts["resampled"] = (len(every) - fresh) // self.cfg.samples
         tokens = {(r.index, r.sample): n for r, n in zip(every, lengths, strict=True)}
         newest = sum((group for _, group in sorted(groups_of(every, self.cfg).items())), [])
         return newest, [tokens[r.index, r.sample] for r in newest]
+
+    def add_lengths(self, step: int, rollouts: list[Rollout]) -> dict:
+        """A line of lengths.jsonl, which a resumed run knows the lengths by."""
+        return {"step": step, "lengths": add_lengths(self.lengths, rollouts)}

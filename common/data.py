@@ -524,6 +524,12 @@ def encode_prompt(prompt: str, images: Sequence, tokenizer, settings, name="prom
     return Prompt(ids, short_ids, patches, grids, tuple(offsets))
 
 
+def encode_problem(problem: Problem, tokenizer, settings) -> Prompt:
+    return encode_prompt(
+        problem.prompt, problem.images, tokenizer, settings, problem.place or problem.id
+    )
+
+
 def prompt_length(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> int:
     """len(encode_prompt(...).ids) from the headers of the images, without decoding a pixel."""
     length = len(chat_ids(prompt, len(images), tokenizer, name))

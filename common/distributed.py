@@ -19,6 +19,7 @@ import atexit
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -337,10 +338,12 @@ def reduced(values: Iterable[float], operation: dist.ReduceOp) -> tuple[float, .
 
 
 def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} of each rank -> {name: mean over all}, without what nobody counted."""
-    totals = sums(world, *(x for pair in pairs.values() for x in pair))
-    by_name = zip(pairs, totals[::2], totals[1::2], strict=True)
-    return {name: total / count for name, total, count in by_name if count}
+    """{name: (sum, count)} of each rank -> {name: mean over all}. Ranks may have other names."""
+    totals = defaultdict(lambda: (0.0, 0))
+    for of_rank in everyone(pairs):
+        for name, (total, count) in of_rank.items():
+            totals[name] = totals[name][0] + total, totals[name][1] + count
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def everyone(value) -> list:

@@ -394,7 +394,7 @@ def finish(out: Path) -> dict:
     paper = {name: ovr for name, (_, _, ovr) in bench.paper.items()} if whole else {}
     summary = metrics.summarise(bench.metric, rows, items, paper)
     summary |= {"behaviors": behaviors.summarise(rows), "protocol": protocol}
-    text = gallery.page(rows, items, out.name, protocol, out, (200, 0))  # gallery.py has more
+    text = gallery.page(rows, items, out.name, protocol, out)
     (out / "gallery.html").write_text(text, encoding="utf-8")
     write_json(out / "summary.json", summary)
     return summary

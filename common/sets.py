@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 from warnings import catch_warnings
 
 import pyarrow.parquet as pq
-from datasets import load_dataset_builder
+from datasets import load_dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from PIL.Image import DecompressionBombWarning
-from pyarrow.dataset import ParquetFragmentScanOptions
 
 from common.data import IMAGE_MARKER, MARKUP_PATTERN, MAX_ASPECT, decoding, opened, upright
 from common.log import on_hub, progress
@@ -38,7 +37,7 @@ ROW_FILES = (".parquet", ".jsonl", ".json")
 VALIDATION = "validation|valid|val|dev"
 SPLITS = rf"train|{VALIDATION}|test|testmini|sample(_variant)?\d+|phyx_mini_\w+"  # in file names
 LETTERS = string.ascii_uppercase
-ODD = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # a row of another shape
+ODD = (LookupError, TypeError, AttributeError, ValueError, SyntaxError)  # a row of another shape
 LONGEST = {  # characters
     "prompt": 20_000,  # longer ones are pasted books, not questions
     "answer": 10_000,  # curate.py drops references much shorter; MM-Vet's are paragraphs
@@ -47,16 +46,13 @@ LONGEST = {  # characters
 
 
 class Unfit(Exception):
-    """A row that cannot be used: a few words, the same for all rows of a kind; and the detail."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
+    """A row that cannot be used: a few words, the same for all rows of a kind; maybe the detail."""
 
 
 class Dropped(NamedTuple):
     id: str
     reason: str  # what a counter counts
-    detail: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,12 +265,7 @@ def hub_rows(hub: str, config: str | None, split: str) -> Iterator[dict]:
                 f"{hub} cannot be read from the Hub: {error}. Get it where the Hub can be reached "
                 f"(`hf download --repo-type dataset {hub} --local-dir DIR`), then give --place DIR"
             ) from error
-    # as load_dataset(..., streaming=True), but a shard of 500 MB takes 0.6 GB and not 1.2
-    builder = load_dataset_builder(hub, config)
-    if hasattr(builder.config, "fragment_scan_options"):  # parquet
-        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
-        builder.config.batch_size = BATCH
-    rows = builder.as_streaming_dataset(split=split)
+    rows = load_dataset(hub, config, split=split, streaming=True)
     return iter(rows.decode(False) if rows.features else rows)  # pictures as bytes, not pixels
 
 
@@ -306,13 +297,13 @@ def file_rows(path: Path) -> Iterator[Any]:
     AtomThink's 214 MB take 1 GB. A row that is a list of turns becomes {"0": ..., "1": ...}, as
     `datasets` has it."""
     if path.suffix == ".parquet":
-        # through `datasets` a file of 40 MB took 100 MB; so 20
+        # by default the whole file is held, and more
         table = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         for batch in table.iter_batches(batch_size=BATCH):
             yield from batch.to_pylist()
         return
     with path.open("rb") as file:
-        is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        is_list = file.read(1) == b"["
         file.seek(0)
         rows = json_list(path) if is_list else (json_line(line) for line in file if line.strip())
         for row in rows:
@@ -321,7 +312,7 @@ def file_rows(path: Path) -> Iterator[Any]:
 
 def json_list(path: Path) -> list:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
 

@@ -3,16 +3,15 @@
     the Hub, or a directory ──common/sets.py and Benchmark.reader──▶ items {"id", "source",
     "prompt", "question", "images", "answer", ...}, as data.read_problems takes them, and grading:
 
-    kind, chance   choice, yes/no or free; what a guess gets
-    category, seen parts of the set; whether the item is of a set that the paper trains on
-    group          what the metric takes together, with "of" items in all where a gap would spoil
-                   it (WeMath's steps, MMBench's rotations, MME's pairs)
-    judge, rubric  whether officially one grades, and by what
+    kind, chance    choice, yes/no or free; what a guess gets
+    category, seen  parts of the set; whether the item is of a set that the paper trains on
+    group           what the metric takes together, with "of" items in all (WeMath's steps,
+                    MMBench's rotations, MME's pairs), where a gap would spoil it
+    judge, rubric   whether officially one grades, and by what
 
 The paper gives no prompt, split, k or temperature for its tables. Prompts are ours: the question,
-options as (A) ..., and one constant below that asks for a box. Options in a column whose order the
-set chose (GPQA, MMLU-Pro) are shuffled by a hash of the item's id. Where the letters are drawn in
-the picture or stand in the question (LogicVista, MMStar, MMMU-Pro's vision) they stay.
+options as (A) ..., and one constant below that asks for a box. GPQA's options, of which the first
+is right, are shuffled by a hash of the item's id; elsewhere the order is the set's.
 
 Ids, splits and columns are those that public loaders read (lmms-eval, lighteval, official code). A
 local copy has them, or {id, question, options?, answer, image?, category?}, with a letter as answer
@@ -36,14 +35,13 @@ from common import sets
 from common.data import IMAGE_MARKER
 from common.log import run_main
 from common.records import write_rows
-from common.sets import Dropped, Unfit, joined_blanks, letter_place, multiple_choice, text_of
+from common.sets import Dropped, Unfit, letter_place, multiple_choice, text_of
 
 # how to answer: the end of every prompt; ours
 FREE = "Think step by step. Put the final answer in \\boxed{}."
 CHOICES = "Think step by step. Put the letter of the right option in \\boxed{}."
-LETTERS = CHOICES[:-1] + ", or all that are right."
 YES_NO = "Think step by step. Put Yes or No in \\boxed{}."
-KINDS = {FREE: "free", CHOICES: "choice", LETTERS: "choice", YES_NO: "yes/no"}  # as extract.py's
+KINDS = {FREE: "free", CHOICES: "choice", YES_NO: "yes/no"}  # as extract.py's
 
 # said before it, where the set is strict about the form
 DECIMALS = "Give a decimal number; digits after the point: {}."
@@ -51,7 +49,7 @@ INTEGER, LIST = "Give an integer.", "Give a list, as [1, 2, 3]."
 IN_PICTURE = "Answer the question in the picture."
 
 # sets that the paper trains on (sec. 3.3), as other sets call them
-SEEN = "geometry3k|geoqa|geos|iconqa|pixmo|chartqa|puzzlevqa|algopuzzlevqa|tqa|scienceqa|mmk12"
+SEEN = ("geometry3k", "geoqa", "geos", "iconqa", "pixmo", "chartqa", "tqa", "scienceqa")
 SPLIT = "the split that it is from"  # a column that we add: DynaMath's variants are splits
 PICTURE = re.compile(r"<image ?(\d+)>")  # MMMU-Pro's <image 2>, MathVision's <image2>
 
@@ -94,24 +92,23 @@ def read(
     """-> items, and what cannot be asked. ValueError for a group with a gap.
 
     place: a file or a directory; empty: the Hub. limit: so many items, or whole groups where the
-    metric has groups; 0: all.
+    metric has groups (which may lie anywhere in the set: it is read to its end); 0: all.
     """
-    if not place and not bench.hub:
-        raise ValueError(f"benchmark {bench.name} is read from a local copy only: give --place DIR")
-    items, dropped, groups = [], [], set()
+    items, dropped = [], []
     for split in bench.split.split(", "):
-        reader = reader_of(bench, split, groups, limit)
-        for _, row in sets.read_set(bench, place, split, reader, images_to):
+        for _, row in sets.read_set(bench, place, split, reader_of(bench, split), images_to):
             (dropped if isinstance(row, Dropped) else items).append(row)
             if not bench.group and len(items) == limit > 0:
                 break
-    refuse_gaps(bench, items)
+    if bench.group:
+        refuse_gaps(bench, items)
+        groups = list(dict.fromkeys(item["group"][bench.group] for item in items))
+        items = [item for item in items if item["group"][bench.group] in groups[: limit or None]]
     return items, dropped
 
 
-def reader_of(bench: Benchmark, split: str, groups: set, limit: int) -> Callable[[dict], list]:
-    """The official reader, or the simple one for rows that have its columns alone. After `limit`
-    groups it takes none of others: rows of the first ones may follow."""
+def reader_of(bench: Benchmark, split: str) -> Callable[[dict], list]:
+    """The official reader, or the simple one for rows that have its columns alone."""
 
     def read_row(raw: dict) -> list:
         try:
@@ -120,22 +117,16 @@ def reader_of(bench: Benchmark, split: str, groups: set, limit: int) -> Callable
             is_simple = {"id", "question", "answer"} <= raw.keys() and not bench.group
             if error.args[0] in raw or not is_simple:
                 raise
-            items = simple(raw, LETTERS if bench.reader is logicvista else CHOICES)
+            items = simple(raw)
         items = items if isinstance(items, list) else [items]
-        if bench.group and limit:
-            name = items[0]["group"][bench.group]
-            if name not in groups and len(groups) == limit:
-                return []
-            groups.add(name)
-        common = {"judge": bench.judge != "no"} | ({"seen": True} if is_seen(bench.name) else {})
-        return [common | item for item in items]
+        return [{"judge": bench.judge != "no"} | item for item in items]
 
     return read_row
 
 
 def refuse_gaps(bench: Benchmark, items: list[dict]) -> None:
     """Before anything is sampled: what is missing of a group would be missing in its score."""
-    groups = [item["group"] for item in items if bench.group]
+    groups = [item["group"] for item in items]
     sizes = Counter(group[bench.group] for group in groups)
     wholes = {group[bench.group]: group.get("of") for group in groups}
     gaps = [f"{g} ({n} of {wholes[g]})" for g, n in sizes.items() if wholes[g] not in (None, n)]
@@ -171,12 +162,11 @@ def ask_options(question: Any, options: list, gold: int | str, show=True, **more
     return item | {"chance": 1 / len(row["choices"])}
 
 
-def ask_lettered(question: Any, letters: Any, how: str = CHOICES, **more) -> dict:
-    """Options that stand in the question or the picture; four, if the question does not tell."""
+def ask_lettered(question: Any, letters: Any, **more) -> dict:
+    """Options that stand in the question or the picture. For a guess four of them are assumed."""
     letters = re.findall("[A-J]", str(letters or ""))
-    item = ask(question, ", ".join(letters), how)
-    guess = 1 / (options_in(item["question"]) or 4) if len(letters) == 1 else 0.0
-    return item | {"chance": guess} | more
+    chance = 0.25 if len(letters) == 1 else 0.0
+    return ask(question, ", ".join(letters), CHOICES, chance=chance, **more)
 
 
 def ask_yes_no(question: Any, answer: str, **more) -> dict:
@@ -186,33 +176,13 @@ def ask_yes_no(question: Any, answer: str, **more) -> dict:
     return ask(question, str(answer).capitalize(), YES_NO, chance=0.5) | more
 
 
-def ask_by_gold(question: Any, answer: Any, how: str = CHOICES, **more) -> dict:
+def ask_by_gold(question: Any, answer: Any, **more) -> dict:
     """Letters, Yes or No, or free: as the gold is."""
-    if is_letters(answer):
-        return ask_lettered(question, answer, how, **more)
+    if re.fullmatch(r"\(?[A-J]\)?([,\s]+\(?[A-J]\)?)*", str(answer).strip()):
+        return ask_lettered(question, answer, **more)
     if str(answer).lower() in ("yes", "no"):
         return ask_yes_no(question, answer, **more)
     return ask(question, answer, FREE, **more)
-
-
-def options_in(question: str) -> int:
-    """How many of A, B, C, ... are options in the text: (A) 3, B. 4, `from A, B, and C`; or 0."""
-    listed = re.search(r"\bfrom ((?:[A-J](?:,? and |, ?|))+)", question)
-    labels = set(re.findall(r"(?<![A-Za-z])([A-J])[).:]", question))
-    labels |= set(re.findall("[A-J]", listed.group(1) if listed else ""))
-    count = next(k for k, letter in enumerate("ABCDEFGHIJK") if letter not in labels)
-    return count if count > 1 else 0
-
-
-def is_letters(answer: Any) -> bool:
-    return re.fullmatch(r"\(?[A-J]\)?([,\s]+\(?[A-J]\)?)*", str(answer).strip()) is not None
-
-
-def shuffled(name: str, options: list, gold: int) -> tuple[list, int]:
-    """In the order of a hash of the item's id and the option's place: the same on every machine."""
-    keys = [hashlib.sha256(f"{name}/{k}".encode()).digest() for k in range(len(options))]
-    order = sorted(range(len(options)), key=keys.__getitem__)
-    return [options[k] for k in order], order.index(gold)
 
 
 def placed(item: dict, pictures: dict[int, Any]) -> dict:
@@ -228,9 +198,7 @@ def placed(item: dict, pictures: dict[int, Any]) -> dict:
 
 
 def of_one_picture(item: dict, picture: Any) -> dict:
-    """MathVision: what <image1>, <image2>, ... name are all parts of one picture."""
-    if len(set(PICTURE.findall(item["prompt"]))) == 1:
-        return placed(item, {int(PICTURE.search(item["prompt"])[1]): picture})
+    """MathVision: <image1>, <image2>, ... name parts of one picture, which stands first."""
     return item | {"prompt": PICTURE.sub(r"image \1", item["prompt"]), "images": [picture]}
 
 
@@ -240,7 +208,7 @@ def about(raw: dict, name: str, category: str, *images: str) -> dict:
 
 
 def is_seen(origin: Any) -> bool:
-    return re.match(rf"({SEEN})(?![a-z0-9])", str(origin), re.I) is not None
+    return str(origin).lower().startswith(SEEN)
 
 
 def filled(value: Any) -> bool:
@@ -248,13 +216,12 @@ def filled(value: Any) -> bool:
     return value is not None and value == value and str(value).strip() not in ("", "nan")
 
 
-def simple(raw: dict, how: str = CHOICES) -> dict:
+def simple(raw: dict) -> dict:
     """A local copy: {id, question, options?, answer, image?, category?}."""
-    question, answer = raw["question"], joined_blanks(raw["answer"])
     if raw.get("options"):
-        item = ask_options(question, raw["options"], answer)
+        item = ask_options(raw["question"], raw["options"], raw["answer"])
     else:
-        item = ask_by_gold(question, answer, how)
+        item = ask_by_gold(raw["question"], raw["answer"])
     item = of_one_picture(item, raw["image"]) if raw.get("image") else item
     return item | {"id": raw["id"], "category": raw.get("category")}
 
@@ -271,9 +238,12 @@ def math500(raw: dict) -> dict:
 
 
 def gpqa(raw: dict) -> dict:
-    wrong = [raw[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3)]
-    options, gold = shuffled(raw["Record ID"], [raw["Correct Answer"].strip(), *wrong], 0)
-    more = {"id": raw["Record ID"], "category": raw.get("High-level domain")}
+    """The options in the order of a hash of the id: the same on every machine."""
+    name = raw["Record ID"]
+    columns = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
+    columns.sort(key=lambda column: hashlib.sha256(f"{name}/{column}".encode()).digest())
+    options, gold = [raw[column].strip() for column in columns], columns.index("Correct Answer")
+    more = {"id": name, "category": raw.get("High-level domain")}
     return ask_options(raw["Question"], options, gold, **more)
 
 
@@ -282,11 +252,11 @@ def mmlu(raw: dict) -> dict:
 
 
 def mmlu_pro(raw: dict) -> dict:
-    """N/A is a filler, which the official code takes out, too."""
-    gold = raw["options"]["ABCDEFGHIJ".index(raw["answer"])]
-    options = [option for option in raw["options"] if option != "N/A"]
-    options, gold = shuffled(str(raw["question_id"]), options, options.index(gold))
-    return ask_options(raw["question"], options, gold, **about(raw, "question_id", "category"))
+    """N/A fills up the ten options; the official code takes it out, too."""
+    options, more = [*raw["options"]], about(raw, "question_id", "category")
+    while options[-1] == "N/A":
+        options.pop()
+    return ask_options(raw["question"], options, raw["answer"], **more)
 
 
 # ---- visual reasoning
@@ -296,7 +266,7 @@ def mathvista(raw: dict) -> dict:
     """An option that is printed twice stands once: three items have one, and one has it as gold."""
     origin, question = raw["metadata"], raw["question"]
     more = {"id": raw["pid"], "category": origin["task"], "seen": is_seen(origin["source"])}
-    more["images"] = [raw.get("decoded_image") or raw["image"]]
+    more["images"] = [raw["decoded_image"]]
     if raw["choices"]:
         options = list(dict.fromkeys(raw["choices"]))
         gold = options.index(raw["answer"]) if raw["answer"] in options else -1
@@ -314,19 +284,16 @@ def mathvision(raw: dict) -> dict:
         item = ask_options(raw["question"], raw["options"], raw["answer"], **more)
     else:
         item = ask(raw["question"], raw["answer"], FREE, **more)
-    return of_one_picture(item, raw.get("decoded_image") or raw["image"])
+    return of_one_picture(item, raw["decoded_image"])
 
 
 def mathverse(raw: dict) -> dict:
-    """The question is in the picture. Four options are assumed for a guess: they are there, too."""
-    if raw["problem_version"].lower().replace("_", " ") != "vision only":
+    """The question is in the picture, and so are its options."""
+    if raw["problem_version"] != "Vision Only":
         raise Unfit("not the vision-only version")
     origin = raw["metadata"]
     more = {"id": raw["sample_index"], "category": origin["subfield"], "images": [raw["image"]]}
-    more["seen"] = is_seen(origin["source"])
-    if raw["question_type"] == "multi-choice" and is_letters(raw["answer"]):
-        return ask_lettered(IN_PICTURE, raw["answer"], **more)
-    return ask(IN_PICTURE, raw["answer"], FREE, **more)
+    return ask_by_gold(IN_PICTURE, raw["answer"], seen=is_seen(origin["source"]), **more)
 
 
 def dynamath(raw: dict) -> dict:
@@ -334,12 +301,10 @@ def dynamath(raw: dict) -> dict:
     variant, gold = int(re.search(r"\d+$", raw[SPLIT])[0]), raw["ground_truth"]
     more = {"id": f"{raw['id']}/{variant}", "category": raw.get("subject")}
     more["group"] = {"question": str(raw["id"]), "variant": variant}
-    more["images"] = [raw.get("decoded_image") or raw["image"]]
-    if raw["answer_type"] == "multiple choice" and is_letters(gold):
-        return ask_lettered(raw["question"], gold, **more)
+    more["images"] = [raw["decoded_image"]]
     if raw["answer_type"] == "float":
         return ask_decimal(raw["question"], gold, 3, **more)
-    return ask(raw["question"], gold, FREE, **more)
+    return ask_by_gold(raw["question"], gold, **more)
 
 
 def wemath(raw: dict) -> dict:
@@ -352,105 +317,88 @@ def wemath(raw: dict) -> dict:
 
 
 def wemath_options(text: str) -> list[str]:
-    """`A. 3; B. 4;C. 5` -> 3, 4, 5. Each letter is looked for behind the last, because ten rows of
-    the set have a stray semicolon (`get Shape ;C.; C. Shape A`), lack one, or go on from C to F."""
+    """`A. 3; B. 4;C. 5` -> 3, 4, 5. Only the letter that is next begins an option, because ten rows
+    of the set have a stray semicolon (`get Shape ;C.; C. Shape A`), lack one, or go on with F."""
     text, labels = text.strip(), []
-    for letter in "ABCDEFGHIJ":
-        behind, label = labels[-1].end() if labels else 0, rf"{letter}[.．、](?!\s*[;；])"
-        found = re.compile(rf"(?:^|[;；]\s*){label}").search(text, behind)
-        found = found or re.compile(rf"\s{label}").search(text, behind)
-        if not found:
-            break
-        labels.append(found)
+    for label in re.finditer(r"(?:^|[;；\s])\s*([A-F])[.．、](?!\s*[;；])", text):
+        is_none = label[1] == "F" and text[label.end() :].strip() == "No correct answer"
+        if is_none or label[1] == "ABCDEFG"[len(labels)]:
+            labels.append(label)
     if not labels:
         raise Unfit("bad options")
-    ends = [label.start() for label in labels[1:]] + [len(text)]
-    *options, last = [
-        text[label.end() : end].strip(" ;；") for label, end in zip(labels, ends, strict=True)
-    ]
-    return options + re.split(r"[;；]\s*F\.\s*(?=No correct answer)", last)
+    ends = [label.start() for label in labels[1:]] + [None]
+    texts = (text[label.end() : end] for label, end in zip(labels, ends, strict=True))
+    return [option.strip(" ;；") for option in texts]
 
 
 def logicvista(raw: dict) -> dict:
-    """The letters stand in question or picture, so nothing can be shuffled; three golds are two of
-    them, and one is a number."""
+    """The letters stand in question or picture; three golds are two of them, one is a number."""
     more = {"id": raw.get("id"), "category": raw["skill"][0], "images": [raw["image"]]}
-    return ask_by_gold(raw["question"], raw["answer"], LETTERS, **more)
+    return ask_by_gold(raw["question"], raw["answer"], **more)
 
 
 def mmmu_pro(raw: dict) -> dict:
     """`options` is a Python list in a string; <image 2> in it or in the question is image_2."""
     pictures = {k: raw[f"image_{k}"] for k in range(1, 8) if raw.get(f"image_{k}")}
-    options = literal_list(raw["options"])
+    options = ast.literal_eval(raw["options"])
     item = ask_options(raw["question"], options, raw["answer"], **about(raw, "id", "subject"))
     return placed(item, pictures)
 
 
 def mmmu_pro_vision(raw: dict) -> dict:
-    options, more = literal_list(raw["options"]), about(raw, "id", "subject", "image")
+    options, more = ast.literal_eval(raw["options"]), about(raw, "id", "subject", "image")
     return ask_options(IN_PICTURE, options, raw["answer"], show=False, **more)
-
-
-def literal_list(options: Any) -> list:
-    """validation_Accounting_29 has its list in a list."""
-    try:
-        found = ast.literal_eval(str(options))
-        return [*map(str, found[0] if isinstance(found[0], list) else found)]
-    except (ValueError, TypeError, LookupError, SyntaxError, MemoryError, RecursionError) as error:
-        raise Unfit("bad options") from error
 
 
 # ---- CharXiv: the set numbers its instructions; their wording here is ours
 
 NONE = "If there is none, the answer is Not Applicable."
-LOW = "Read the lower horizontal axis, also if plots share it, without scales set apart from it."
-LEFT = "Read the left vertical axis, also if plots share it, without scales set apart from it."
-LINES = "Grid lines, ticks and auxiliary lines do not count; without lines, it is Not Applicable."
+LOW = "Read the lower horizontal axis, also if plots share it."
+LEFT = "Read the left vertical axis, also if plots share it."
 STEP = "If the labels are no numbers or the steps differ, the answer is Not Applicable."
+LINES = "Grid lines, ticks and auxiliary lines do not count; without lines, it is Not Applicable."
 BAR = f"Leave out a percent sign. {NONE}"
-TEXT, VALUE = "the same term, however it is spelled", "a number of exactly the same value"
 # fmt: off
-REASONING = {  # reasoning_a_type: kind, instruction, rubric
-    1: ("text in the chart", "The answer is text that is written in the chart: labels and subplots "
-        "by their full names, several by commas.", "the same text of the chart"),
-    2: ("other text", "Follow the options or instructions in the question, if there are any; else "
-        "answer with a short phrase.", "the same thing in other words, or the same option"),
-    3: ("number in the chart", "The answer is a number that is written in the chart.", VALUE),
-    4: ("other number", "", VALUE),
+REASONING = {  # reasoning_a_type: kind, instruction
+    1: ("text in the chart", "The answer is text that is written in the chart, in full."),
+    2: ("other text", "Follow the question's instructions, or else answer with a short phrase."),
+    3: ("number in the chart", "The answer is a number that is written in the chart."),
+    4: ("other number", ""),
 }
-DESCRIPTIVE = {  # descriptive_q1..4: question, instruction, rubric
-    1: ("what is the title?", f"A mere letter is no title. {NONE}", TEXT),
-    2: ("what is the label of the x-axis?", f"{LOW} {NONE}", TEXT),
-    3: ("what is the label of the y-axis?", f"{LEFT} {NONE}", TEXT),
-    4: ("what is the leftmost labeled tick of the x-axis?", LOW, TEXT),
-    5: ("what is the rightmost labeled tick of the x-axis?", LOW, TEXT),
-    6: ("what is the lowest labeled tick of the y-axis?", LEFT, TEXT),
-    7: ("what is the highest labeled tick of the y-axis?", LEFT, TEXT),
-    8: ("by how much do neighbouring ticks of the x-axis differ?", f"{LOW} {STEP}", VALUE),
-    9: ("by how much do neighbouring ticks of the y-axis differ?", f"{LEFT} {STEP}", VALUE),
-    10: ("how many lines are there?", LINES, VALUE),
-    11: ("do any lines cross?", f"Answer Yes or No. {LINES}", "the same answer"),
-    12: ("how many labels has the legend?", f"A legend outside the plot counts. {NONE}", VALUE),
-    13: ("which labels has the legend?", f"List them from top to bottom, then from left to right, "
-         f"by commas. A legend outside the plot counts. {NONE}", "the same terms in this order"),
-    14: ("by how much do the highest and the lowest tick of the colour bar differ?", BAR, VALUE),
-    15: ("what is the highest tick of the colour bar?", BAR, VALUE),
-    16: ("what is the trend from left to right?", "A few words: rises, then stays.", "the same"),
-    17: ("how many ticks are labeled on all axes together?", "Shared axes count.", VALUE),
-    18: ("how are the subplots laid out?", "Answer as `n by m`, rows by columns; a single plot is "
-         "1 by 1.", "the same rows and columns"),
-    19: ("how many subplots are there?", "A single plot counts as 1.", VALUE),
+DESCRIPTIVE = {  # descriptive_q1..4: question, instruction
+    1: ("what is the title?", f"A mere letter is no title. {NONE}"),
+    2: ("what is the label of the x-axis?", f"{LOW} {NONE}"),
+    3: ("what is the label of the y-axis?", f"{LEFT} {NONE}"),
+    4: ("what is the leftmost labeled tick of the x-axis?", LOW),
+    5: ("what is the rightmost labeled tick of the x-axis?", LOW),
+    6: ("what is the lowest labeled tick of the y-axis?", LEFT),
+    7: ("what is the highest labeled tick of the y-axis?", LEFT),
+    8: ("by how much do neighbouring ticks of the x-axis differ?", f"{LOW} {STEP}"),
+    9: ("by how much do neighbouring ticks of the y-axis differ?", f"{LEFT} {STEP}"),
+    10: ("how many lines are there?", LINES),
+    11: ("do any lines cross?", f"Answer Yes or No. {LINES}"),
+    12: ("how many labels has the legend?", f"A legend outside the plot counts. {NONE}"),
+    13: ("which labels has the legend?", f"By commas, downwards, then to the right. {NONE}"),
+    14: ("by how much do the highest and the lowest tick of the colour bar differ?", BAR),
+    15: ("what is the highest tick of the colour bar?", BAR),
+    16: ("what is the trend from left to right?", "A few words: rises, then stays."),
+    17: ("how many ticks are labeled on all axes together?", "Shared axes count."),
+    18: ("how are the subplots laid out?", "As `n by m`, rows by columns; a single one is 1 by 1."),
+    19: ("how many subplots are there?", "A single plot counts as 1."),
 }
 # fmt: on
-RUBRIC = "Right if the answer is {}. For Not Applicable it has to say as much."
+RUBRIC = (
+    "Right if the answer is the same text, however it is spelled, or exactly the same number; a "
+    "list in the same order, a trend in other words. For Not Applicable it has to say as much."
+)
 
 
 def charxiv_reasoning(raw: dict) -> dict:
-    kind, hint, same = REASONING[int(raw["reasoning_a_type"])]
+    kind, hint = REASONING[int(raw["reasoning_a_type"])]
     if not hint:
         decimals = len(str(raw["reasoning_a"]).partition(".")[2])
         hint = DECIMALS.format(decimals) if decimals else INTEGER
-    more = {"category": kind, "rubric": RUBRIC.format(same), "images": [raw["image"]]}
+    more = {"category": kind, "rubric": RUBRIC, "images": [raw["image"]]}
     return ask(raw["reasoning_q"], raw["reasoning_a"], FREE, hint, **more)
 
 
@@ -459,23 +407,20 @@ def charxiv_descriptive(raw: dict) -> list[dict]:
     items = []
     for k in (1, 2, 3, 4):
         number = int(raw[f"descriptive_q{k}"])
-        question, hint, same = DESCRIPTIVE[number]
-        text = f"{'' if number in (18, 19) else subplot(raw)}{question}"
-        more = {"category": f"question {number}", "rubric": RUBRIC.format(same)}
-        more["images"] = [raw["image"]]
-        text = text[0].upper() + text[1:]
+        question, hint = DESCRIPTIVE[number]
+        text = f"For {'the figure' if number in (18, 19) else subplot(raw)}, {question}"
+        more = {"category": f"question {number}", "rubric": RUBRIC, "images": [raw["image"]]}
         items.append(ask(text, raw[f"descriptive_a{k}"], FREE, hint, **more))
     return items
 
 
 def subplot(raw: dict) -> str:
-    """Where there are several: by row and column, or by words where they form no grid."""
+    """Where there are several: by words, or by row and column."""
     if filled(raw["subplot_loc"]):
-        return f"For {raw['subplot_loc']}, "
+        return str(raw["subplot_loc"])
     if filled(raw["subplot_row"]) and int(raw["subplot_row"]) > 0:
-        row, column = int(raw["subplot_row"]), int(raw["subplot_col"])
-        return f"For the subplot in row {row} and column {column}, "
-    return "For this plot, "
+        return f"the subplot in row {int(raw['subplot_row'])} and column {int(raw['subplot_col'])}"
+    return "this plot"
 
 
 # ---- perception
@@ -521,8 +466,6 @@ def pope(raw: dict) -> dict:
 def realworldqa(raw: dict) -> dict:
     """The set's last sentence asks for the bare answer, which would forbid to think."""
     question = re.sub(r"\s*Please answer directly[^\n]*$", "", raw["question"].strip())
-    if is_letters(raw["answer"]) and not options_in(question):  # a letter that is seen
-        return ask(question, raw["answer"], FREE, images=[raw["image"]])
     return ask_by_gold(question, raw["answer"], images=[raw["image"]])
 
 
@@ -556,7 +499,6 @@ BLINK = tuple(
 AVERAGED = {"k": 16, "temperature": 1.0, "metric": "avg@k"}  # inferred: 63.5 is no multiple of 1/30
 VARIANTS = ", ".join(f"sample_variant{k}" for k in range(1, 11))
 CIRCULAR = {"metric": "circular", "group": "question"}
-OURS = "ours, not the paper's: "
 
 
 def score(base: float | None, coldstart: float | None, ovr: float, of: str = "accuracy") -> dict:
@@ -578,25 +520,22 @@ BENCHMARKS = (  # name, hub, reader, split, items, the paper's scores, note
               "the official 5 examples are not shown"),
     # visual reasoning
     Benchmark("mathvista", "AI4Math/MathVista", mathvista, "testmini", 1_000,
-              score(69.2, None, 72.1), "28 % of it from training sets", judge="extraction"),
+              score(69.2, None, 72.1), "28 % from training sets", judge="extraction"),
     Benchmark("mathvision", "MathLLMs/MathVision", mathvision, "test", 3_040,
               score(25.5, None, 51.8)),
     Benchmark("mathvision_mini", "MathLLMs/MathVision", mathvision, "testmini", 304,
               note="behaviours are measured on it; no score in the paper"),
     Benchmark("mathverse", "AI4Math/MathVerse", mathverse, "testmini", 788, score(41.1, None, 54.6),
-              "vision only; 46 % of it from training sets; 49.0 by rules, 55.1 by a judge on the "
-              "same replies", judge="yes", configs=("testmini",)),
+              "46 % from training sets; a judge adds 6 points", judge="yes", configs=("testmini",)),
     Benchmark("dynamath", "DynaMath/DynaMath_Sample", dynamath, VARIANTS, 5_010,
-              score(21.8, None, 33.5, "worst"), "501 questions in ten splits", "worst of variants",
-              group="question"),
+              score(21.8, None, 33.5, "worst"), metric="worst of variants", group="question"),
     Benchmark("wemath", "We-Math/We-Math", wemath, "testmini", 1_740,
               score(31.2, None, 44.6, "strict") | score(53.1, None, 64.8, "loose"),
               "525 problems of two or three steps", "strict and loose", group="problem"),
     Benchmark("logicvista", "lscpku/LogicVista", logicvista, "test", 448, score(47.9, None, 54.8),
               "3 golds of several letters, 1 row is empty", judge="extraction"),
     Benchmark("mmmu_pro", "MMMU/MMMU_Pro", mmmu_pro, "test", 1_730, score(None, None, 50.2, "mean"),
-              "OVR's number is most likely the mean with mmmu_pro_vision",
-              configs=("standard (10 options)",)),
+              "OVR's is most likely the mean of both", configs=("standard (10 options)",)),
     Benchmark("mmmu_pro_vision", "MMMU/MMMU_Pro", mmmu_pro_vision, "test", 1_730,
               score(None, None, 50.2, "mean"), "see mmmu_pro", configs=("vision",)),
     Benchmark("charxiv_reasoning", "princeton-nlp/CharXiv", charxiv_reasoning, "validation", 1_000,
@@ -612,8 +551,8 @@ BENCHMARKS = (  # name, hub, reader, split, items, the paper's scores, note
               "over items; the mean of its 14 tasks differs", configs=BLINK),
     Benchmark("mmstar", "Lin-Chen/MMStar", mmstar, "val", 1_500, score(62.1, 62.4, 62.7)),
     Benchmark("hallusionbench", "lmms-lab-encoder/HallusionBench", hallusion, "image", 951,
-              score(49.0, 55.0, 53.6, "mean"), "the paper's number is most likely the mean of "
-              "aAcc, fAcc and qAcc", "hallusion", "yes", "figure"),
+              score(49.0, 55.0, 53.6, "mean"), "most likely the mean of aAcc, fAcc and qAcc",
+              "hallusion", "yes", "figure"),
     Benchmark("pope", "lmms-lab-encoder/POPE", pope, "test", 9_000, score(86.1, 82.5, 83.2, "f1"),
               "F1 of Yes", "f1"),
     Benchmark("realworldqa", "xai-org/RealworldQA", realworldqa, "test", 765,
@@ -621,15 +560,9 @@ BENCHMARKS = (  # name, hub, reader, split, items, the paper's scores, note
     Benchmark("phyx", "Cloudriver/PhyX", phyx, "phyx_mini_oe", 1_000, score(37.5, 47.7, 50.0),
               "rules lose ten points or more", judge="yes", configs=("data_for_llms_eval",)),
     Benchmark("mme", "lmms-lab-encoder/MME", mme, "test", 2_374,
-              score(1659.7, 1549.8, 1559.1, "perception"), "perception: ten of its fourteen "
-              "categories, 2,000 points", "mme sum", group="image"),
+              score(1659.7, 1549.8, 1559.1, "perception"), metric="mme sum", group="image"),
     Benchmark("mmvet", "lmms-lab-encoder/MMVet", mmvet, "test", 218, score(63.9, 61.8, 63.6),
               "scored from 0 to 1 by a judge; no rules exist", "judge", "only"),
-    # others that lie beside the paper's, in the simple columns
-    Benchmark("puzzlevqa", "", simple, "test", 2_000, note=OURS + "one of its training sets"),
-    Benchmark("algopuzzlevqa", "", simple, "test", 1_800, note=OURS + "one of its training sets"),
-    Benchmark("mmk12", "", simple, "test", 2_000, note=OURS + "the test part of a training set"),
-    Benchmark("bbh", "", simple, "test", 6_511, note=OURS + "reasoning in text"),
 )
 # fmt: on
 
@@ -644,7 +577,7 @@ def table() -> str:
         scores = [["-" if x is None else f"{x:g}" for x in stage] for stage in stages]
         scores = [" / ".join(stage) or "-" for stage in scores]
         known = (b.name, f"{b.size:,}", b.metric, b.judge, str(b.k), f"{b.temperature:g}")
-        rows.append((*known, *scores, b.hub or "--place DIR", b.note))
+        rows.append((*known, *scores, b.hub, b.note))
     return sets.columns(rows)
 
 

@@ -25,7 +25,7 @@ import reward
 LABELS = "ABCDEFGHIJ"  # of options; MMMU-Pro has ten
 WINDOW = 8_000  # characters at the end that rules 2 to 4 read: an answer further up is none
 STATEMENTS = 8  # last places of "answer is" that are looked at
-PIECE = 400  # characters behind "the answer is" that may belong to it
+PIECE = 400  # characters of a text that may be an option
 
 
 class Verdict(NamedTuple):
@@ -39,13 +39,11 @@ class Verdict(NamedTuple):
 
 # --- 1. the text that counts ---------------------------------------------------------------------
 
-TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathbb|bf|rm)\s?\{([^{}]{0,300})\}")
+TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s?\{([^{}]{0,300})\}")
 MARKUP = re.compile(r"\*\*|__|`|\\[()\[\]]|\$\$|^[ \t]*(?:#+|>|[-*•](?=\s))", re.M)
 BOLD_LETTER = re.compile(r"\*\*\s?\(?([A-J])\)?[.:]?\s?\*\*")
 WIDE = str.maketrans("（）：，。", "():,.")
-SENTENCE_END = re.compile(
-    r"(?<!\b[A-Z])(?<!Dr)(?<!Mr)(?<!St)(?<!No)(?<!vs)(?<!approx)[.!?][\"'”)]?(?:\s+|$)|\n|</"
-)
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"'”)]?(?:\s+|$)|\n|</")  # not at a label, A. 12 cm
 MARKS = " \t\n*\"'“”;,:!"  # around an answer; no stop before it: .5
 
 
@@ -67,11 +65,8 @@ def sentences(text: str) -> list[str]:
 
 
 def trimmed(text: str) -> str:
-    """Without what encloses an answer: spaces, quotes, dollars, a stop, a bracket too many."""
+    """Without what encloses an answer: spaces, quotes, dollars, a stop."""
     text = text.lstrip(MARKS).rstrip(MARKS + ".")
-    for opening, closing in ("{}", "()", "[]"):
-        if text.endswith(closing) and text.count(closing) > text.count(opening):
-            text = text[:-1]
     if text.endswith("$") and (text.count("$") == 1 or text.startswith("$")):
         text = text.strip("$")
     return text.lstrip(MARKS).rstrip(MARKS + ".")
@@ -80,46 +75,31 @@ def trimmed(text: str) -> str:
 # --- 2. reading a piece of text: the answer, None (says nothing), "" (contradicts itself) --------
 
 LETTER = r"(?:[(\[{]\s?[A-J]\s?[)\]}]|[A-J](?![^\W一-龥]|['’²-]))"
-LETTERS = re.compile(  # AC, but not CAB; (A), (C), and (D)
-    rf"(?=[A-J]{{2,5}}$)A?B?C?D?E?F?G?H?I?J?"
-    rf"|{LETTER}(?:(?:,? and\b|,|;| ?&| ?(?=\()) ?(?:option )?{LETTER})*"
-)
-ANOTHER = re.compile(
-    rf"(?:,? (?:or|and)\b|,|/| ?&)(?: possibly| maybe| perhaps| even| option)? ?{LETTER}"
-)
+LETTERS = re.compile(rf"{LETTER}(?:(?:,? and\b|,) ?{LETTER})*")  # (A), (C), and (D)
+ANOTHER = re.compile(rf"(?:,? (?:or|and)\b|,|/)(?: maybe| option)? ?{LETTER}")
 LEAD = re.compile(
-    r"(?i)(?:(?:so|thus|hence|therefore|overall|finally|in (?:short|conclusion))\b[,:]? ?)?"
-    r"(?:both )?(?:the )?(?:(?:correct|right|best) )?(?:(?:option|choice|letter|answer)s?\b)?:? ?"
+    r"(?i)(?:(?:so|thus|hence|therefore)\b,? ?)?(?:both )?(?:the )?(?:(?:correct|right|best) )?"
+    r"(?:(?:option|choice|answer)s?\b)?:? ?"
 )
 FOLLOWS = re.compile(  # nothing, a label's mark, a reason, a verdict: not "A is the midpoint"
-    r"\s*(?:$|(?<!\bI),|[.:;)(\"'”–—-]|(?:and |but )?not\b|是?(?:正确|对)"
-    r"|,? ?(?:because|since|which|due|rather|instead)\b"
-    r"|(?:is|are|would be|seems?) (?:the )?(?:correct|right|best|answer|most|closest|only|odd)\b)"
+    r"\s*(?:$|[,.:;)(\"”–—-]|(?:but )?not\b|是?(?:正确|对)|,? ?(?:because|since|which)\b"
+    r"|(?:is|are|would be) (?:the )?(?:correct|right|best|most|closest)\b)"
 )
 NEGATED = re.compile(
-    r"(?i)\b(?:not|cannot|neither|never|except|incorrect|wrong|unlike|false|eliminat\w+|none)\b"
-    r"|n['’]t\b|\brul\w+ out\b"
+    r"(?i)\b(?:not|cannot|neither|never|except|incorrect|wrong|eliminat\w+|none)\b|n['’]t\b"
 )
 MARKED = re.compile(
-    r"\(([A-J])\)|\b(?:(?i:option|choice|answer|image|picture|figure|diagram|graph|shape|position"
-    r"|letter)s?|(?:is|be|choose|pick|with|matches|corresponds to|:)(?=\s\S+$))\s([A-J])(?![\w'’-])"
+    r"\(([A-J])\)|\b(?:(?i:option|choice|answer|image|picture|figure|graph|position)s?"
+    r"|(?:is|be|choose|pick|with|corresponds to)(?=\s\S+$))\s([A-J])(?![\w'’-])"
 )
-YES_NO = re.compile(  # not "No dogs", not "No. 5"
-    r"(?i)(yes|no)(?=\s*(?:$|[,;:!\"”—–)]|\.(?!\s*\d)|-\s)"
-    r"|\s+(?:the(?:re|se|y)?|this|that|it|he|she|we|you|i|because|since|as)\b)"
+YES_NO = re.compile(  # not "No dogs"
+    r"(?i)(yes|no)(?=\s*(?:$|[,.;:!\"”—–)])|\s+(?:there|the|it|this|that|because|since)\b)"
 )
-CLAUSE = re.compile(
-    r",? (?:because|since|which|where|so|as|given|due to)\b|, (?:and|but|with) | \((?=[a-z ]{3})|;"
-)
-VALUE = re.compile(
-    r"[-+−±]?\s?\\?[$£€]?\s?(?:[\d.√π]|\((?!\w\))|\\(?:d?frac|sqrt|pi|pm)\b)[^=:;?!]{0,80}"
-)
-ABOUT = r"(?i:approximately|about|around|roughly|equal to|equals|simply|≈|~)\s*"
+CLAUSE = re.compile(r",? (?:because|since|which|where|as|so)\b|, (?:and|but) | \((?=[a-z ]{3})|;")
+VALUE = re.compile(r"[-−]?\s?\\?[$£€]?(?:[\d.√π]|\((?!\w\))|\\(?:d?frac|sqrt|pi)\b)[^=:;?!]{0,80}")
+ABOUT = r"(?i:approximately|about|around|roughly|≈|~)\s*"
 BEFORE_VALUE = re.compile(rf"\b(?:is|are|be|to|of)\b|=|\\approx|:(?=\s|$)|{ABOUT}")
-NO_ANSWER = re.compile(
-    r"(?i)(?:(?:in)?correct|right|wrong|clear|found|given|obtained|determined|based|shown|below"
-    r"|above|in|on|by|as follows|not|that|the one|what|unknown|unclear)\b"
-)
+NO_ANSWER = re.compile(r"(?i)(?:(?:in)?correct|right|wrong|clear)\b")  # "this answer is correct"
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
@@ -139,12 +119,6 @@ def option_of(text: str, choices) -> str | None:
 
 
 def read_choice(text: str, choices) -> str | None:
-    """The option that is given, or else the one that is named before a negation."""
-    answer = read_option(text, choices)
-    return marked_letter(NEGATED.split(text)[0], choices) if answer is None else answer
-
-
-def read_option(text: str, choices) -> str | None:
     """Letters for (C), C. 12 cm, option C, c, the text of an option; "A, C" for several."""
     text, labels = trimmed(text), LABELS[: len(choices or LABELS)]
     if (alone := text.strip("([{ }])")) in [*labels]:  # the text of an option may be d
@@ -152,8 +126,6 @@ def read_option(text: str, choices) -> str | None:
     if letter := option_of(text, choices):
         return letter
     text = text[LEAD.match(text).end() :]
-    if re.match(r"(?:n?either|not|none)\b", text, re.I):
-        return "" if re.search(LETTER, text) else None
     text = re.sub(r"^\(?[a-j](?=\)|$)", lambda lower: lower[0].upper(), text)
     letters = read_letters(text, choices)
     return option_of(read_yes_no(text) or "", choices) if letters is None else letters
@@ -171,14 +143,13 @@ def read_letters(text: str, choices) -> str | None:
     return ", ".join(sorted({*letters})) if FOLLOWS.match(text, match.end()) or is_label else None
 
 
-def marked_letter(sentence: str, choices) -> str | None:
+def marked_letter(sentence: str) -> str | None:
     """The one option that a sentence names; "" for two; None if none, or if it denies one."""
     marks = [*MARKED.finditer(sentence)]
-    letters = {match[1] or match[2] for match in marks}
-    if NEGATED.search(sentence) or not letters & {*LABELS[: len(choices or LABELS)]}:
+    if NEGATED.search(sentence):
         return None
     listed = any(ANOTHER.match(sentence, match.end()) for match in marks)  # options B and C
-    return "" if listed else only(letters)
+    return "" if listed else only({match[1] or match[2] for match in marks})
 
 
 def read_yes_no(text: str, choices=None) -> str | None:
@@ -199,36 +170,27 @@ def stated_value(sentence: str) -> str | None:
     r"""X of a sentence that is X or ends in "is X" or "= X": a number or a formula, with at most
     three words behind it: 12, 5\sqrt{3}, 7 square metres."""
     value = trimmed(BEFORE_VALUE.split(trimmed(sentence.split(" because")[0]))[-1])
-    is_value = VALUE.fullmatch(value) and len(WORD.findall(value)) <= 3
-    return value if is_value and not NEGATED.search(value) else None
+    return value if VALUE.fullmatch(value) and len(WORD.findall(value)) <= 3 else None
 
 
 # --- 3. rules, from the most explicit to the least, and the verdict ------------------------------
 
-ANSWER = re.compile(
-    r"(?im)(?:<answer>|答案[是为:]|(?<![不没排除])选[项择]?[是为]?:?(?=\s?\(?[A-J])|\bans(?:\.|\s?[:=])"
-    r"|^[ \t]*(?:(?:the|my|final|correct) ){0,3}answers?[ \t]*\n"  # a heading
-    r"|\b(?:answers?|(?:correct|right|best|final|closest|nearest) (?:option|choice|result|solution"
-    r"|letter|value))\b(?: (?:choice|option|letter)\b)?(?:[\"'>)\]*]{0,3}\s?[:=]|(?:,[^.:\n]{1,80},"
-    r"| (?:to|for|of|that|which|in|among|from|here|i|we)\b(?:[^.:\n]|\.\d){0,80}?)?"
-    r" (?:is|are|was|(?:would|should|must|will|(?:seems|appears) to) be)\b))"
-    r"[\s:\"'“*]*(?:(?:clearly|therefore|thus|(?:most )?likely|probably|indeed|simply)\b[\s:,]*)?"
-)
-HYPOTHETICAL = re.compile(
-    r"(?i)\b(?:if|suppose|assum\w+|whether|unless|(?:might|may|could) (?:think|say))\b[^.\n]{0,30}$"
+ANSWER = re.compile(  # Answer: ..., the correct option among these is ..., 答案是..., 故选...
+    r"(?i)(?:<answer>|答案[是为:]|(?<![不没排除])选[项择]?[是为]?:?(?=\s?\(?[A-J])"
+    r"|\b(?:ans(?:wers?)?|(?:correct|right|best|final|closest) (?:option|choice|value))\b"
+    r"(?: (?:choice|option))?(?:[\"'>)*]{0,3}\s?[:=]"
+    r"|(?:(?:,| (?:to|for|of|that|in|among|here|i|we)\b)(?:[^.:\n]|\.\d){0,80}?)?"
+    r" (?:is|are|(?:would|should|must|will) be)\b))"
+    r"[\s:\"'“*]*(?:(?:therefore|thus|(?:most )?likely|probably)\b[\s:,]*)?"
 )
 ITEM = re.compile(r"\(?[A-J][.):]+\s*")
 CONCLUDES = re.compile(
-    r"(?i)\b(?:therefore|thus|hence|so|con(?:clu|sequent)\w+|correct|best|answer|choose|choice|select|pick"
-    r"|go with|match(?:es)?|corresponds?)\b|(?:\([A-J]\)|\b(?-i:[A-J]))\W*$"
+    r"(?i)\b(?:therefore|thus|hence|so|correct|best|answer|choose|select)\b"
+    r"|(?:\([A-J]\)|\b(?-i:[A-J]))\W*$"
 )
-CLOSING = re.compile(r"(?i)(?:\b(?:is|be|so|say|a)|:) \"?(yes|no)\W*$")
+CLOSING = re.compile(r"(?i)(?:\b(?:is|be|so|say)|:) \"?(yes|no)\W*$")
 REFUSES = re.compile(
-    r"(?i)\b(?:sorry|apologi[sz]e)\b[^.\n]{0,60}(?:can['’]?t|cannot|unable|not able|don['’]t)"
-    r"|\bi(?: can['’]?t| cannot| could not|(?:['’]m| am) (?:unable|not able) to) (?:\w+ ){0,3}?"
-    r"(?:assist|help|determine|provide|answer|make|give|comply|(?:see|view|access|process|identify"
-    r"|analy[sz]e|interpret) (?:the contents? of )?(?:\w+ ){0,3}(?:image|picture|figure|photo)s?)\b"
-    r"|\bi (?:do not|don['’]t) have (?:\w+[- ]){0,4}(?:data|access|information|ability|values)\b"
+    r"(?i)\bi(?:['’]m| am)? (?:can['’]?t|cannot|unable|not able)\b"
     r"|\bcannot be (?:determined|answered)\b"
 )
 
@@ -247,11 +209,9 @@ def box(tail: str, read, choices) -> str | None:
 
 
 def stated(text: str, read, choices) -> str | None:
-    """What the last "answer is" gives; passed are "the answer is clear", "if the answer is A"."""
+    """What the last "answer is" gives; passed are those that say nothing, "the answer is clear"."""
     for match in reversed(list(ANSWER.finditer(text))[-STATEMENTS:]):
-        if HYPOTHETICAL.search(text, max(0, match.start() - 60), match.start()):
-            continue
-        answer = read(sentences(text[match.end() :][:PIECE])[0], choices)
+        answer = read(sentences(text[match.end() :])[0], choices)
         if answer is not None:
             return answer
     return None
@@ -260,12 +220,12 @@ def stated(text: str, read, choices) -> str | None:
 def concluded_choice(text: str, choices) -> str | None:
     """The last sentence is an option, or names one and concludes, or states its value."""
     *before, last = sentences(text)
-    is_listed = ITEM.match(last) and any(map(ITEM.match, before))  # the options themselves
-    is_denied = NEGATED.search(last) and not option_of(trimmed(ITEM.sub("", last)), choices)
-    letters = None if is_listed or is_denied else read_option(last, choices)
+    if ITEM.match(last) and any(map(ITEM.match, before)):  # the options themselves
+        return None
+    letters = read_choice(last, choices)
     is_sole = len({mark[1] or mark[2] for mark in MARKED.finditer(text)}) == 1
-    if not letters and (is_sole or CONCLUDES.search(last)):
-        letters = marked_letter(last, choices)
+    if letters is None and (is_sole or CONCLUDES.search(last)):
+        letters = marked_letter(last)
     return option_of(stated_value(last) or "", choices) if letters is None else letters
 
 
@@ -278,14 +238,10 @@ def concluded_yes_no(text: str, choices) -> str | None:
 
 
 def concluded_free(text: str, choices) -> str | None:
-    """The last sentence is a value, or concludes with one; or the whole reply is a few words."""
-    if REFUSES.search(text):
-        return None
+    """The last sentence gives a value; or the whole reply is a few words."""
     *before, last = sentences(text)
-    value, is_line = stated_value(last), "\n" not in text
-    if value and (value == trimmed(last) or "=" in last or is_line or CONCLUDES.search(last)):
-        return value
-    return trimmed(last) if not before and len(text) <= 80 else None
+    is_short = not before and len(text) <= 80 and not REFUSES.search(text)
+    return stated_value(last) or (trimmed(last) if is_short else None)
 
 
 READERS = {  # of a piece of text that gives the answer, and of a whole reply that concludes
@@ -301,10 +257,7 @@ def extract(reply: str, *, choices=None, kind: str | None = None) -> Verdict:
     Without `kind` it is a choice if there are choices, else free. A choice without `choices` has
     the options A to J; its answer may be several letters, "A, C". Never raises on a reply.
     """
-    kind = kind or ("choice" if choices else "free")
-    if kind not in READERS:
-        raise ValueError(f"kind {kind!r}: one of {', '.join(READERS)}")
-    read, conclude = READERS[kind]
+    read, conclude = READERS[kind or ("choice" if choices else "free")]
     tail = conclusion(reply)
     if tail is None:
         return Verdict(None, "unparsed", None, "unfinished thought")

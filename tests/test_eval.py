@@ -18,7 +18,7 @@ import teacher
 import torch
 from conftest import finished, write_rows
 from PIL import Image
-from test_benchmarks import SIMPLE_ONLY, make
+from test_benchmarks import make
 
 import eval  # noqa: A004
 from common import data
@@ -412,7 +412,7 @@ def replied(name: str, tmp_path: Path, reply, k: int = 1) -> tuple[dict, list[di
     return eval.finish(out), items
 
 
-NAMES = [b.name for b in benchmarks.BENCHMARKS if b.name not in SIMPLE_ONLY]
+NAMES = [b.name for b in benchmarks.BENCHMARKS]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import write_rows
 from PIL import Image
 
 from evaluation import behaviors, gallery
@@ -21,7 +20,6 @@ HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onl
 THOUGHT = (
     "<think>Let me look at the image again. It is 3.\n\nLet me double-check.</think>So \\boxed{3}"
 )
-STATUSES = ("ok", "ok", "ok", "truncated", "unparsed", "refused", "empty")
 
 
 class Page(HTMLParser):
@@ -64,15 +62,14 @@ def graded(i: int, response: str = THOUGHT, **more) -> dict:
 
 
 def many(count: int) -> list[dict]:
-    draw = random.Random(1)
-    rows = [graded(i, status=draw.choice(STATUSES)) for i in range(count)]
-    for row in rows:
-        row["score"] = draw.choice([0.0, 1.0, None]) if row["status"] == "ok" else 0.0
-    return rows
+    """Of each outcome some."""
+    outcomes = [("ok", 1.0), ("ok", 0.0), ("ok", None), ("truncated", 0.0), ("refused", 0.0)]
+    pairs = random.Random(1).choices(outcomes, k=count)
+    return [graded(i, status=status, score=score) for i, (status, score) in enumerate(pairs)]
 
 
-def shown(rows, items, folder=Path("."), draws=(500, 0)) -> Page:
-    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, draws))
+def shown(rows, items, folder=Path("."), **more) -> Page:
+    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, **more))
 
 
 def outcome(row: dict) -> str:
@@ -87,15 +84,13 @@ def test_the_numbers_are_those_of_a_naive_count():
     assert dict(re.findall(r"([a-z]+) (\d+)", numbers.text)) == {k: str(counts[k]) for k in counts}
     categories = Counter(each["category"] for each in items)
     for name, naive in (("status", counts), ("category", categories)):
-        (select,) = page.all("select", name=name)
-        options = [e for e in page.all("option") if select in e.around and e.attrs["value"]]
-        texts = {e.attrs["value"]: e.text for e in options}
-        assert texts == {value: f"{value} ({n})" for value, n in naive.items()}
+        choices = {e.text for e in page.all("option")}
+        assert {f"{value} ({n})" for value, n in naive.items()} <= choices
         assert Counter(card.attrs[f"data-{name}"] for card in page.all("article")) == naive
 
 
 def test_hostile_texts_are_inert():
-    bad = item(0, question=HOSTILE, category=HOSTILE, choices=[HOSTILE], images=[HOSTILE])
+    bad = item(0, question=HOSTILE, category=HOSTILE, choices=[HOSTILE])
     bad |= {"answer": HOSTILE, "id": HOSTILE}
     row = graded(0, f"<think>{HOSTILE}</think>{HOSTILE}\ud800", id=HOSTILE, extracted=HOSTILE)
     rows = [row | {"rule": HOSTILE}, graded(1, HOSTILE, id=HOSTILE)]
@@ -109,12 +104,14 @@ def test_hostile_texts_are_inert():
     assert sum(HOSTILE in e.text for e in page.all("article")) == 2
 
 
-def test_the_page_has_no_address_and_allows_only_its_own_script(tmp_path):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+def test_the_page_has_small_pictures_no_address_and_allows_only_its_own_script(tmp_path):
+    Image.effect_noise((1500, 900), 50).save(tmp_path / "a.png")
     page = shown([graded(0)], [item(0, images=["a.png"])], tmp_path)
     names = ("src", "href", "action", "srcset", "data", "poster")
-    used = [e.attrs[name] for e in page.elements for name in names if name in e.attrs]
-    assert len(used) == 1 and used[0].startswith("data:image/webp;base64,")
+    (used,) = (e.attrs[name] for e in page.elements for name in names if name in e.attrs)
+    kind, content = used.split(",")
+    assert kind == "data:image/webp;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (480, 288)
     assert not re.search(r"url\(|@import|https?:", page.all("style")[0].text)
     (policy,) = (e.attrs["content"] for e in page.all("meta") if "http-equiv" in e.attrs)
     nonce, again = page.all("script")[0].attrs["nonce"], shown([graded(0)], [item(0)])
@@ -123,52 +120,25 @@ def test_the_page_has_no_address_and_allows_only_its_own_script(tmp_path):
     assert len(nonce) > 20 and nonce != again.all("script")[0].attrs["nonce"]
 
 
-def test_each_picture_is_stored_once_and_small_and_one_that_is_missing_is_named(tmp_path):
-    Image.effect_noise((1500, 900), 50).save(tmp_path / "a.png")
-    shutil.copy(tmp_path / "a.png", tmp_path / "same.png")
-    Image.new("RGBA", (20, 20), (1, 2, 3, 0)).save(tmp_path / "b.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    items = [item(0, images=["a.png", "b.png"]), item(1, images=["same.png"])]
-    items += [item(2, images=["gone.png", "broken.png"])]
-    rows = [graded(0, sample=s) for s in range(3)] + [graded(1), graded(2)]
-    page = shown(rows, items, tmp_path)
-    first = {e.attrs["id"]: e.attrs["src"] for e in page.all("img") if "src" in e.attrs}
-    later = Counter(e.attrs["data-same"] for e in page.all("img") if "src" not in e.attrs)
-    (a, source), (b, other) = first.items()
-    assert source != other and later == {a: 3, b: 2}
-    assert Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size == (480, 288)
-    last = page.all("article")[-1].text
-    assert "gone.png cannot be shown" in last and "broken.png cannot be shown" in last
-
-
-def test_a_draw_is_seeded_ordered_and_said():
-    rows = [graded(i) for i in range(400)]
-    drawn = gallery.draw(rows, 60, 0)
-    assert len(drawn) == 60 and [row for row in rows if row in drawn] == drawn
-    assert drawn == gallery.draw(rows, 60, 0) != gallery.draw(rows, 60, 1)
-    page = shown(rows, [item(i) for i in range(400)], draws=(60, 5))
+def test_of_more_replies_the_same_ones_are_drawn_each_time_and_it_is_said():
+    rows, items = [graded(i) for i in range(400)], [item(i) for i in range(400)]
+    page, again = (shown(rows, items, limit=60) for _ in range(2))
+    drawn = [int(re.search(r"b/(\d+)", card.text)[1]) for card in page.all("article")]
+    assert len({*drawn}) == 60 and drawn == sorted(drawn) and drawn[-1] > 300
+    assert [e.text for e in page.all("article")] == [e.text for e in again.all("article")]
     (note,) = page.all("p", **{"class": "note"})
-    assert note.text.startswith("60 of 400 replies, drawn by seed 5")
-    assert len(page.all("article")) == 60
-    whole = shown(rows, [item(i) for i in range(400)], draws=(400, 0))
-    assert len(whole.all("article")) == 400 and not whole.all("p", **{"class": "note"})
+    assert note.text.startswith("60 of 400 replies")
+    assert not shown(rows, items, limit=400).all("p", **{"class": "note"})
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        THOUGHT,
-        "Wait, that is wrong. Let me verify & check <b>. \n Let me re-examine the image.\n</think>",
-        "<think>First, I need x. Let me recheck the figure, then",
-    ],
-)
-def test_highlights_stand_at_the_spans_of_the_row(text):
-    row = graded(0, text)
-    page, naive = shown([row], [item(0)]), {}  # sentence -> names
+def test_highlights_stand_at_the_spans_of_the_row():
+    text = "Wait, that is wrong. Let me verify & check <b>. \n Let me look again.\n</think>"
+    row, naive = graded(0, text), {}  # sentence -> names
+    page = shown([row], [item(0)])
     for name, start, end in row["spans"]:
         naive.setdefault(text[start:end], []).append(name.replace("_", " "))
-    marks = [e for e in page.all("mark") if any(a.tag == "article" for a in e.around)]
-    assert naive and {e.text: e.attrs["title"].split(", ") for e in marks} == naive
+    assert len(naive) == 3
+    assert {e.text: e.attrs["title"].split(", ") for e in page.all("mark")} == naive
     (card,) = page.all("article")
     assert set(card.attrs["data-behaviour"].split("\n")) == {name for name, *_ in row["spans"]}
 
@@ -189,26 +159,23 @@ def test_the_thought_is_folded_and_the_answer_is_not():
 
 
 def test_options_gold_judge_and_facts_stand_on_the_card():
-    row = graded(0, score=0.0, extracted="C", judge_score=1.0)
+    row, unread = graded(0, score=0.0, extracted="C", judge_score=1.0), {"extracted": None}
     choice = item(0, choices=["red", "green", "blue"], answer="B")
-    page = shown([row], [choice])
+    page = shown([row, row | unread | {"judge_score": None, "tokens": None}], [choice])
+    first, second = (card.text for card in page.all("article"))
     for part in ("A red", "Gold B", "says C", "judge: right", "7 tokens", "kind 0"):
-        assert part in page.all("article")[0].text
-    looks = {e.text: e.attrs["class"] for e in page.all("li")}
-    assert looks == {"A red": "", "B green": "gold", "C blue": "said"}
-    (card,) = shown([graded(0, judge_score=None, extracted=None, tokens=None)], [choice]).all(
-        "article"
-    )
+        assert part in first
     for part in ("judge: ungraded", "nothing was read", "not counted tokens"):
-        assert part in card.text
+        assert part in second
+    looks = [e.attrs["class"] for e in page.all("li")]
+    assert looks == ["", "gold", "said", "", "gold", ""]
 
 
 def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium on this machine")
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    rows, items = many(60), [item(i, images=["a.png"]) for i in range(60)]
+    rows, items = many(60), [item(i) for i in range(60)]
     rows[0]["response"] += "<script>document.title = 'broken'</script>"
     text = gallery.page(rows, items, "b", {}, tmp_path)
     (tmp_path / "gallery.html").write_text(text)
@@ -226,19 +193,3 @@ def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
     assert page.all("output")[0].text == f"{len(wanted)} of 60"
     assert page.all("title")[0].text == "b"
     assert all("open" in e.attrs for e in page.all("details"))  # the words may stand in the thought
-    assert len(page.all("img")) == 60 and len({e.attrs["src"] for e in page.all("img")}) == 1
-
-
-def test_the_command_reads_the_summary_and_names_what_is_missing(tmp_path, capsys):
-    write_rows(tmp_path / "items.jsonl", [item(0)])
-    write_rows(tmp_path / "graded.jsonl", [graded(0), graded(0, sample=1)])
-    with pytest.raises(FileNotFoundError, match="no summary.json in it"):
-        gallery.Config(run=str(tmp_path))
-    score = {"score": 0.5, "error": 0.1, "low": 0.25, "high": 0.75}
-    summary = {"headline": {"accuracy": score}, "scale": 100, "protocol": {"model": "m", "k": 2}}
-    write_rows(tmp_path / "summary.json", [summary])
-    gallery.main(gallery.Config(run=str(tmp_path), out=str(tmp_path / "x.html"), limit=1))
-    page = Page((tmp_path / "x.html").read_text())
-    assert page.all("h1")[0].text == "b, accuracy 50.0 (25.0 to 75.0)"
-    assert page.all("p", **{"class": "facts"})[0].text == "model m · k 2"
-    assert capsys.readouterr().out == f"{tmp_path / 'x.html'}: 1 of 2 replies\n"

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from common import checkpoint, data, distributed
-from common.log import RunLog, progress, run_main, write_json
+from common.log import RunLog, progress, run_main
 from common.packs import pack_alone
 from miniature import world
 from miniature.world import DIGITS, ITEMS, LINES, Bill
@@ -313,9 +313,8 @@ def teach(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks, log: RunLog)
                 (loss,) = distributed.sums(ranks, sum(loss.item() for loss in losses))
                 log.log(step, {"loss": loss, "lr": lr}, show=("loss", "lr"))
             step += 1
-        failed = failed_gates(measured := skills(model, tokenizer, settings))
+        failed = failed_gates(skills(model, tokenizer, settings))
         if ranks.main:
-            write_json(Path(cfg.out) / "skills.json", measured)
             held = f"these gates do not hold: {', '.join(failed)}" if failed else "all gates hold"
             print(f"{step} steps, {held}", flush=True)
         if not failed:

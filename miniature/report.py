@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ import numpy as np
 from PIL import Image
 
 from common.log import run_main
-from evaluation import behaviors
+from common.records import read_rows
+from evaluation import behaviors, metrics
+from tools import trace
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -54,17 +56,18 @@ STAGES = {  # order of every table and figure: directory -> (name, what it is, c
     "rl_text_only": ("Text-only + RL", "the same RL, from that one", "#2f8f5b"),
 }
 MAIN = ("base", "coldstart", "rl")
-HABITS = {  # what the miniature's rows watch for: name -> (in words, colour, width of its curve)
-    "check": ("checks the total", "#1f9d8b", 2.2),
-    "second_look": ("second look at the smudge", "#d9487d", 2.2),
-    "need": ("states a goal", "#8b93a1", 1.2),
-    "plan": ("states a plan", "#b09a52", 1.2),
-    "idle_look": ("idle look at a clear item", "#6f97c9", 1.2),
-    "reread": ("reads all again", "#a786c0", 1.2),
+HABITS = {  # what the miniature's rows watch for: name -> (in words, colour)
+    "check": ("checks the total", "#1f9d8b"),
+    "second_look": ("second look at the smudge", "#d9487d"),
+    "need": ("states a goal", "#8b93a1"),
+    "plan": ("states a plan", "#b09a52"),
+    "idle_look": ("idle look at a clear item", "#6f97c9"),
+    "reread": ("reads all again", "#a786c0"),
 }
+HABIT_CURVES = [("rl", f"{name}/smudged_picture", *look) for name, look in HABITS.items()]
 USELESS = {"need", "plan", "idle_look", "reread"}  # in the miniature's world
-EXAMPLES = {"Repaired by a second look": 2, "Learned": 1, "Wrong at the end": 1, "Always right": 1}
 BINS = 10  # of RL steps, where a curve is asked whether it fell and rose
+EXAMPLES = 5  # problems with the answers of all stages
 END = 1000  # tokens that are shown of a long response, at its beginning and at its end
 SIDE = 320  # pixels of a picture on the page
 INK, GRID = "#010203", "#030201"  # stand-ins: become currentColor and var(--line), light or dark
@@ -73,7 +76,7 @@ INK, GRID = "#010203", "#030201"  # stand-ins: become currentColor and var(--lin
 @dataclass(frozen=True)
 class Config:
     run: Path = Path("out/laptop")  # directory of the miniature; the report is written into it
-    step: int | None = None  # of RL, shown token by token; none: one with a second look that paid
+    step: int = -1  # of RL, shown token by token; -1: the last in which samples differ in reward
 
 
 # ---------------------------------------------------------------- measuring
@@ -89,13 +92,11 @@ class Rate:
 
     def above(self, other: "Rate") -> bool:
         """Larger by more than chance: Newcombe's interval of the difference lies above 0."""
-        if self.value is None or other.value is None:
-            return False
         below, over = self.value - self.low, other.high - other.value
         return self.value - other.value > math.hypot(below, over)
 
 
-def share(records: list[dict], holds: Callable[[dict], bool], z: float = 1.96) -> Rate:
+def share(records: list[dict], holds: Callable[[dict], bool]) -> Rate:
     """Share of the answers for which it holds; the interval counts problems (see the header)."""
     by_problem = defaultdict(list)
     for record in records:
@@ -106,9 +107,7 @@ def share(records: list[dict], holds: Callable[[dict], bool], z: float = 1.96) -
     p = float(right.sum() / answers.sum())
     variance = float(((right - p * answers) ** 2).sum() / answers.sum() ** 2)
     n = p * (1 - p) / variance if variance > 1e-9 else len(right)
-    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    low, high = (end / (1 + z**2 / n) for end in (centre - half, centre + half))
-    return Rate(p, max(0.0, low), min(1.0, high))
+    return Rate(p, *metrics.wilson(p, n))
 
 
 def transfer(records: list[dict], pair: tuple[str, str]) -> Rate:
@@ -160,18 +159,9 @@ def measure(greedy: list[dict], sampled: list[dict]) -> dict[str, Rate]:
 # ---------------------------------------------------------------- reading
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a JSONL file, one by one; none where there is no file."""
-    for number, line in enumerate(path.open("rb") if path.exists() else (), 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:  # broken JSON or UTF-8
-            raise ValueError(f"{path}, line {number}: {error}; delete this line") from None
-
-
 def read_records(folder: Path, problems: dict[str, dict]) -> list[dict]:
     """Graded answers with what they show: the lexicon's behaviours, their row's own patterns."""
-    rows = list(read_rows(folder / "graded.jsonl"))
+    rows = read_rows(folder / "graded.jsonl")
     for row in rows:
         problem = problems.get(row["id"], {})
         row["kind"], row["group"] = "image" if row["image"] else "text", problem.get("group")
@@ -210,7 +200,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, problems, {}, {}, {}, {}, {})
     for file in sorted(folder.glob("*/run.json")):
         run.about[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
-        run.metrics[file.parent.name] = list(read_rows(file.with_name("metrics.jsonl")))
+        run.metrics[file.parent.name] = read_rows(file.with_name("metrics.jsonl"))
     found = [*(folder / "eval").glob("*"), *(folder / "eval/rl").glob("forbid_*")]
     order = [*STAGES, *sorted(path.name for path in found)]
     for path in sorted(found, key=lambda path: order.index(path.name)):
@@ -222,28 +212,21 @@ def read_run(folder: Path) -> Run:
             run.skills[path.name] = json.loads((path / "skills.json").read_text())
     for file in sorted(folder.glob("bench/*/end/*/summary.json")):
         summary, skills = json.loads(file.read_text()), run.skills.setdefault(file.parts[-4], {})
-        for score, told in summary["headline"].items():  # shares, but for the points of MME
-            skills[f"{file.parent.name}, {score}"] = told["score"] * summary["scale"] / 100
+        for score, value in summary["headline"].items():  # shares, but for the points of MME
+            skills[f"{file.parent.name}, {score}"] = value["score"] * summary["scale"] / 100
     return run
 
 
-def nested(rates: dict[str, Rate], take: Callable) -> dict:
-    """{"a.b": rate} -> {"a": {"b": take(rate)}}, with None for what was not measured."""
-    tree = {}
-    for path, rate in rates.items():
-        node, *inner, name = tree, *path.split(".")
-        for key in inner:
-            node = node.setdefault(key, {})
-        node[name] = None if rate.value is None else take(rate)
-    return tree
-
-
 def results(run: Run) -> dict:
-    """results.json: every rate under its path, its interval under the same path in `intervals`."""
-    of = {stage: nested(rates, lambda rate: rate.value) for stage, rates in run.stages.items()}
+    """results.json: every rate of a stage under its path, None where it was not measured."""
+    of = {}
     for stage, rates in run.stages.items():
-        of[stage]["intervals"] = nested(rates, lambda rate: [rate.low, rate.high])
-        of[stage]["skills"] = run.skills.get(stage, {})
+        of[stage] = {"skills": run.skills.get(stage, {})}
+        for path, rate in rates.items():
+            node, *inner, name = of[stage], *path.split(".")
+            for key in inner:
+                node = node.setdefault(key, {})
+            node[name] = rate.value
     words = [stage for stage in of if stage.startswith("forbid_")]
     seeds = [about["config"].get("seed") for about in run.about.values()]
     return {
@@ -292,70 +275,52 @@ def chart(name: str, draw: Callable) -> str:
 def curves(run: Run, title: str, series: list[tuple], share: bool = True) -> dict:
     """A figure of metrics over steps, each step faint, the mean of a tenth of them bold.
 
-    series: (stage, metric, label, colour, width), the last three, if they are not given, of the
-    stage. lost: labels of what is not in this run.
+    series: (stage, metric, label, colour), the last two, if they are not given, of the stage.
+    lost: labels of what is not in this run.
     """
-    series = [(s, m, *(look or (name_of(s), color_of(s), 2))) for s, m, *look in series]
-    lost = [label for stage, metric, label, *_ in series if not len(run.curve(stage, metric)[0])]
+    series = [(s, m, *(look or (name_of(s), color_of(s)))) for s, m, *look in series]
+    there = [one for one in series if len(run.curve(*one[:2])[0])]
 
     def draw(axes):
-        for stage, metric, label, color, width in series:
+        for stage, metric, label, color in there:
             steps, values = run.curve(stage, metric)
             half = max(1, len(values) // 20)
             means = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
             axes.plot(steps, values, color=color, alpha=0.2, lw=1)
-            axes.plot(steps, means, color=color, lw=width, label=None if label in lost else label)
+            axes.plot(steps, means, color=color, lw=2, label=label)
         axes.set(xlabel="step", ylim=(0, 1.02 if share else None))
         if share:
             axes.yaxis.set_major_formatter("{x:.0%}")
-        if len(series) > 4:  # too many to stand among the curves
-            axes.figure.legend(loc="outside lower center", ncols=2)
-        else:
-            axes.legend()
+        axes.figure.legend(loc="outside lower center", ncols=2)
 
-    svg = chart(title, draw) if len(lost) < len(series) else ""
-    return {"title": title, "svg": svg, "lost": lost, "key": []}
+    lost = [one[2] for one in series if one not in there]
+    return {"title": title, "svg": chart(title, draw) if there else "", "lost": lost}
 
 
-def bars(run: Run, title: str, stages: list[str], paths: dict[str, str]) -> dict:
-    """A figure of rates with intervals, {label: path}: a group of bars beside each label, one for
-    each stage, which `key` names in their order; without a label a bar has its stage beside it."""
-    there = [stage for stage in stages if stage in run.stages]
-    rates = [run.rate(stage, path) for stage in there for path in paths.values()]
-    top = max([1.0, *(rate.high for rate in rates if rate.value is not None)])
+def bars(run: Run, title: str, stages: list[str], path: str) -> dict:
+    """A figure of one rate, with its interval, by stage."""
+    there = [stage for stage in stages if run.rate(stage, path).value is not None]
+    top = max([1.0, *(run.rate(stage, path).high for stage in there)])  # a transfer rate may be 4
 
     def draw(axes):
-        ticks, y = {}, 0.0
-        for label, path in paths.items():
-            ticks |= {label: y - 0.4 * (len(there) - 1)} if label else {}
-            for stage in there:
-                ticks |= {} if label else {name_of(stage): y}
-                rate = run.rate(stage, path)
-                if rate.value is not None:
-                    axes.barh(y, rate.value, 0.7, color=color_of(stage), lw=0)
-                    axes.hlines(y, rate.low, rate.high, color=INK, lw=1, alpha=0.6)
-                    axes.text(rate.high + 0.02 * top, y, f"{100 * rate.value:.0f}", va="center")
-                y -= 0.8
-            y -= 0.3
-        axes.set_yticks(list(ticks.values()), ticks)
+        for y, stage in enumerate(there):
+            rate = run.rate(stage, path)
+            axes.barh(y, rate.value, 0.7, color=color_of(stage), lw=0)
+            axes.hlines(y, rate.low, rate.high, color=INK, lw=1, alpha=0.6)
+            axes.text(rate.high + 0.02 * top, y, f"{100 * rate.value:.0f}", va="center")
+        axes.set_yticks(range(len(there)), map(name_of, there))
         axes.yaxis.grid(visible=False)
-        axes.set(xlim=(0, 1.12 * top), ylim=(y + 0.6, 0.7))
+        axes.set(xlim=(0, 1.12 * top), ylim=(len(there) - 0.4, -0.6))
         axes.xaxis.set_major_formatter("{x:.0%}")
 
     lost = [name_of(stage) for stage in stages if stage not in there]
-    key = [] if "" in paths else there
-    return {"title": title, "svg": chart(title, draw) if there else "", "lost": lost, "key": key}
-
-
-def lines_of_habits(group: str) -> list[tuple]:
-    there = [name for name in HABITS if name != "second_look" or "smudged" in group]
-    return [("rl", f"{name}/{group}", *HABITS[name]) for name in there]
+    return {"title": title, "svg": chart(title, draw) if there else "", "lost": lost}
 
 
 def lines_of_lexicon(kind: str, names: list[str]) -> list[tuple]:
     colors = [matplotlib.colors.hsv_to_rgb((behaviors.HUES[n] / 360, 0.68, 0.8)) for n in names]
     pairs = zip(names, colors, strict=True)
-    return [("rl", f"{kind}/{name}", name.replace("_", " "), color, 2) for name, color in pairs]
+    return [("rl", f"{kind}/{name}", name.replace("_", " "), color) for name, color in pairs]
 
 
 # ---------------------------------------------------------------- claims
@@ -408,55 +373,15 @@ def picture(run: Run, name: str) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def marked(text: str) -> list[tuple[str, str]]:
-    """[(piece, behaviour or "")] of a text: sentences in which the lexicon finds something."""
-    names = {(span.start, span.end): span.name for span in behaviors.find(text)}
-    pieces, at = [], 0
-    for (start, end), name in names.items():
-        pieces += [(text[at:start], ""), (text[start:end], name)]
-        at = end
-    return [*pieces, (text[at:], "")]
-
-
-def kind_of(answers: dict[str, dict]) -> str:
-    """What the answers to one problem, by stage, are an example of."""
-    *_, last = answers.values()
-    if not right(last):
-        return "Wrong at the end"
-    if all(map(right, answers.values())):
-        return "Always right"
-    return "Repaired by a second look" if last["watched"].get("second_look") else "Learned"
-
-
 def examples(run: Run) -> list[dict]:
-    """Held-out pictures with the greedy answers of the stages; of each kind the first ones."""
-    stages, chosen = [stage for stage in MAIN if run.answers.get(stage)], defaultdict(list)
-    answers = {stage: {r["id"]: r for r in run.answers[stage]} for stage in stages}
+    """The first held-out pictures that not all stages solve, with their greedy answers."""
+    found, stages = [], [stage for stage in MAIN if run.answers.get(stage)]
+    answers = [{record["id"]: record for record in run.answers[stage]} for stage in stages]
     for i, problem in run.problems.items():
-        of = {stage: answers[stage][i] for stage in stages if i in answers[stage]}
-        if problem["images"] and of and len(of) == len(stages):
-            chosen[kind_of(of)].append({"kind": kind_of(of), "problem": problem, "answers": of})
-    return [example for kind, count in EXAMPLES.items() for example in chosen[kind][:count]]
-
-
-def traced(run: Run, step: int | None) -> list[dict]:
-    """Samples of one problem of RL, token by token: of this step, or of the last one in which a
-    second look repaired one answer and was missing in another, or else in which rewards differ."""
-    path, outcomes = run.folder / "rl/trace.jsonl", defaultdict(set)
-    watch = {row["id"]: row.get("watch") for row in read_rows(run.folder / "data/train.jsonl")}
-    for row in read_rows(path):  # twice, as the file of a real run does not fit in memory
-        shown = behaviors.watched(row["response"], watch.get(row["id"]) or {})
-        wrong, look = (shown.get(name, False) for name in ("wrong_first", "second_look"))
-        outcomes[row["step"]].add((row["reward"], wrong, look))
-    if step is not None and step not in outcomes:
-        raise ValueError(f"--step {step} is not in {path}; there are {[*outcomes]}")
-
-    def worth(step):
-        repaired, missed = (1, True, True) in outcomes[step], (0, True, False) in outcomes[step]
-        return repaired and missed, repaired, len({reward for reward, *_ in outcomes[step]}), step
-
-    wanted = step if step is not None else max(outcomes, key=worth, default=None)
-    return [row for row in read_rows(path) if row["step"] == wanted]
+        of = {stage: by_id[i] for stage, by_id in zip(stages, answers, strict=True) if i in by_id}
+        if problem["images"] and not all(map(right, of.values())):
+            found.append({"problem": problem, "answers": of})
+    return found[:EXAMPLES]
 
 
 # ---------------------------------------------------------------- the page
@@ -467,10 +392,11 @@ def main(config: Config) -> None:
     if not (run.stages or run.about or run.skills):
         why = "holds no STAGE/run.json, no eval/STAGE and no bench/STAGE"
         raise SystemExit(f"{config.run} {why}: nothing to report")
-    names = globals() | {"run": run, "traced": traced(run, config.step)}
+    rl = config.run / "rl"
+    traced = trace.read(rl, config.step) if (rl / "trace.jsonl").exists() else []
     loader = jinja2.FileSystemLoader([root / "miniature", root / "common"])
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template("report.html").make_module(names)
+    page = pages.get_template("report.html").make_module(globals() | {"run": run, "traced": traced})
     (config.run / "results.json").write_text(json.dumps(results(run), indent=1) + "\n")
     (config.run / "report.html").write_text(str(page), encoding="utf-8", errors="replace")
     print(page.headline)

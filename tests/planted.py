@@ -42,7 +42,7 @@ class Bug:
     trap: str  # where people met it
     patches: list  # (where, name, what becomes of what is there)
     metric: str  # that shows it best
-    caught_by: tuple[str, ...]  # "rl: words of its refusal", "doctor: check", "file.test[case]"
+    caught_by: tuple[str, ...]  # "rl: words of its refusal", "doctor: words", "file.test[case]"
     cure: str
 
 
@@ -98,7 +98,7 @@ BUGS = {
     "stale_sampler": Bug(
         "after an update the sampler keeps the old weights", "vllm#9744, verl#3694",
         [(rollout.TorchSampler, "sync", lambda sync: lambda self, weights: [*weights] and None)],
-        "logp_diff", ("rl: after the update of step 0", "doctor: sampler"),
+        "logp_diff", ("rl: after the update of step 0",),
         "copy every weight after every update; drop what was cached under the old ones"),
     "bent_draws": Bug(
         "draws are bent (as by temperature 1.8), the log-probs reported are not", "NeMo-RL#3497",
@@ -110,7 +110,7 @@ BUGS = {
         [(model, "attend", lambda attend: lambda q, k, v, lengths, causal: attend(
             q, k, v, [sum(lengths)] if causal else lengths, causal))],
         "logp_diff",
-        ("doctor: packing", "test_model.test_a_document_cannot_see_its_neighbours"),
+        ("doctor: neighbours in a pack", "test_model.test_a_document_cannot_see_its_neighbours"),
         "give attention the lengths of documents, not of packs"),
     "features_one_off": Bug(
         "image features stand one slot too far", "EasyR1#110, R1-V#180",
@@ -154,7 +154,7 @@ BUGS = {
             made := load(*given, **more), made.parameters())),
          (torch.optim.AdamW, "step", lambda step: lambda self, *rest: coarse(
             step(self, *rest), self.param_groups[0]["params"]))],
-        "reward", ("doctor: update",), "keep masters and moments in float32"),
+        "reward", ("doctor: masters move at",), "keep masters and moments in float32"),
     "stale_optimizer": Bug(
         "the optimiser holds weights that are no longer the policy's", "NeMo-RL#227, verl#7834",
         [(rl, "load_models", lambda load: lambda *given: estranged(load(*given)))],

@@ -1,6 +1,5 @@
 """average.py against a mean taken by numpy, and what it must not average."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +48,10 @@ def run(*models: str) -> Path:
 def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dtype):
     paths = [member(name, seed, dtype=dtype) for seed, name in enumerate("abc")]
     members = [weights(path) for path in paths]
-    half = {name: members[2][name] for name in [*members[2]][::2]}
-    rest = {name: members[2][name] for name in members[2].keys() - half.keys()}
-    save_file(rest, Path(paths[2]) / "model.safetensors")
+    half = {name: members[2].pop(name) for name in [*members[2]][::2]}
+    save_file(members[2], Path(paths[2]) / "model.safetensors")
     save_file(half, Path(paths[2]) / "more.safetensors")
+    members[2] |= half
     mean = weights(out := run(*paths))
     assert mean.keys() == members[0].keys()
     for name, tensor in mean.items():
@@ -61,8 +60,7 @@ def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dt
         assert tensor.dtype == dtype
         np.testing.assert_allclose(tensor.double().numpy(), exact, rtol=tolerance, atol=1e-7)
     assert (out / "tokenizer.json").read_text() == "tokenizer 0"
-    about = json.loads((out / "README.md").read_text().split("```")[1].removeprefix("json"))
-    assert about["config"]["models"] == paths
+    assert paths[2] in (out / "README.md").read_text()
 
 
 def test_a_new_average_leaves_nothing_of_an_older_one_in_its_directory(member):

@@ -22,16 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu  # noqa: E402
 import long_tail  # noqa: E402
 
-KEYS = dict(  # what a row without an error must have, and be positive
-    ceilings=("ms", "first_ms"),
-    parity=("logp_mean", "logp_max", "cosine", "passes"),
-    attention=("parity", "ms", "first_ms", "tflops", "mfu"),
-    decoder=("ms", "per_second", "mfu"),
-    step3b=("ms", "per_second", "mfu", "predicted_gb"),
-    head=("ms", "per_second", "mfu", "predicted_gb"),
-    vision=("ms", "per_second"),
-    sampler=("ms", "per_second", "share"),
-)
+PARTS = "ceilings parity attention decoder step3b head vision sampler".split()
 
 
 def bench(**options):
@@ -53,32 +44,17 @@ def test_every_part_leaves_figures_and_says_what_the_planner_should_assume(
     gpu.main(gpu.Config(size="mini", out=str(out)))
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert list(found["parts"]) == list(KEYS)
+    assert list(found["parts"]) == PARTS
     for part, rows in found["parts"].items():
         good = [row for row in rows if "error" not in row]
         assert good and f"## {part}: " in printed
-        assert all(row[key] > 0 for row in good for key in KEYS[part])
+        assert all(row["passes" if part == "parity" else "ms"] > 0 for row in good)
         assert part == "attention" or good == rows  # kernels that a CPU has not
     assert {"cudnn", "varlen"} <= {r["candidate"] for r in found["parts"]["attention"]}
-    assert all(row["passes"] for row in found["parts"]["parity"])
     assert found["plan"].keys() == {"mfu", "decode"}
     for name, (assumed, measured) in found["plan"].items():
         assert assumed == getattr(plan.Config, name) and 0 < measured < 1
         assert f"| {name} | {assumed:.4g} | {measured:.4g} |" in printed
-
-
-def test_without_a_gpu_it_says_what_would_run_here(monkeypatch):
-    monkeypatch.setattr(gpu, "CUDA", False)
-    with pytest.raises(ValueError, match="--size mini"):
-        gpu.main(gpu.Config())
-
-
-def test_a_gpu_is_known_by_its_driver_s_name():
-    known = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "", "cpu": ""}
-    known |= {"NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA A100-SXM4-40GB": ""}
-    known |= {"NVIDIA GeForce RTX 4090": "rtx4090"}
-    for name, ours in known.items():
-        assert gpu.sheet_of(name) == plan.GPUS.get(ours, ())[1:], name
 
 
 def test_a_wrong_kernel_and_a_decoder_that_drifts_get_no_figures(monkeypatch):
@@ -93,14 +69,6 @@ def test_a_wrong_kernel_and_a_decoder_that_drifts_get_no_figures(monkeypatch):
     b = bench(found={"parity": parity})
     row = gpu.trained(b, gpu.TINY, (8,), ("full", False), 0, lambda: lambda: None)
     assert row["error"] == "parity failed" and "ms" not in row
-
-
-def test_lengths_may_be_rounded_up_and_keys_repeated():
-    q, k, v = (torch.randn(61, heads, 8) for heads in (4, 2, 2))
-    wanted = attend(q, k, v, [9, 30, 22], causal=True)
-    for options in ({"step": 16}, {"repeat": True}, {"step": 1024, "repeat": True}):
-        found = gpu.by_document(gpu.MATH, (9, 30, 22), **options)(q, k, v)
-        torch.testing.assert_close(found, wanted)
 
 
 def test_mfu_is_the_flops_of_all_documents_over_peak_and_time(monkeypatch):

@@ -6,15 +6,13 @@ and of the refusals of rl.py.
 
 import importlib
 import inspect
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_model
-from PIL import Image
-from planted import BUGS, draw, planted, rows_of, run, sign_of
+from planted import BUGS, planted, rows_of, run
 from test_model import ours  # noqa: F401  fixtures of the tests called
 from test_rl import ALONE, config
 from test_rollout import forbidden, model, sampler, tokenizer  # noqa: F401
@@ -53,20 +51,19 @@ def named_test(catcher: str, request):
 
 def fires(catcher: str, mini, folder: Path, function, arguments: dict) -> bool:
     kind, _, wanted = catcher.partition(": ")
-    if kind == "doctor":
-        cfg = rl.Config(model=mini.model, data=mini.train, out=str(folder), lr=1e-5)
-        return doctor.examine(cfg, ALONE)[wanted][0] == "FAIL"
     cfg = config(model=mini.model, data=mini.train, out=str(folder))
     try:
-        if kind == "rl":
+        if kind == "doctor":
+            doctor.examine(replace(cfg, lr=1e-5), ALONE)
+        elif kind == "rl":
             rl.main(replace(cfg, steps=1, lr=1e-2, warmup=1))
         elif "uninterrupted" in inspect.signature(function).parameters:
             rl.main(cfg)
             function(**arguments, uninterrupted=folder)
         else:
             function(**arguments)
-    except (AssertionError, RuntimeError) as error:
-        return kind != "rl" or wanted in str(error)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return not wanted or wanted in str(error)
     return False
 
 
@@ -90,18 +87,3 @@ def test_a_run_goes_on_where_rl_would_stop(mini, tmp_path):
     run("stale_sampler", cfg)
     first, second = rows_of(cfg.out, "stale_sampler")
     assert first["logp_diff"] < 1e-5 < 1e-3 < second["logp_diff"]
-
-
-def test_the_first_sign_is_where_the_metric_leaves_the_healthy_runs_range(tmp_path):
-    healthy = [{"step": i, "reward": 0.5 + 0.02 * i, "policy_loss": 1e-9 * i} for i in range(12)]
-    curves = {"healthy": healthy, "wrong_sign": [r | {"reward": 1 - r["reward"]} for r in healthy]}
-    curves["stop_untrained"] = [r | {"policy_loss": 0.01 * (r["step"] > 3)} for r in healthy]
-    for name, rows in curves.items():
-        (tmp_path / name).mkdir()
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / "metrics.jsonl").write_text(text)
-    assert sign_of("wrong_sign", curves["wrong_sign"], healthy).startswith("reward 0.38 in step 6")
-    sign = sign_of("stop_untrained", curves["stop_untrained"], healthy)
-    assert sign.startswith("policy_loss 0.01 in step 4, not 0 to ")
-    draw(str(tmp_path), ["stop_untrained", "wrong_sign"])
-    assert Image.open(tmp_path / "all.png").width > 1000

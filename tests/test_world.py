@@ -1,5 +1,6 @@
 """The miniature world: what it promises to the experiment that runs in it."""
 
+import itertools
 import json
 import random
 import re
@@ -14,9 +15,7 @@ import torch
 from conftest import finished
 from safetensors.torch import load_file
 
-import model
 from common import data, distributed
-from evaluation import behaviors
 from miniature import base, world
 from reward import grade
 
@@ -57,16 +56,6 @@ def right_digits(text):
     return chosen
 
 
-def test_no_bill_of_one_split_is_seen_in_another():
-    rng = random.Random(0)
-    seen = {
-        split: {world.random_bill(rng, split, 0.5).digits for _ in range(800)}
-        for split in ("train", "valid", "test")
-    }
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["valid"]
-    assert not seen["valid"] & seen["test"] and min(map(len, seen.values())) > 50
-
-
 def test_every_file_keeps_to_its_split(folder):
     for name in ("train", "valid", "test", "traces"):
         split = "train" if name == "traces" else name
@@ -90,58 +79,41 @@ def test_answers_are_what_total_and_digits_leave_and_groups_come_in_turn(folder)
 def test_one_look_is_right_in_half_of_the_smudged_bills():
     rng = random.Random(1)
     bills = [world.random_bill(rng, "train", 1.0) for _ in range(2000)]
-    right = [bill.shown[item][0] == bill.digits[item] for bill in bills for item in bill.smudged]
-    assert len(right) == 2000 and 0.46 < sum(right) / 2000 < 0.54
+    right = sum(bill.shown[i][0] == bill.digits[i] for bill in bills for i in bill.smudged)
+    assert 0.46 < right / 2000 < 0.54
 
 
-def test_with_a_random_total_the_total_says_nothing_and_the_answers_stay(tmp_path):
-    cfg = world.Config(out=str(tmp_path / "a"), files=("train",), train=200)
-    world.main(cfg)
-    world.main(replace(cfg, out=str(tmp_path / "b"), control="random_total"))
-    pairs = [json.loads(line) for line in (tmp_path / "b/train.jsonl").read_text().splitlines()]
-    off = 0
-    for row in pairs:
+@pytest.mark.parametrize("control, off, groups", [("random_total", 0.5, 4), ("no_smudged", 0, 2)])
+def test_a_control_takes_away_what_a_check_needs(control, off, groups, tmp_path):
+    """Totals that say nothing, or no smudged item."""
+    world.main(world.Config(str(tmp_path), files=("train",), train=200, control=control))
+    made, wrong = [json.loads(line) for line in (tmp_path / "train.jsonl").open()], 0
+    for row in made:
         items, total = shown(row["bill"])
-        off += not any(total == s for s in sums(items))
-    assert off > 100
+        sums = {sum(digits) for digits in itertools.product(*items.values())}
+        wrong += total not in sums
+    assert wrong >= off * 200 and (off or not wrong)
+    assert len({row["group"] for row in made}) == groups
 
 
-def sums(items):
-    found = {0}
-    for looks in items.values():
-        found = {total + digit for total in found for digit in looks}
-    return found
-
-
-def test_without_smudges_every_group_is_clear(tmp_path):
-    world.main(world.Config(out=str(tmp_path), files=("train",), train=40, control="no_smudged"))
-    groups = {json.loads(line)["group"] for line in (tmp_path / "train.jsonl").open()}
-    assert groups == {"clear_picture", "clear_text"}
-
-
-def test_traces_are_text_only_and_their_boxes_hold_what_they_say(folder):
+def test_traces_are_text_only_and_go_wrong_only_where_they_do_not_look_again(folder):
+    right = {True: [], False: []}
     for row in rows(folder, "traces"):
         assert "<image>" not in row["prompt"] and "images" not in row
         final = re.search(r"so \w (\d) \+ \w (\d) = (\d+) </think>", row["response"])
         assert int(final[1]) + int(final[2]) == int(final[3])
         assert grade(final[3], row["response"]).score == 1
+        digits = right_digits(row["prompt"])
+        a, b = re.search(r"what is (\w) \+ (\w) \?", row["prompt"]).groups()
+        score = grade(str(digits[a] + digits[b]), row["response"]).score
+        right["~" in row["response"] or "good" in row["response"]].append(score)
+    assert min(right[True]) == 1 and 0.4 < sum(right[False]) / len(right[False]) < 0.8
 
 
 def test_a_quarter_of_the_cold_start_describes_bills_and_reasons_nowhere(folder):
     described = [r for r in rows(folder, "sft") if "</think>" not in r["response"]]
     assert len(described) == 10 and any(r["images"] for r in described)
     assert not any("box" in r["response"] for r in described)
-    assert len(data.read_examples(folder / "data/sft.jsonl")) == 40
-
-
-def test_a_trace_goes_wrong_only_where_it_does_not_look_again(folder):
-    right = {True: [], False: []}
-    for row in rows(folder, "traces"):
-        digits = right_digits(row["prompt"])
-        a, b = re.search(r"what is (\w) \+ (\w) \?", row["prompt"]).groups()
-        score = grade(str(digits[a] + digits[b]), row["response"]).score
-        right["~" in row["response"] or "good" in row["response"]].append(score)
-    assert min(right[True]) == 1 and 0.4 < sum(right[False]) / len(right[False]) < 0.8
 
 
 def test_traces_show_each_habit_at_its_rate():
@@ -173,16 +145,6 @@ def test_what_is_watched_tells_a_repair_from_other_looks():
     assert set(world.watch(plain)) < set(patterns) and "repair" not in world.watch(plain)
 
 
-def test_the_lexicon_hears_every_habit_of_a_trace():
-    rng = random.Random(3)
-    trace = world.trace(BILL, [1, 3], rng, dict.fromkeys(world.RATES, 1.0))
-    heard = {name for name, count in behaviors.count(trace).items() if count}
-    assert heard == {*behaviors.LINGUISTIC, "visual_reflection"}
-    assert not any(
-        behaviors.count(world.trace(BILL, [1, 3], rng, dict.fromkeys(world.RATES, 0.0))).values()
-    )
-
-
 def test_the_tokenizer_knows_every_word_and_gives_them_back(folder):
     tokenizer = data.load_tokenizer(folder / "model")
     rng = random.Random(4)
@@ -193,9 +155,8 @@ def test_the_tokenizer_knows_every_word_and_gives_them_back(folder):
 
 
 @pytest.mark.parametrize(
-    ("turn", "words"),
+    "turn, words",
     [
-        ({"role": "user", "content": "what is in the picture ?"}, "picture"),
         ({"role": "user", "content": [{"type": "text", "text": "How many ?"}]}, "How many"),
         ({"role": "system", "content": "what is A + B ?"}, "system"),
     ],
@@ -205,20 +166,15 @@ def test_unknown_words_are_named_with_a_prompt_that_works(folder, turn, words):
     with pytest.raises(jinja2.TemplateError, match=rf"world of \d+ words, .*: {words}\.") as error:
         tokenizer.apply_chat_template([turn])
     prompt = str(error.value).split("It can read: ")[1]
-    ids = tokenizer.apply_chat_template([turn | {"role": "user", "content": prompt}])["input_ids"]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])["input_ids"]
     assert tokenizer.decode(ids) == f"<|im_start|> user {prompt} <|im_end|>"
 
 
-def test_a_cell_of_a_picture_is_one_token_and_its_noise_says_nothing(folder):
+def test_a_cell_of_a_picture_is_one_token_and_a_faint_digit_is_fainter(folder):
     settings, rng = data.load_image_settings(folder / "model"), random.Random(5)
     picture = world.draw(BILL.cells, rng)
     assert picture.size == (84, 140) and len(BILL.cells) == 15
-    patches, grid = data.image_patches(picture, settings)
-    assert grid == (1, 10, 6) and patches.shape == (60, 1176)
-    assert picture.tobytes() != world.draw(BILL.cells, rng).tobytes()
-
-
-def test_a_faint_digit_is_fainter_than_a_strong_one():
+    assert data.image_patches(picture, settings)[1] == (1, 10, 6)
     assert world.GLYPHS["~3"][0].max() < 0.5 < world.GLYPHS["3"][0].max()
     assert world.GLYPHS[";"][0].max() == 0
 
@@ -245,36 +201,14 @@ def test_a_description_says_what_the_bill_shows():
             assert int(digit) == lines[name][1]
 
 
-def test_base_answers_hold_no_habit():
-    rng = random.Random(8)
-    answers = [e.response for e in (base.example(rng) for _ in range(500)) if "box" in e.response]
-    assert len(answers) > 50 and not any(behaviors.rates(behaviors.presence(answers)).values())
-
-
 @pytest.mark.parametrize(
-    ("words", "at", "skill"),
-    [
-        ("B maybe 3", 2, "digit"),
-        ("A 4", 1, "digit"),
-        ("T 12 A 4 = 8", 1, "total"),
-        ("T 12 A 4 = 8 B", 5, "countdown"),
-        ("so B 5 + D 2 = 7 </think>", 7, "sum"),
-        ("unclear B ,", 1, "smudge"),
-        ("again at B ~5", 3, "faint"),
-        ("let me check", 2, ""),
-    ],
+    "words, at, skill",
+    [("B maybe 3", 2, "digit"), ("A 4", 1, "digit"), ("T 12 A 4 = 8", 1, "total")]
+    + [("T 12 A 4 = 8 B", 5, "countdown"), ("so B 5 + D 2 = 7 </think>", 7, "sum")]
+    + [("unclear B ,", 1, "smudge"), ("again at B ~5", 3, "faint"), ("let me check", 2, "")],
 )
 def test_a_word_of_a_trace_asks_for_its_skill(words, at, skill):
     assert base.skill_of(words.split(), at) == skill
-
-
-def test_the_skills_of_a_model_that_knows_nothing_are_at_chance(mini):
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
-    torch.manual_seed(0)
-    blank = model.Qwen25VL(base.model_config(len(tokenizer)))
-    found = base.skills(blank, tokenizer, settings, count=8)
-    assert set(base.GATES) <= set(found) and len(base.failed_gates(found)) == len(base.GATES)
-    assert found["log P(wait), 0 left"] < -2 and found["log P(wait), some left"] < -2
 
 
 TINY = dict(align=2, steps=2, more=1, most=3)  # of the base model: two rounds
@@ -287,12 +221,12 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_the_base_model_opens_as_a_directory_and_its_skills_are_measured(trained, capsys):
-    loaded = model.load_model(trained / "model")
-    assert data.load_tokenizer(trained / "model").chat_template and loaded.lm_head is not None
+def test_the_base_model_opens_as_a_directory_and_what_it_cannot_do_yet_is_measured(trained, capsys):
+    assert data.load_tokenizer(trained / "model").chat_template
     base.main(base.Config(measure=str(trained / "model")))
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((trained / "skills.json").read_text())
+    assert set(base.GATES) <= set(found) and len(base.failed_gates(found)) == len(base.GATES)
+    assert found["log P(wait), 0 left"] < -2 and found["log P(wait), some left"] < -2
 
 
 def test_two_processes_train_the_base_model_of_one_to_the_last_bit(trained, tmp_path):

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers.models import WordLevel
 from tyro.conf import Positional, UseAppendAction
 
 from common import data
@@ -28,7 +27,6 @@ from model import load_model
 from rollout import TorchSampler
 
 MODEL = "out/laptop/rl/model"
-EXAMPLE = "A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?"  # for the miniature's model
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Config:
     url: str = ""  # of a server, with its /v1
     max_tokens: int = 0  # of the answer; 0: what the server allows, or 2,048
     samples: int = 1  # answers
-    temperature: float | None = None  # 0: the likeliest token each time; none: 0, of several 1
+    temperature: float = -1.0  # 0: the likeliest token each time; -1: 0, of several answers 1
 
     def __post_init__(self):
         if self.samples < 1:
@@ -47,19 +45,7 @@ class Config:
 
     @property
     def heat(self) -> float:
-        """Several answers at temperature 0 would be one."""
-        return float(self.samples > 1) if self.temperature is None else self.temperature
-
-
-def refuse_unknown(question: str, tokenizer):
-    """ValueError names words that a tokenizer of whole words, as the miniature's, does not have."""
-    words, vocabulary = question.replace(data.IMAGE_MARKER, " ").split(), tokenizer.get_vocab()
-    unknown = [word for word in words if word not in vocabulary]
-    if unknown and isinstance(tokenizer.backend_tokenizer.model, WordLevel):
-        raise ValueError(
-            f"the world of this model has {len(vocabulary)} words, without {', '.join(unknown)}; "
-            f'a question that it can read: python -m tools.ask "{EXAMPLE}"'
-        )
+        return self.temperature if self.temperature >= 0 else float(self.samples > 1)
 
 
 def drawn(image: str) -> str:
@@ -80,7 +66,6 @@ def sampled(cfg: Config) -> Iterator[str]:
     """The answers of a model directory, each in one piece."""
     where, cuda = data.model_directory(cfg.model or MODEL), torch.cuda.is_available()
     tokenizer, settings = data.load_tokenizer(where), data.load_image_settings(where)
-    refuse_unknown(cfg.question, tokenizer)
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     print(f"{where}, {dtype} on {device}", file=sys.stderr)
     sampler = TorchSampler(load_model(where, dtype, device), tokenizer, settings)

@@ -2,7 +2,7 @@
 
     python -m tools.plan --model 7b --gpus 8 --gpu h100 --offload --kv-cache-gb 40
     python -m tools.plan --model 3b --gpus 1 --gpu h200 --stage coldstart --pack-tokens 16384
-    python -m tools.plan --table         # what fits which GPUs, two minutes on two cores
+    python -m tools.plan --table         # what fits which GPUs, some minutes
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
 through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
@@ -19,12 +19,14 @@ model that waits (without --offload). Pictures are left out: a frozen tower has 
 is free again, before the decoder takes more.
 
 Hours are FLOPs and bytes at assumed shares of the GPU's peak and bandwidth, which are printed;
---mfu, --decode, --mean and --reserve-gb take what you have measured (bench/gpu.py).
+--mfu, --decode, --mean and --reserve-gb take what you have measured (bench/gpu.py). Not counted is
+waiting for the longest response, traffic and checkpoints.
 """
 
 import sys
 from collections import deque, namedtuple
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from typing import Literal
 from weakref import WeakSet
@@ -121,6 +123,7 @@ TRIED = f"""
 
 # GB of one GPU; sync: the most that handing over the weights takes on top of the first three
 Footprint = namedtuple("Footprint", "weights gradients moments kept working sync")
+COLUMNS = "load resume sample critic policy sync".split()  # phases of the table
 PARTS = ("engine", "cache", "waiting", *Footprint._fields[:-1])  # of a phase
 
 
@@ -179,6 +182,7 @@ def follow(model: qwen.Qwen25VL, world, live: LiveBytes, tokens: int) -> Footpri
     return Footprint(*(size / 1e9 for size in sizes))
 
 
+@cache
 def measure(
     config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int, lora_rank: int = 0
 ) -> Footprint:
@@ -218,7 +222,7 @@ def phases(cfg: Config, c: qwen.Config, models: dict[str, Footprint]) -> dict[st
     policy = parts["policy"]
     state = {"weights": policy["weights"], "moments": policy["moments"]}
     if cfg.stage == "coldstart":
-        return {"resume": state, "update": policy}
+        return {"resume": state, "policy": policy}
 
     def waiting(active: str, *of: str) -> dict[str, float]:
         """What is there of the models whose turn it is not."""
@@ -256,7 +260,7 @@ def seconds(cfg: Config, c: qwen.Config) -> dict[str, float]:
     speed = 1e12 * tflops * cfg.mfu * cfg.gpus / executed
     if cfg.stage == "coldstart":
         rows = (cfg.batch or 640) * cfg.pack_tokens / cfg.mean
-        return {"update": rows * qwen.train_flops(c, cfg.mean) / speed}
+        return {"policy": rows * qwen.train_flops(c, cfg.mean) / speed}
     responses = cfg.batch or 8192
     tokens = responses / cfg.gpus * cfg.mean  # that a GPU samples
     weights = tokens / at_once(cfg, c) * 1e9 * engine_gb(c)  # bytes, once for a token of each row
@@ -270,67 +274,51 @@ def seconds(cfg: Config, c: qwen.Config) -> dict[str, float]:
 # ------------------------------------------------------------------ what is printed
 
 
-def print_table(table: dict[str, dict[str, float]]):
-    print(f"{'GB of a GPU':12}" + "".join(f"{name:>10}" for name in (*PARTS, "sum")))
-    for phase, parts in table.items():
-        sizes = [parts.get(name, 0.0) for name in PARTS]
-        cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
-        print(f"{phase:12}" + "".join(cells))
-
-
-def heads_of(cfg: Config) -> dict[str, str]:
-    """{model: its head} of those that train."""
-    critic = {"critic": "value"} if cfg.stage == "rl" and cfg.algorithm == "ppo" else {}
-    return critic | {"policy": "lm"}
-
-
-def measurements(cfg: Config) -> dict[str, tuple]:
-    """{model: arguments of measure()}"""
+def plan(cfg: Config) -> tuple[qwen.Config, dict[str, Footprint], dict[str, dict]]:
+    """-> the model's config, what each model that trains takes, and phases()."""
     c = MODELS.get(cfg.model) or qwen.read_config(model_directory(cfg.model))
+    critic = {"critic": "value"} if cfg.stage == "rl" and cfg.algorithm == "ppo" else {}
     sizes = cfg.recompute, cfg.pack_tokens, min(cfg.gpus, NODE), cfg.lora_rank
-    return {name: (c, head, *sizes) for name, head in heads_of(cfg).items()}
+    models = {name: measure(c, head, *sizes) for name, head in (critic | {"policy": "lm"}).items()}
+    return c, models, phases(cfg, c, models)
+
+
+def tried(line: str) -> str:
+    """A row of the table."""
+    cfg = tyro.cli(Config, args=line.split())
+    c, _, table = plan(cfg)
+    sums = {phase: sum(parts.values()) for phase, parts in table.items()}
+    cells = " | ".join(f"{sums[name]:.1f}" if name in sums else "" for name in COLUMNS)
+    peak, minutes = cfg.reserve_gb + max(sums.values()), sum(seconds(cfg, c).values()) / 60
+    return f"| `{line}` | {cells} | {peak:.1f} of {GPUS[cfg.gpu][0]} | {minutes:.1f} |"
 
 
 def print_tried():
-    """TRIED as a table in Markdown. Each model is measured once, two at a time."""
-    plans = {line: tyro.cli(Config, args=line.split()) for line in TRIED.strip().splitlines()}
-    needed = {m: None for cfg in plans.values() for m in measurements(cfg).values()}
+    """TRIED as a table in Markdown, on two cores."""
+    print(f"| `python -m tools.plan ...` | {' | '.join(COLUMNS)} | with reserve | minutes a step |")
+    print("|---" * (len(COLUMNS) + 3) + "|")
+    lines = TRIED.strip().splitlines()
     with get_context("spawn").Pool(2) as pool:
-        measured = dict(zip(needed, pool.starmap(measure, needed, chunksize=1), strict=True))
-    columns = "load resume sample critic policy sync".split()
-    print(f"| `python -m tools.plan ...` | {' | '.join(columns)} | with reserve | minutes a step |")
-    print("|---" * (len(columns) + 3) + "|")
-    for line, cfg in plans.items():
-        models = measurements(cfg)
-        (c, *_), *_ = models.values()
-        table = phases(cfg, c, {name: measured[m] for name, m in models.items()})
-        sums = {phase: sum(parts.values()) for phase, parts in table.items()}
-        sums.setdefault("policy", sums.get("update"))
-        cells = " | ".join(f"{sums[name]:.1f}" if name in sums else "" for name in columns)
-        peak, minutes = cfg.reserve_gb + max(sums.values()), sum(seconds(cfg, c).values()) / 60
-        print(f"| `{line}` | {cells} | {peak:.1f} of {GPUS[cfg.gpu][0]} | {minutes:.1f} |")
+        for row in pool.imap(tried, lines, chunksize=-(-len(lines) // 2)):
+            print(row, flush=True)
 
 
 def main(cfg: Config):
     if cfg.table:
         return print_tried()
-    (gb, tflops, gbs), rl, ranks = GPUS[cfg.gpu], cfg.stage == "rl", min(cfg.gpus, NODE)
-    models = measurements(cfg)
-    (c, *_), *_ = models.values()
-    models = {name: measure(*arguments) for name, arguments in models.items()}
-    table, times = phases(cfg, c, models), seconds(cfg, c)
-    print_table(table)
-    state = ranks * sum(model.weights + model.moments for model in models.values())
-    waits = " for models that wait, and as many" if rl and cfg.offload else ""
-    print(f"host memory: {state:.0f} GB a node{waits} while a checkpoint is written")
+    (gb, tflops, gbs), (c, models, table) = GPUS[cfg.gpu], plan(cfg)
+    print(f"{'GB of a GPU':12}" + "".join(f"{name:>10}" for name in (*PARTS, "sum")))
+    for phase, parts in table.items():
+        sizes = [parts.get(name, 0.0) for name in PARTS]
+        cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
+        print(f"{phase:12}" + "".join(cells))
+    state = sum(model.weights + model.moments for model in models.values()) * min(cfg.gpus, NODE)
+    print(f"host memory: {state:.0f} GB a node for a checkpoint, and as many with --offload")
+    times, steps = seconds(cfg, c), cfg.steps or (900 if cfg.stage == "rl" else 1060)
     print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
-    steps = cfg.steps or (900 if rl else 1060)
     print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")
-    print(f"assumed: {cfg.mfu:.0%} of {tflops} TFLOP/s in training; rows of {cfg.mean} tokens")
-    if rl:
-        how = f"prompts of {PROMPT} tokens; {at_once(cfg, c)} responses at once"
-        print(f"assumed: {cfg.decode:.0%} of {gbs} GB/s in sampling; {how}")
-    print("not counted: waiting for the longest response, traffic, checkpoints")
+    shares = f"{cfg.mfu:.0%} of {tflops} TFLOP/s, {cfg.decode:.0%} of {gbs} GB/s"
+    print(f"assumed: {shares}, {at_once(cfg, c)} rows of {PROMPT} + {cfg.mean} tokens at once")
     peak = cfg.reserve_gb + max(sum(parts.values()) for parts in table.values())
     print(f"{peak:.1f} GB with {cfg.reserve_gb:g} GB in reserve, of {gb} GB of {cfg.gpu}")
     if peak > gb:

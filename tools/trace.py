@@ -10,14 +10,15 @@ A). The problem is the first of the batch with right and wrong samples; with a p
     python -m tools.trace --run out/ovr_7b/rl --step 40
 """
 
-import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from common import distributed
 from common.log import run_main
+from common.records import places_and_rows
 
 SAMPLES = 4  # of the problem, as many right as wrong ones where there are
 
@@ -79,17 +80,16 @@ def short(numbers) -> list[float]:
 
 
 def read(run: Path, step: int) -> list[dict]:
-    """The lines of one step of a run of rl.py."""
-    steps = {}
-    for line in (run / "trace.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        steps.setdefault(row["step"], []).append(row)
-    mixed = [s for s, rows in steps.items() if len({row["reward"] for row in rows}) > 1]
-    step = max(mixed or steps) if step == -1 else step
-    if step not in steps:
-        there = f"step {step} is not there; there are {min(steps)} to {max(steps)}"
-        raise ValueError(f"{run}/trace.jsonl: {there}")
-    return steps[step]
+    """The lines of one step of a run of rl.py. Those of all steps of a 7B run would fill memory."""
+    file, rewards = run / "trace.jsonl", defaultdict(set)
+    for _, row in places_and_rows(file):
+        rewards[row["step"]].add(row["reward"])
+    mixed = [s for s in rewards if len(rewards[s]) > 1]
+    step = max(mixed or rewards) if step == -1 else step
+    if step not in rewards:
+        there = f"step {step} is not there; there are {min(rewards)} to {max(rewards)}"
+        raise ValueError(f"{file}: {there}")
+    return [row for _, row in places_and_rows(file) if row["step"] == step]
 
 
 def page(rows: list[dict]) -> str:

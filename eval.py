@@ -25,11 +25,9 @@ OpenAI-compatible address.
     python eval.py --compare out/eval/coldstart/pope out/eval/rl/pope
 """
 
-import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,9 +39,9 @@ import torch
 from PIL import Image
 
 from common import data, distributed
-from common.client import Endpoint, Failure, each, user_message
-from common.log import changes, fingerprint, progress, run_main, write_json
-from common.records import Appender, read_rows, write_rows
+from common.client import Endpoint, Failure, Reply, ask_for_all, user_message
+from common.log import fingerprint, progress, run_main, write_json
+from common.records import Appender, claim, read_rows, write_rows
 from evaluation import behaviors, benchmarks, extract, gallery, metrics
 from rollout import address, open_sampler
 
@@ -64,15 +62,13 @@ class Config:
     top_p: float = 1.0  # 1: the whole distribution
     max_tokens: int = 32768  # of a reply
     prompt_tokens: int = 4096  # vllm's room for a prompt; a picture of a megapixel takes 1,300
-    pictures: Literal["true", "blank", "shuffled"] = "true"  # controls: is the picture looked at?
+    pictures: Literal["true", "blank"] = "true"  # blank: a control, is the picture looked at?
     forbid: tuple[str, ...] = ()  # tokens never drawn: is this word what brings the answers?
     limit: int = 0  # first items (or groups) only; 0: all
     seed: int = 0
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where it is installed
     sampler_batch: int = 256  # replies that a rank samples at once
     kv_cache_gb: float = 0.0  # vllm's keys and values, a rank; 7B: 57 kB a token; 0: what is left
-    dtype: str = "auto"  # bfloat16 on GPUs, float32 on CPUs
-    threads: int = 0  # CPU threads a process; 0 shares the cores out
     url: str = ""  # OpenAI-compatible address, ends in /v1, in place of a sampler
     key_env: str = ""  # NAME of the environment variable that holds its key
     concurrency: int = 64  # requests in flight
@@ -90,13 +86,9 @@ class Config:
             raise ValueError(
                 "give --model and --bench or --data (or --list, --regrade, --table, --compare)"
             )
-        if self.data and len(self.bench) > 1:
-            raise ValueError(f"--data is one set, --bench names {len(self.bench)}")
         for run in runs_of(self):  # a wrong name says which there are
             if run.bench.k > 1 and run.bench.temperature == 0:
                 raise ValueError(f"k = {run.bench.k} greedy samples are equal: set --temperature")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p} is not in (0, 1]")
         if self.forbid and self.url:
             raise ValueError("--forbid is for a model directory, not for a server")
 
@@ -129,9 +121,8 @@ def bench_of(name: str, own_data: str) -> benchmarks.Benchmark:
 
 def short_name(model: str) -> str:
     """out/ovr_7b/rl/model -> ovr_7b_rl; Qwen/Qwen2.5-VL-7B -> Qwen_Qwen2.5-VL-7B"""
-    parts = [part for part in Path(os.path.normpath(model)).parts if part not in ("/", "..")]
-    parts = parts[parts[:1] == ["out"] :]
-    return "_".join(parts[:-1] if parts[1:] and parts[-1] == "model" else parts) or "model"
+    parts = [part for part in Path(model).parts if part not in ("/", "..", "out", "model")]
+    return "_".join(parts) or "model"
 
 
 def chosen_sampler(cfg: Config) -> str:
@@ -139,7 +130,7 @@ def chosen_sampler(cfg: Config) -> str:
     return installed if cfg.sampler == "auto" else cfg.sampler
 
 
-# ---- items
+# ---- items, and their protocol
 
 
 def make_items(run: Run) -> None:
@@ -154,6 +145,12 @@ def make_items(run: Run) -> None:
         own = Path(cfg.place, run.bench.name)
         place = str(own) if cfg.place and own.exists() else cfg.place
         benchmarks.write_items(run.bench, place, run.out, cfg.limit)
+    if cfg.pictures == "blank":
+        items = read_rows(file)
+        blanks = {name: blank(run.out, name) for item in items for name in item["images"]}
+        for item in items:
+            item["images"] = [blanks[name] for name in item["images"]]
+        write_rows(file, items)
 
 
 def items_of_data(cfg: Config, folder: Path) -> list[dict]:
@@ -161,90 +158,45 @@ def items_of_data(cfg: Config, folder: Path) -> list[dict]:
     for p in data.read_problems(cfg.data)[: cfg.limit or None]:
         if not all(isinstance(image, str) for image in p.images):
             raise ValueError(f"{cfg.data}: {p.id} has its pictures inside; write them as files")
-        item = {"id": p.id, "source": p.source, "prompt": p.prompt, "answer": p.answer}
-        item |= {"choices": p.choices, "precision": p.precision}
+        columns = "id source prompt answer choices precision".split()
+        item = {name: value for name in columns if (value := getattr(p, name)) is not None}
         item["images"] = [os.path.relpath(image, folder) for image in p.images]
         item["category"] = "image" if p.images else "text"
         item["chance"] = 1 / len(p.choices) if p.choices else 0.0
-        items.append({name: value for name, value in item.items() if value is not None})
+        items.append(item)
     return items
 
 
-@cache
-def digest(*files: Path) -> str:
-    content = b"".join(file.read_bytes() for file in files)
-    return hashlib.sha256(content).hexdigest()[:16] if files else ""
-
-
-def hashes(item: dict, folder: Path) -> dict[str, str]:
-    """Of what is asked: they tie a reply to its question."""
-    text = hashlib.sha256(item["prompt"].encode()).hexdigest()[:16]
-    return {"prompt_hash": text, "image_hash": digest(*(folder / n for n in item["images"]))}
-
-
-def problems_of(items: list[dict], folder: Path, pictures: str) -> list[data.Problem]:
-    """What the sampler takes. The controls: pictures blank, of their size, or another item's."""
-    problems = []
-    for at, item in enumerate(items):
-        names = item["images"]
-        if pictures == "shuffled" and names:
-            names = other_pictures(items[at:] + items[:at], folder)
-        if pictures == "blank":
-            names = [blank(folder, name) for name in names]
-        shown, gold = tuple(str(folder / name) for name in names), str(item["answer"])
-        problem = data.Problem(item["id"], item["prompt"], gold, shown, extra=hashes(item, folder))
-        problems.append(problem)
-    return problems
-
-
-def other_pictures(items: list[dict], folder: Path) -> list[str]:
-    """Of the next item with as many pictures, none of which is the first item's. By what the files
-    hold: the questions of POPE or MME share a picture."""
-    own = [digest(folder / name) for name in items[0]["images"]]
-    for item in items[1:]:
-        others = item["images"]
-        if len(others) == len(own) and not {digest(folder / name) for name in others} & {*own}:
-            return others
-    raise ValueError(f"--pictures shuffled: no other pictures to show for {items[0]['images']}")
-
-
 def blank(folder: Path, name: str) -> str:
+    """A white picture of the same size."""
     with Image.open(folder / name) as image:
         size = image.size
     path = folder / "blank" / f"{size[0]}x{size[1]}.png"
     path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
-        Image.new("RGB", size, "white").save(part, "png")
-        part.replace(path)
+    Image.new("RGB", size, "white").save(path)
     return os.path.relpath(path, folder)
 
 
-# ---- the protocol, and replies on disk
+PROTOCOL = "model data limit max_tokens top_p pictures forbid seed url".split()
 
 
-PROTOCOL = "model data limit max_tokens top_p pictures seed url".split()
-
-
-def claim(run: Run) -> None:
+def claim_folder(run: Run) -> None:
     """protocol.json: what may not change between the replies of a directory, and stands beside
     every number. ValueError if the directory holds replies of another protocol."""
-    cfg, items, file = run.cfg, run.out / "items.jsonl", run.out / "protocol.json"
+    cfg, items = run.cfg, run.out / "items.jsonl"
     protocol = {name: getattr(cfg, name) for name in PROTOCOL} | {"bench": run.bench.name}
     protocol |= {"k": run.bench.k, "temperature": run.bench.temperature}
     protocol["sampler"] = "" if cfg.url else chosen_sampler(cfg)
-    protocol |= {"forbid": [*cfg.forbid]} if cfg.forbid else {}
+    prompts = [item["prompt"] for item in read_rows(items)]
+    # how the kinds of questions ask for the answer
+    used = [how for how in benchmarks.KINDS if any(p.endswith(how) for p in prompts)]
+    protocol |= {"prompts": used, "items": fingerprint(items)}
     if cfg.data:
         protocol["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
-    else:
-        prompts = [item["prompt"] for item in read_rows(items)]
-        used = [how for how in benchmarks.KINDS if any(p.endswith(how) for p in prompts)]
-        protocol["prompts"] = used  # how the kinds of questions ask for the answer
-    protocol["items"] = fingerprint(items)
-    before = read_json(file) if file.exists() and read_records(run.out) else protocol
-    if new := "; ".join(changes(before, protocol)):
-        raise ValueError(f"{run.out} holds replies of another protocol ({new}): another --out")
-    write_json(file, protocol)
+    claim(run.out / "protocol.json", protocol, begun=bool(read_records(run.out)))
+
+
+# ---- replies on disk
 
 
 def read_records(out: Path) -> list[dict]:
@@ -254,7 +206,7 @@ def read_records(out: Path) -> list[dict]:
 
 def settle(out: Path) -> None:
     """A complete run has one file of records, in the order of the items, each reply once."""
-    newest = {(record["id"], record["sample"]): record for record in read_records(out)}
+    newest = by_reply(read_records(out))
     places = {item["id"]: i for i, item in enumerate(read_rows(out / "items.jsonl"))}
     order = sorted(newest, key=lambda key: (places[key[0]], key[1]))
     write_rows(out / "records.jsonl", [newest[key] for key in order])
@@ -268,7 +220,7 @@ def settle(out: Path) -> None:
 def sample(run: Run, world, open_once: Callable) -> None:
     """Appends the missing replies."""
     cfg, items = run.cfg, read_rows(run.out / "items.jsonl")
-    done = {(record["id"], record["sample"]) for record in read_records(run.out)}
+    done = by_reply(read_records(run.out))
     world.wait()  # nobody writes before all have read
     replies = [(item["id"], n) for item in items for n in range(run.bench.k)]
     missing = [reply for reply in replies if reply not in done]
@@ -276,7 +228,10 @@ def sample(run: Run, world, open_once: Callable) -> None:
         return
     name = f"records.rank{world.rank}.jsonl" if world.size > 1 else "records.jsonl"
     write = Appender(run.out / name).add
-    problems = {problem.id: problem for problem in problems_of(items, run.out, cfg.pictures)}
+    problems = {}
+    for item in items:
+        pictures = tuple(str(run.out / name) for name in item["images"])
+        problems[item["id"]] = data.Problem(item["id"], item["prompt"], item["answer"], pictures)
     if cfg.url:
         ask_server(run, [(problems[name], n) for name, n in missing], write)
     else:
@@ -293,14 +248,9 @@ def ask_sampler(run: Run, problems: list, write: Callable, world, sampler) -> No
     for c in progress(mine, run.bench.name, len(chunks)):
         replies = sampler.generate(chunks[c], n, cfg.max_tokens, run.bench.temperature, (cfg.seed,))
         for reply in replies:
+            record = {"id": reply.problem.id, "sample": reply.sample, "response": reply.text}
             finish = "stop" if reply.stopped else "length"
-            about = {"response": reply.text, "finish": finish, "tokens": len(reply.response_ids)}
-            write(record_of(run, reply.problem, reply.sample) | about)
-
-
-def record_of(run: Run, problem: data.Problem, sample: int) -> dict:
-    """What a reply is to, with the hashes of what was asked."""
-    return {"id": problem.id, "sample": sample, "seed": run.cfg.seed} | problem.extra
+            write(record | {"finish": finish, "tokens": len(reply.response_ids)})
 
 
 def open_for(cfg: Config, world):
@@ -318,29 +268,30 @@ def open_for(cfg: Config, world):
 def ask_server(run: Run, missing: list[tuple], write: Callable) -> None:
     """Only what is missing is asked, for it may cost. What the server fails at is printed, and
     asked again by the same command."""
-    cfg, name, failures = run.cfg, run.bench.name, Counter()
+    cfg, came = run.cfg, set()
     sampling = {"max_tokens": cfg.max_tokens, "top_p": cfg.top_p}
     sampling["temperature"] = run.bench.temperature
 
-    async def work(ask: Callable, job: tuple):
-        problem, n = job
+    def request(job: int) -> dict | None:
+        if job in came:
+            return None
+        problem, n = missing[job]
         message = user_message(problem.prompt, problem.images)
-        seed = address((cfg.seed,), problem.id, n)
-        reply = await ask(sampling | {"messages": [message], "seed": seed})
+        return sampling | {"messages": [message], "seed": address((cfg.seed,), problem.id, n)}
+
+    def keep(job: int, reply: Reply | Failure) -> None:
         if isinstance(reply, Failure):
-            failures[f"{reply.error}: {reply.message}"] += 1
             return
+        came.add(job)
+        problem, n = missing[job]
         thought = "" if reply.thought is None else f"<think>\n{reply.thought}\n</think>\n\n"
-        about = {"response": thought + reply.text, "finish": reply.finish}
-        write(record_of(run, problem, n) | about | {"tokens": reply.completion_tokens})
+        record = {"id": problem.id, "sample": n, "response": thought + reply.text}
+        write(record | {"finish": reply.finish, "tokens": reply.completion_tokens})
 
     endpoint = Endpoint(cfg.url, cfg.model, cfg.key_env, cfg.concurrency)
-    each(endpoint, progress(missing, name), work)
-    for why, count in failures.most_common(5):
-        print(f"{name}: {count} requests failed: {why}")
-    if failures:
-        lost = f"{failures.total()} of {len(missing)} replies are missing"
-        raise ValueError(f"{name}: {lost}: give the command again")
+    ask_for_all(endpoint, progress(range(len(missing)), run.bench.name), request, keep)
+    if lost := len(missing) - len(came):
+        raise ValueError(f"{run.bench.name}: {lost} replies are missing: give the command again")
 
 
 # ---- grading
@@ -362,19 +313,18 @@ def graded(record: dict, item: dict, before: dict | None = None) -> dict:
     return row | {"spans": behaviors.find_in_thought(reply, question)}
 
 
+def by_reply(rows: list[dict]) -> dict[tuple[str, int], dict]:
+    return {(row["id"], row["sample"]): row for row in rows}
+
+
 def regrade(out: Path, bench: benchmarks.Benchmark) -> list[dict]:
     """graded.jsonl anew from items, records, and the judge's word if it is there."""
     items = {item["id"]: item for item in read_rows(out / "items.jsonl")}
-    judged, before = (
-        {(row["id"], row["sample"]): row for row in read_rows(out / f"{name}.jsonl")}
-        for name in ("judged", "graded")
-    )
+    judged, before = (by_reply(read_rows(out / f"{name}.jsonl")) for name in ("judged", "graded"))
     rows = []
     for record in progress(read_records(out), "grading"):
-        item, key = items.get(record["id"]), (record["id"], record["sample"])
-        if not item or (record | hashes(item, out)) != record:
-            raise ValueError(f"{out}: item {key[0]} is gone or is not what its reply was asked")
-        row = graded(record, item, before.get(key))
+        key = record["id"], record["sample"]
+        row = graded(record, items[key[0]], before.get(key))
         if bench.judge == "only":  # sentences: without a judge there is no score
             row["score"] = None
         if key in judged:
@@ -389,6 +339,8 @@ def finish(out: Path) -> dict:
     that a benchmark is done (runs/eval.sh)."""
     protocol = read_json(out / "protocol.json")
     bench = bench_of(protocol["bench"], protocol["data"])
+    if fingerprint(out / "items.jsonl") != protocol["items"]:
+        print(f"{out}/items.jsonl was changed after it was asked: its golds count, not its prompts")
     rows, items = regrade(out, bench), read_rows(out / "items.jsonl")
     whole = len(items) > 0.95 * bench.size  # a part of it is another benchmark
     paper = {name: ovr for name, (_, _, ovr) in bench.paper.items()} if whole else {}
@@ -407,57 +359,37 @@ def read_json(file: Path) -> dict:
 # ---- several directories
 
 
-def show_table(folders: list[Path]) -> None:
-    ends = Counter(folder.name for folder in folders)
-    names = {folder: folder.name if ends[folder.name] == 1 else f"{folder}" for folder in folders}
-    summaries = {name: read_json(folder / "summary.json") for folder, name in names.items()}
-    forms = [folder for folder in folders if folder.name in ("mmmu_pro", "mmmu_pro_vision")]
-    both = mmmu_pro(forms) if len(forms) == 2 and len({*ends}) > 1 else {}
-    print(metrics.table(summaries | both))
-    for name, summary in summaries.items():
+def show_table(folders: tuple[str, ...]) -> None:
+    summaries = {folder: read_json(Path(folder) / "summary.json") for folder in folders}
+    print(metrics.table(summaries))
+    for folder, summary in summaries.items():
         settings = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
-        print(f"{name}: {settings}")
-
-
-def mmmu_pro(forms: list[Path]) -> dict[str, dict]:
-    """The paper's number is most likely the mean of the two forms of the questions."""
-    rows = [row for folder in forms for row in read_rows(folder / "graded.jsonl")]
-    rows = [row | {"group": {"question": row["id"].split("/", 1)[1]}} for row in rows]
-    items = [*{row["id"]: row for row in rows}.values()]
-    paper = {"accuracy": benchmarks.named("mmmu_pro").paper["mean"][-1]}
-    return {"mmmu_pro, both": metrics.summarise("both forms", rows, items, paper)}
+        print(f"{folder}: {settings}")
 
 
 def show_comparison(before: Path, after: Path) -> None:
+    """The difference of the scores, of the behaviours, and which units flipped."""
     metric = read_json(before / "summary.json")["metric"]
-    rows = [read_rows(out / "graded.jsonl") for out in (before, after)]
-    for out, run in zip((before, after), rows, strict=True):
-        if not all("spans" in row for row in run):
-            raise ValueError(f"{out} was graded by an older version: eval.py --regrade {out}")
-    comparison = metrics.compare(metric, *rows)
+    runs = [by_reply(read_rows(out / "graded.jsonl")) for out in (before, after)]
+    comparison = metrics.compare(metric, *([*run.values()] for run in runs))
     for name, d in comparison["difference"].items():
-        print(
-            f"{name}: {d['before']:.3f} -> {d['after']:.3f}, {d['difference']:+.3f} "
-            f"[{d['low']:+.3f}, {d['high']:+.3f}], p {d['p']:.3g}"
-        )
+        change = f"{d['after'] - d['before']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+        print(f"{name}: {d['before']:.3f} -> {d['after']:.3f}, {change}")
     print(f"McNemar: p {comparison['sign']:.3g}")
-    ids = [[(row["id"], row["sample"]) for row in run] for run in rows]
-    if ids[0] == ids[1]:
-        old, new = (behaviors.shown_by([row["spans"] for row in run]) for run in rows)
-        habits = behaviors.paired_difference(new, old, [name for name, _ in ids[0]])
-        for name, (change, low, high) in habits.items():
+    if runs[0].keys() == runs[1].keys():  # of the same k
+        old, new = (behaviors.shown_by([run[key]["spans"] for key in runs[0]]) for run in runs)
+        changes = behaviors.means(new.astype(int) - old, [name for name, _ in runs[0]])
+        for name, (change, low, high) in changes.items():
             print(f"{name}: {change:+.3f} of the replies [{low:+.3f}, {high:+.3f}]")
     for way in ("gained", "lost"):
         print(f"{way}: {len(comparison[way])}", *comparison[way][:50])
 
 
 def evaluate(cfg: Config) -> None:
-    world, runs = distributed.start(cfg.dtype), runs_of(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    world, runs = distributed.start(), runs_of(cfg)
     for run in runs if world.main else ():  # what is missing of the last is said before the first
         make_items(run)
-        claim(run)
+        claim_folder(run)
     open_once = cache(lambda: open_for(cfg, world))  # one sampler for all benchmarks
     for run in runs:
         world.wait()
@@ -473,7 +405,7 @@ def main(cfg: Config):
     if cfg.list:
         print(benchmarks.table())
     elif cfg.table:
-        show_table([*map(Path, cfg.table)])
+        show_table(cfg.table)
     elif cfg.compare:
         show_comparison(*map(Path, cfg.compare))
     elif cfg.regrade:

@@ -16,7 +16,7 @@ import base64
 import os
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,35 +105,39 @@ def picture_type(path: str | Path) -> str:
 
 
 def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Callable) -> None:
-    """Asks for every job until request(job) is None. A reply is on disk before its job asks for
-    more; a Failure ends its job, as all tries were used. Where nothing more is to be had, and at
-    Ctrl-C, it stops with the command that goes on."""
-    failures = Counter()
+    """Asks for every job until request(job) is None, `concurrency` jobs at a time. A job is pulled
+    when there is a place for it, so that millions take no memory. A reply is on disk before its job
+    asks for more; a Failure ends its job, as all tries were used. Where nothing more is to be had,
+    and at Ctrl-C, it stops with the command that goes on; what request or write raise ends it."""
+    asker, shared, failures, stopped = Asker(endpoint), iter(jobs), Counter(), None
 
-    async def work(ask: Callable, job):
-        outcome = None
-        while not isinstance(outcome, Failure) and (body := request(job)):
-            outcome = await ask(body)
-            write(job, outcome)
-        if isinstance(outcome, Failure):
-            failures[f"{outcome.error}: {outcome.message}"] += 1
+    async def worker():
+        for job in shared:
+            outcome = None
+            while not isinstance(outcome, Failure) and (body := request(job)):
+                outcome = await asker.ask(body)
+                write(job, outcome)
+            if isinstance(outcome, Failure):
+                failures[f"{outcome.error}: {outcome.message}"] += 1
+
+    async def workers():
+        async with asker.client, asyncio.TaskGroup() as group:
+            for _ in range(endpoint.concurrency):
+                group.create_task(worker())
 
     try:
-        each(endpoint, jobs, work)
-    except (KeyboardInterrupt, Unusable) as error:
+        asyncio.run(workers())
+    except KeyboardInterrupt:
+        stopped = Unusable("Ctrl-C")
+    except ExceptionGroup as group:
+        stopped = group.exceptions[0]
+    if isinstance(stopped, Unusable):
         print(f"every reply that came is on disk; to go on: {command_line()}")
-        raise SystemExit(f"stopped: {error or 'Ctrl-C'}") from error
+        raise SystemExit(f"stopped: {stopped}")
+    if stopped:
+        raise stopped
     for why, count in failures.most_common(5):
         print(f"{count:,} requests failed: {why}")
-
-
-def each(endpoint: Endpoint, jobs: Iterable, work: Callable[[Callable, object], Awaitable]) -> None:
-    """Awaits work(ask, job) for every job, `concurrency` at a time; each is pulled when there is a
-    place for it, so that millions of jobs take no memory. What one of them raises ends it all."""
-    try:
-        asyncio.run(Asker(endpoint).each(iter(jobs), work))
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
 
 
 class Asker:
@@ -145,15 +149,6 @@ class Asker:
         settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
         self.client = openai.AsyncOpenAI(base_url=endpoint.url, **settings)
 
-    async def each(self, jobs: Iterator, work: Callable) -> None:
-        async def worker():
-            for job in jobs:
-                await work(self.ask, job)
-
-        async with self.client, asyncio.TaskGroup() as group:
-            for _ in range(self.endpoint.concurrency):
-                group.create_task(worker())
-
     async def ask(self, body: dict) -> Reply | Failure:
         """body: of a chat completion, as {"messages": [...], "temperature": 0.6}; one choice."""
         body = {"model": self.endpoint.model, "stream": True} | body
@@ -163,7 +158,7 @@ class Asker:
             try:  # the library itself tries again what fails before the first byte
                 stream = await self.client.chat.completions.create(**body)
             except openai.APIError as error:
-                if type(error) is openai.APIConnectionError:
+                if type(error) is openai.APIConnectionError:  # a timeout is a kind of it
                     why = f"{self.endpoint.url}: {error.__cause__}; does it run?"
                     raise Unusable(why) from error
                 return self.failed(error)

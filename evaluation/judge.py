@@ -4,12 +4,12 @@ r"""Asks a language model what rules cannot tell: how often a behaviour shows, i
 
 The paper counts behaviours with GPT-4o, one call a behaviour and response, which ends in
 <count>N</count>; answers are judged where the benchmark officially wants it. The paper prints no
-prompts: these, and temperature 0, are ours. A reply without exactly one readable tag is asked for
-once more with another seed; then the verdict is None, never 0.
+prompts: these, and temperature 0, are ours. The verdict of a reply without exactly one readable tag
+is None, never 0.
 
 A reply is written down the moment it is there, under a hash of model and prompt: no prompt is paid
 for twice, and verdicts are read anew each time. MathVision-mini at 10k tokens a response is 304 x 8
-x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates over all responses.
+x 10k = 24 M tokens, hence --sample.
 
     python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
@@ -21,7 +21,6 @@ import hashlib
 import json
 import re
 import zlib
-from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -82,7 +81,6 @@ TASKS = {
 
 SCORED = {"mmvet"}  # benchmarks with a score from 0 to 1
 VALUES = {"count": r"\d{1,4}", "verdict": "correct|incorrect", "score": r"0(\.\d)?|1(\.0)?"}
-TRIES = 2  # of a question whose first reply cannot be read
 
 
 @dataclass(frozen=True)
@@ -93,15 +91,14 @@ class Config:
     what: Literal["behaviors", "answers"]
     url: str  # of an OpenAI-compatible server, with its /v1
     model: str  # as the server calls it
-    all: bool = False  # answers: also of items that officially need no judge
     sample: int = 0  # responses, drawn by a hash of their names; 0: all
     max_tokens: int = 2048  # of the judge's reply
     key_env: str = ""  # NAME of the environment variable that holds the key; empty: none
     concurrency: int = 32  # requests in flight
 
     def __post_init__(self):
-        if self.sample < 0 or self.max_tokens < 1:
-            raise ValueError("sample must not be negative, max_tokens must be positive")
+        if self.sample < 0:
+            raise ValueError(f"--sample {self.sample} is negative")
         _ = self.endpoint  # checks the rest
 
     @property
@@ -141,42 +138,30 @@ def read(kind: str, text: str) -> float | int | None:
 
 
 class Cache:
-    """judge.jsonl, only ever appended: {"hash", "seed"} | fields of a Reply, of all runs."""
+    """judge.jsonl, only ever appended: {"hash"} | fields of a Reply, of all runs."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.path = cfg, Path(cfg.records, "judge.jsonl")
-        self.texts, self.usage = defaultdict(list), Counter()
-        self.file = Appender(self.path)
-        for record in read_rows(self.path):
-            self.remember(record)
-
-    def remember(self, record: dict) -> None:
-        self.texts[record["hash"]].append(record["text"])
-        tokens = {name: record[name] or 0 for name in ("prompt_tokens", "completion_tokens")}
-        self.usage.update({"replies": 1} | tokens)
+        self.cfg, path = cfg, Path(cfg.records, "judge.jsonl")
+        self.file = Appender(path)
+        self.texts = {record["hash"]: record["text"] for record in read_rows(path)}
 
     def key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.cfg.model, question.prompt]).encode()).hexdigest()
 
     def verdict(self, question: Question) -> float | int | None:
-        values = [read(question.kind, text) for text in self.texts[self.key(question)]]
-        return next((value for value in values if value is not None), None)
+        return read(question.kind, self.texts.get(self.key(question), ""))
 
     def request(self, question: Question) -> dict | None:
-        """The next try, with a seed of its own. None where there is a verdict or no try is left."""
-        seed = len(self.texts[self.key(question)])
-        if seed == TRIES or self.verdict(question) is not None:
+        if self.key(question) in self.texts:
             return None
-        body = {"messages": [user_message(question.prompt)], "seed": seed, "temperature": 0}
-        return body | {"max_tokens": self.cfg.max_tokens}
+        message = user_message(question.prompt)
+        return {"messages": [message], "temperature": 0, "max_tokens": self.cfg.max_tokens}
 
     def write(self, question: Question, outcome: Reply | Failure) -> None:
         if isinstance(outcome, Failure):
             return  # it is not kept: the next run asks again
-        key = self.key(question)
-        record = {"hash": key, "seed": len(self.texts[key])} | asdict(outcome)
-        self.file.add(record)
-        self.remember(record)
+        self.file.add({"hash": self.key(question)} | asdict(outcome))
+        self.texts[self.key(question)] = outcome.text
 
 
 def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
@@ -186,35 +171,32 @@ def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
     records = read_rows(Path(cfg.records, "records.jsonl"))
     records.sort(key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
     pairs = [(items[record["id"]], record) for record in records]
-    if cfg.what == "behaviors" or cfg.all:
+    if cfg.what == "behaviors":
         return pairs
     official = [(item, record) for item, record in pairs if item.get("judge", True)]
     if pairs and not official:
-        raise ValueError(f"{cfg.records} officially needs no judge; --all asks one all the same")
+        raise ValueError(f"{cfg.records} needs no judge: its official score is by rules")
     return official
 
 
-def show_behaviors(records: list[dict], rows: list[dict]) -> None:
-    """The judge's rates, the lexicon's over all responses, and these put right by the former."""
-    counts = {(row["id"], row["sample"]): row["counts"] for row in rows}
-    heard = behaviors.presence([behaviors.thinking(r["response"]) for r in records])
-    print(f"{'share of responses with':28}{'judge':>7}{'of':>6}{'lexicon':>9}   corrected (95 %)")
-    for b, name in enumerate(behaviors.NAMES):
-        said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
-        shows = [number > 0 for number in said if number is not None]
-        rate = f"{np.mean(shows):7.1%}" if shows else "    n/a"
-        right = behaviors.corrected_rate(heard[:, b], said)
-        interval = "{:.1%} ({:.1%} to {:.1%})".format(*right) if right else "n/a"
-        print(f"{name:28}{rate}{len(shows):6,}{heard[:, b].mean():9.1%}   {interval}")
-    whole = [[n > 0 for n in c.values()] for c in counts.values() if None not in c.values()]
-    shown = np.array(whole, dtype=bool).reshape(-1, len(behaviors.NAMES))
+def show_behaviors(rows: list[dict]) -> None:
+    """CBR and BTR of the responses all of whose counts could be read, with intervals."""
+    rows = [row for row in rows if None not in row["counts"].values()]
+    print(f"share of {len(rows):,} responses with")
+    if not rows:
+        return
+    ids = [row["id"] for row in rows]
+    shown = np.array([[row["counts"][name] > 0 for name in behaviors.NAMES] for row in rows])
+    for name, (rate, low, high) in behaviors.means(shown, ids).items():
+        print(f"{name:28}{rate:7.1%} ({low:.1%} to {high:.1%})")
     for pair, ratio in behaviors.transfer_rates(shown).items():
-        print(f"{pair[1]} / {pair[0]}: {'n/a' if ratio is None else f'{ratio:.1%}'}")
+        ends = behaviors.transfer_interval(shown, pair, ids)
+        text = "{:.1%} ({:.1%} to {:.1%})".format(ratio, *ends) if ends else "n/a"
+        print(f"{pair[1]} / {pair[0]}: {text}")
 
 
 def main(cfg: Config) -> None:
-    cache, pairs = Cache(cfg), read_pairs(cfg)
-    sample = pairs[: cfg.sample or None]
+    cache, sample = Cache(cfg), read_pairs(cfg)[: cfg.sample or None]
     named = [questions(cfg.what, item, record) for item, record in sample]
     every = [question for of_reply in named for question in of_reply.values()]
     due = progress(dict.fromkeys(every), "asking the judge")  # equal questions are asked once
@@ -228,9 +210,8 @@ def main(cfg: Config) -> None:
     write_rows(out, rows)
     unread = sum(cache.verdict(question) is None for question in every)
     print(f"{out}: {len(rows):,} responses, {unread:,} of {len(every):,} questions unanswered")
-    print("all runs:", ", ".join(f"{count:,} {name}" for name, count in cache.usage.items()))
     if cfg.what == "behaviors":
-        show_behaviors([record for _, record in pairs], rows)
+        show_behaviors(rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Graded replies -> numbers that can be trusted: scores with intervals, chance, and comparisons.
 
     rows ─by unit─▶ metric(rows of a unit) = {score: (right, of)} ─sum / sum─▶ scores
-                                                 └─ bootstrap over units ─▶ errors, 95 % intervals
+                                                 └─ bootstrap over units ─▶ 95 % intervals
 
 A row is a reply: {"id", "sample", "score": 0..1 | None, "status", "extracted", "answer"} and, where
 its benchmark has them, "category", "group", "seen", "tokens", "judge_score". A metric is a plain
@@ -11,7 +11,7 @@ MME's image. The bootstrap draws units anew, never replies.
 
 "All of a group right" is a product of scores. For scores of 0 and 1 that is all(); for the chances
 of independent guesses it is the expectation, so chance is the metric of rows whose score is the
-chance of a guess, and the upper bound that of rows whose truncated replies count as right.
+chance of a guess.
 
 What cannot be parsed is wrong. A score of None (no rule can grade it) leaves its unit out, and is
 counted. Rule and judge are two lines. Shares are 0..1, MME's sums points; `table` prints percent.
@@ -20,11 +20,10 @@ counted. Rule and judge are two lines. Shares are 0..1, MME's sums points; `tabl
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-
-from reward import grade
 
 DRAWS = 10_000  # of the bootstrap: the ends of an interval move by 2 % of its width between seeds
 LEVEL = (0.025, 0.975)  # ends of every interval
@@ -33,13 +32,7 @@ VARIANTS = 10  # of a DynaMath question
 # MME's categories, 200 points each
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork ocr".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
-COLUMNS = "benchmark,score of,score,95 % interval,n,k,chance,truncated,unparsed,at most,paper"
-PARTS = {  # the accuracy is also given by each of these, where they tell rows apart
-    "categories": lambda row: str(row.get("category")),
-    "source": lambda row: {True: "seen", False: "unseen"}.get(row.get("seen"), "unknown"),
-    # a quarter of CharXiv's descriptive questions ask for what the chart does not have
-    "applicable": lambda row: "not " * (row["answer"] == "Not Applicable") + "applicable",
-}
+COLUMNS = "benchmark,score of,score,95 % interval,n,k,chance,truncated,unparsed,paper"
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], Hashable]) -> dict[Hashable, list[dict]]:
@@ -130,37 +123,16 @@ def mme_sums(points: dict) -> dict:
     return sums
 
 
-def of_samples(rows: list[dict]) -> dict:
-    """pass@1, 2, 4, ... k and maj@k; here the rows are all k samples of an item."""
-    scores, k = [row["score"] for row in rows], len(rows)
+def pass_at(rows: list[dict]) -> dict:
+    """pass@1, 2, 4, ... k; here the rows are all k samples of an item."""
+    k, right = len(rows), [row["score"] for row in rows].count(1.0)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k})
-    terms = {f"pass@{size}": (pass_at_k(k, scores.count(1.0), size), 1) for size in sizes}
-    return terms | {f"maj@{k}": (majority([row["extracted"] for row in rows], scores), 1)}
+    return {f"pass@{size}": (pass_at_k(k, right, size), 1) for size in sizes}
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that one of k of the n samples is right, unbiased (Chen et al. 2021, eq. 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def same(a: str, b: str) -> bool:
-    """Are two extracted answers one? 1/2 and 0.5 are."""
-    return a == b or grade(a, f"\\boxed{{{b}}}", digits=6).score == 1
-
-
-def majority(answers: list[str | None], scores: list[float]) -> float:
-    """Expected score of the most frequent answer, ties broken by lot. None (unparsed) never wins.
-
-    An answer is compared with the first of each kind.
-    """
-    kinds = {}  # first answer -> scores of all that equal it
-    for answer, score in zip(answers, scores, strict=True):
-        if answer is not None:
-            first = next((known for known in kinds if same(known, answer)), answer)
-            kinds.setdefault(first, []).append(score)
-    votes = max(map(len, kinds.values()), default=0)
-    winners = [sum(kind) / votes for kind in kinds.values() if len(kind) == votes]
-    return sum(winners) / len(winners) if winners else 0.0
 
 
 class Metric(NamedTuple):
@@ -181,8 +153,7 @@ METRICS = {
     "hallusion": Metric(hallusion, ("mean", "aAcc", "fAcc", "qAcc"), "set", mean_of_three),
     "f1": Metric(f1, ("f1", "accuracy")),
     "mme sum": Metric(mme, ("perception", "cognition"), "image", mme_sums, scale=1),
-    "both forms": Metric(accuracy, unit="question"),  # MMMU-Pro's, of which the paper has the mean
-    "samples": Metric(of_samples),
+    "pass@k": Metric(pass_at),
 }
 
 
@@ -237,18 +208,16 @@ def bootstrap(terms: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarra
 
 
 def estimate(metric: str, rows: list[dict]) -> dict[str, dict]:
-    """{name: {"score", "error", "low", "high", "n"}}: standard error, 95 % interval, units.
+    """{name: {"score", "low", "high", "n"}}: 95 % interval, number of units.
 
-    The bootstrap's deviation is too small by sqrt((U - 1) / U), which is put right. A mean of units
-    that are each right or wrong gets Wilson's interval: the bootstrap's is [0, 0] where all fail.
+    A mean of units that are each right or wrong gets Wilson's interval: the bootstrap's is [0, 0]
+    where all fail.
     """
     names, sums = unit_sums(metric, rows)
     n, drawn, estimates = len(sums), scores_of(metric, names, bootstrap(sums)), {}
     for name, score in scores_of(metric, names, sums.sum(axis=0)).items():
         low, high = np.quantile(drawn[name], LEVEL).tolist()
-        # one unit says nothing of the spread
-        error = float(drawn[name].std()) * math.sqrt(n / (n - 1)) if n > 1 else None
-        estimates[name] = {"score": float(score), "error": error, "low": low, "high": high, "n": n}
+        estimates[name] = {"score": float(score), "low": low, "high": high, "n": n}
     for name, (right, of) in zip(names, sums.transpose(1, 2, 0), strict=True):
         if (of == of[0]).all() and np.isin(right, (0, of[0])).all():
             low, high = wilson(estimates[name]["score"], n)
@@ -271,18 +240,7 @@ def chance(metric: str, items: list[dict]) -> dict[str, float]:
     """{name: expected score of guessing each item by itself}: exact where the metric is a mean of
     sums and products of scores; for F1's ratios the ratio of the expectations."""
     guess = {"sample": 0, "status": "ok", "extracted": "yes"}
-    rows = []
-    for item in items:
-        options = item.get("choices") or ()  # of older items, which do not tell their chance
-        share = item.get("chance", 1 / len(options) if options else 0.0)
-        rows.append(item | guess | {"score": share})
-    return point(metric, rows)
-
-
-def at_most(metric: str, rows: list[dict]) -> dict[str, float]:
-    """{name: score if every truncated reply had been right}."""
-    right = {"score": 1.0}
-    return point(metric, [row | right if row["status"] == "truncated" else row for row in rows])
+    return point(metric, [item | guess | {"score": item["chance"]} for item in items])
 
 
 def scored(metric: str, rows: list[dict]) -> list[dict]:
@@ -294,61 +252,50 @@ def scored(metric: str, rows: list[dict]) -> list[dict]:
 
 def summarise(metric: str, rows: list[dict], items: list[dict], paper: dict | None = None) -> dict:
     """All numbers of one benchmark, as JSON. metric: a key of METRICS; items: what was asked, each
-    with its "chance"; paper: {name of a headline: the paper's number, in its unit}."""
-    summary = by_rule(metric, rows, items) | {"paper": paper or {}}
-    judged = [row for row in rows if "judge_score" in row]
-    return summary | {"judge": by_judge(metric, judged, items) if judged else None}
+    with its "chance"; paper: {name of a headline: the paper's number, in its unit}.
+
+    "judge" is the same by the judge alone, of the rows that it was asked about. What was truncated
+    or empty needs no judge and is wrong.
+    """
+    refuse_gaps(rows, items)
+    judged, wrong = [row for row in rows if "judge_score" in row], {"truncated": 0.0, "empty": 0.0}
+    judged = [row | {"score": wrong.get(row["status"], row["judge_score"])} for row in judged]
+    ids = {row["id"] for row in judged}
+    about = [item for item in items if item["id"] in ids]
+    judge = score_all(metric, judged, about) if judged else None
+    return score_all(metric, rows, items) | {"paper": paper or {}, "judge": judge}
 
 
-def by_rule(metric: str, rows: list[dict], items: list[dict]) -> dict:
-    """The summary of the scores that the rows have; ValueError if not each reply is there once."""
+def refuse_gaps(rows: list[dict], items: list[dict]) -> None:
+    """ValueError if not each reply is there once."""
     samples = {row["sample"] for row in rows} or {0}
     count = Counter({(item["id"], sample): -1 for item in items for sample in samples})
     count.update((row["id"], row["sample"]) for row in rows)
     if wrong := [reply for reply, extra in count.items() if extra]:
         raise ValueError(f"replies (id, sample) missing or not asked for: {wrong[:5]}")
+
+
+def score_all(metric: str, rows: list[dict], items: list[dict]) -> dict:
+    """The summary of the scores that the rows have."""
     graded, status = scored(metric, rows), Counter(row["status"] for row in rows)
-    ids = {row["id"] for row in graded}
+    ids, k = {row["id"] for row in graded}, len({row["sample"] for row in rows})
     summary = {"headline": {}, "metric": metric, "scale": METRICS[metric].scale, "n": len(ids)}
-    summary |= {"k": len(samples), "left_out": len(items) - len(ids), "status": dict(status)}
+    summary |= {"k": k, "left_out": len(items) - len(ids), "status": dict(status)}
     summary |= {name: status[name] / max(1, len(rows)) for name in ("truncated", "unparsed")}
-    if graded:
-        summary |= scores_and_parts(metric, graded)
-        summary["chance"] = chance(metric, [item for item in items if item["id"] in ids])
-    return summary
-
-
-def scores_and_parts(metric: str, rows: list[dict]) -> dict:
-    """What a summary says of the rows that have a score."""
-    scores = estimate(metric, rows)
+    if not graded:
+        return summary
+    scores = estimate(metric, graded)
     headline = [name for name in METRICS[metric].headline if name in scores]
-    summary = {"headline": {name: scores.pop(name) for name in headline}, "details": scores}
-    if metric == "worst of variants":
-        items = {row["id"]: unit_of(metric, row) for row in rows}
-        summary["missing_variants"] = VARIANTS * len({*items.values()}) - len(items)
-    if any(row["status"] == "truncated" for row in rows):
-        summary["at_most"] = at_most(metric, rows)
-    for name, part_of in PARTS.items():
-        groups = sorted(grouped(rows, part_of).items())
+    summary |= {"headline": {name: scores.pop(name) for name in headline}, "details": scores}
+    summary["chance"] = chance(metric, [item for item in items if item["id"] in ids])
+    # `seen`: from a set that the paper trains on, too
+    for part, column in (("categories", "category"), ("seen", "seen")):
+        groups = grouped(graded, lambda row, column=column: str(row.get(column)))
         if len(groups) > 1:
-            summary[name] = {part: estimate("accuracy", group) for part, group in groups}
-    if any(row["sample"] for row in rows):
-        summary["samples"] = estimate("samples", [row | {"sample": 0} for row in rows])
+            summary[part] = {name: estimate("accuracy", groups[name]) for name in sorted(groups)}
+    if k > 1:
+        summary["samples"] = estimate("pass@k", [row | {"sample": 0} for row in graded])
     return summary
-
-
-def by_judge(metric: str, rows: list[dict], items: list[dict]) -> dict:
-    """The summary by the judge alone, of the rows that it was asked about.
-
-    What was truncated or empty needs no judge and is wrong. Where the judge's verdict could not be
-    read (judge_score None), the unit is left out and counted. agreement: of rows with both scores.
-    """
-    wrong, ids = {"truncated": 0.0, "empty": 0.0}, {row["id"] for row in rows}
-    judged = [row | {"score": wrong.get(row["status"], row["judge_score"])} for row in rows]
-    both = [row for row in rows if None not in (row["score"], row["judge_score"])]
-    agreed = sum(row["score"] == row["judge_score"] for row in both)
-    summary = by_rule(metric, judged, [item for item in items if item["id"] in ids])
-    return summary | {"agreement": agreed / len(both) if both else None}
 
 
 # --- two runs -------------------------------------------------------------------------------------
@@ -357,46 +304,38 @@ def by_judge(metric: str, rows: list[dict], items: list[dict]) -> dict:
 def compare(metric: str, before: list[dict], after: list[dict]) -> dict:
     """after - before on the same items: paired bootstrap, sign test, flipped units.
 
-    difference: {name: before, after, difference, low, high, p}; p is two-sided, from the draws on
-    either side of 0. gained, lost: units whose mean score rose and fell; sign: p of their sign
-    test, which with one sample and one item a unit is McNemar's exact test.
+    difference: {name: before, after, and the interval of the difference}. gained, lost: units whose
+    mean score rose and fell; sign: p of their sign test, which with one sample and one item a unit
+    is McNemar's exact test.
     """
     before, after = scored(metric, before), scored(metric, after)
     one, other = (
-        {f"{row['id']} (gold {row['answer']}, unit {unit_of(metric, row)})" for row in rows}
+        {(row["id"], row["answer"], unit_of(metric, row)) for row in rows}
         for rows in (before, after)
     )
     if one != other or not one:
-        raise ValueError(f"the runs do not share their items: {sorted(one ^ other)[:5]}")
+        gaps = sorted(one ^ other, key=str)[:5]
+        raise ValueError(f"the runs do not share their items (id, gold, unit): {gaps}")
     (names, old), (_, new) = unit_sums(metric, before), unit_sums(metric, after)
-    drawn = bootstrap(np.stack([old, new], axis=1))  # (draws, 2, H, 2): units drawn in pairs
-    old_draws, new_draws = (scores_of(metric, names, drawn[:, run]) for run in (0, 1))
-    old_score, new_score = point(metric, before), point(metric, after)
-    change = Counter()
-    # each weighs as much as the other has replies: runs of different k compare, in whole numbers
-    for weight, rows in ((-len(after), before), (len(before), after)):
-        for row in rows:
-            change[unit_of(metric, row)] += weight * row["score"]
-    gained = [unit for unit, gain in change.items() if gain > 0]
-    lost = [unit for unit, gain in change.items() if gain < 0]
-    difference = {
-        name: {"before": old_score[name], "after": new_score[name]}
-        | spread(new_draws[name] - old_draws[name], new_score[name] - old_score[name])
-        for name in old_score
-    }
+    pairs = np.stack([old, new], axis=1)  # (U, 2, H, 2): units are drawn in pairs
+    drawn = np.concatenate([pairs.sum(axis=0)[None], bootstrap(pairs)])  # first the runs themselves
+    old_scores, new_scores = (scores_of(metric, names, drawn[:, run]) for run in (0, 1))
+    difference = {}
+    for name, old in old_scores.items():
+        new = new_scores[name]
+        low, high = np.quantile(new[1:] - old[1:], LEVEL).tolist()
+        difference[name] = {"before": old[0], "after": new[0], "low": low, "high": high}
+    old_mean, new_mean = unit_means(metric, before), unit_means(metric, after)
+    gained = [unit for unit in old_mean if new_mean[unit] > old_mean[unit]]
+    lost = [unit for unit in old_mean if new_mean[unit] < old_mean[unit]]
     sign = sign_test(len(gained), len(lost))
     return {"difference": difference, "gained": gained, "lost": lost, "sign": sign}
 
 
-def spread(draws: np.ndarray, difference: float) -> dict[str, float]:
-    """Interval and two-sided p of a difference, from its (draws,) bootstrap draws.
-
-    The smallest p is 2 / (draws + 1), for draws cannot show less. Rounding of sums is no sign.
-    """
-    low, high = np.quantile(draws, LEVEL).tolist()
-    fewer = min((draws <= 1e-9).sum(), (draws >= -1e-9).sum())
-    p = min(1.0, 2 * (int(fewer) + 1) / (len(draws) + 1))
-    return {"difference": difference, "low": low, "high": high, "p": p}
+def unit_means(metric: str, rows: list[dict]) -> dict[Hashable, float]:
+    """Mean score of each unit's replies, the same to the bit for the same share of any k."""
+    units = grouped(rows, lambda row: unit_of(metric, row))
+    return {unit: fmean(row["score"] for row in units[unit]) for unit in units}
 
 
 def sign_test(gained: int, lost: int) -> float:
@@ -413,17 +352,12 @@ def table(summaries: dict[str, dict]) -> str:
     """{benchmark: summary} -> plain text, a line for each headline; below it what is left out."""
     lines, notes = [COLUMNS.split(",")], []
     for benchmark, summary in summaries.items():
-        judge = summary["judge"] or {"headline": {}}
-        judged = summary | judge
-        lines += [[benchmark, *cells(summary, name)] for name in summary["headline"]]
-        lines += [[benchmark, *cells(judged, name, ", judge")] for name in judge["headline"]]
-        for count, why in (
-            (summary["left_out"], "left out: no rule can grade them"),
-            (judge.get("left_out"), "left out: the judge's verdict cannot be read"),
-            (summary.get("missing_variants"), "missing variants, counted as wrong"),
-        ):
-            if count:
-                notes.append(f"{benchmark}: {count:,} {why}")
+        for by, scores in (("", summary), (", judge", summary | (summary["judge"] or {}))):
+            if by and not summary["judge"]:
+                continue
+            lines += [[benchmark, *cells(scores, name, by)] for name in scores["headline"]]
+            if scores["left_out"]:
+                notes.append(f"{benchmark}{by}: {scores['left_out']:,} left out: cannot be graded")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for i, line in enumerate(lines):
         text = [f"{cell:{'<' if j < 2 else '>'}{widths[j]}}" for j, cell in enumerate(line)]
@@ -431,14 +365,12 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join(lines + notes)
 
 
-def cells(summary: dict, name: str, judge: str = "") -> list[str]:
+def cells(summary: dict, name: str, by: str) -> list[str]:
     """One line of the table after its first column. accuracy over k samples is avg@k."""
     score, k, paper = summary["headline"][name], summary["k"], summary["paper"].get(name)
-    values = [score[column] for column in ("score", "error", "low", "high")]
-    values += [summary.get(column, {}).get(name) for column in ("chance", "at_most")]
-    shown = ["–" if value is None else f"{value * summary['scale']:.1f}" for value in values]
-    point, error, low, high, chance, at_most = shown
+    values = score["score"], score["low"], score["high"], summary["chance"][name]
+    point, low, high, chance = (f"{value * summary['scale']:.1f}" for value in values)
     label = f"avg@{k}" if name == "accuracy" and k > 1 else name
-    line = [label + judge, f"{point} ± {error}", f"{low} .. {high}", f"{summary['n']:,}", str(k)]
-    line += [chance, f"{summary['truncated']:.1%}", f"{summary['unparsed']:.1%}", at_most]
+    line = [label + by, point, f"{low} .. {high}", f"{summary['n']:,}", str(k), chance]
+    line += [f"{summary[share]:.1%}" for share in ("truncated", "unparsed")]
     return [*line, "–" if paper is None else f"{paper:,}"]

@@ -33,7 +33,7 @@ stage() { # name, script and arguments: runs unless the stage has its model
 }
 answers() { # stage, name, options: its replies to the held-out bills, unless they are there
   [ -e "$out/eval/$1/$2/summary.json" ] && return
-  python eval.py --sampler torch --threads 1 --model "$out/$1/model" --data "$out/data/test.jsonl" --bench test \
+  OMP_NUM_THREADS=1 python eval.py --sampler torch --model "$out/$1/model" --data "$out/data/test.jsonl" --bench test \
     --max-tokens 96 --out "$out/eval/$1/$2" "${@:3}"
 }
 measure() { # stage: its likeliest replies, sampled ones, and what it can do

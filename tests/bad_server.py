@@ -6,7 +6,6 @@ The first request for it gets a 500, the second silence, the third and all later
 
     with serving() as server:                 # on a thread; server.url, server.requests, ...
         ...
-    python tests/bad_server.py 0.1 0.5        # prints its url; 10 % faults, half a second each
 """
 
 import asyncio
@@ -14,23 +13,20 @@ import contextlib
 import json
 import random
 import re
-import sys
 import threading
 import time
 from collections import Counter
-from email.utils import formatdate
 
 HEAD = "HTTP/1.1 {} X\r\nContent-Type: {}\r\nTransfer-Encoding: chunked\r\n{}\r\n"
 THOUGHT = "Two numbers are to be added. Let me visualize them on a line and count on."
-FAULTS = ("429", "500", "cut", "html", "junk")
 
 
 class Server:
     """requests: (prompt, body, time) in their order; most: in flight at once; hold: seconds that a
-    reply takes; faults: share of requests that go wrong whatever the prompt says."""
+    reply takes in the mean."""
 
-    def __init__(self, hold: float = 0.0, faults: float = 0.0):
-        self.hold, self.faults, self.requests, self.counts = hold, faults, [], Counter()
+    def __init__(self, hold: float = 0.0):
+        self.hold, self.requests, self.counts = hold, [], Counter()
         self.now = self.most = self.connections = 0
         self.headers, self.rng = [], random.Random(0)
 
@@ -59,12 +55,10 @@ class Server:
         self.counts[prompt] += 1
         self.requests.append((prompt, body, time.monotonic()))
         word = words[min(turn, len(words) - 1)]
-        if self.rng.random() < self.faults:
-            word = self.rng.choice(FAULTS)
         if word == "draw":  # by the seed of the request, as a sampler does
             word = "right" if body["seed"] % 3 == 0 else "wrong"
         await asyncio.sleep(self.hold * (0.5 + self.rng.random()))
-        if word.isdigit() or word in ("date", "tomorrow", "html"):
+        if word.isdigit() or word in ("tomorrow", "html"):
             await send(writer, *plain(word), last=True)
         else:
             await self.stream(word, body, prompt, writer)
@@ -119,7 +113,7 @@ def plain(word: str) -> tuple[str, str]:
     """(head, body) of a reply that is no stream."""
     if word == "html":
         return HEAD.format(200, "text/html", ""), "<html>Please log in</html>"
-    after = {"429": "1", "date": formatdate(time.time() + 2, usegmt=True), "tomorrow": "86400"}
+    after = {"429": "1", "tomorrow": "86400"}  # seconds
     extra = f"Retry-After: {after[word]}\r\n" if word in after else ""
     status = word if word.isdigit() else "429"
     message = "context too long" if word == "400" else f"told to say {word}"
@@ -159,15 +153,3 @@ def serving(kind: type[Server] = Server, **settings):
     finally:
         server.loop.call_soon_threadsafe(server.over.set)
         thread.join(20)
-
-
-async def trial(faults: float, hold: float):
-    server = Server(hold, faults)
-    listener = await asyncio.start_server(server.connection, "127.0.0.1", 0, backlog=1024)
-    print(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1", flush=True)
-    async with listener:
-        await listener.serve_forever()
-
-
-if __name__ == "__main__":
-    asyncio.run(trial(float(sys.argv[1]), float(sys.argv[2])))

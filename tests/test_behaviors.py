@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from evaluation import behaviors
 from evaluation.behaviors import NAMES, PAIRS, count, presence, thinking
@@ -90,28 +88,14 @@ def test_the_labelled_sentences_are_told_apart():
         assert (name in shown(row["text"])) == row["label"], row
 
 
-def test_a_trace_of_the_miniature_shows_exactly_what_it_was_made_of():
-    trace = (
-        "<think> i need B + D . so i need each digit . first list items , then add up . "
-        "A 4 B maybe 3 C 1 D 2 . unclear B , let me check . T 12 A 4 = 8 B 3 = 5 C 1 = 4 D 2 = 2 . "
-        "wait , that is not right . look again at B ~5 . so B 5 + D 2 = 7 </think> "
-        "answer \\boxed{ 7 }"
-    )
-    wanted = dict.fromkeys(NAMES, 0) | dict.fromkeys(behaviors.LINGUISTIC, 1)
-    assert count(thinking(trace)) == wanted | {"visual_reflection": 1}
-    assert not shown("<think> A 4 B 5 C 1 D 2 . so A 4 + B 5 = 9 </think> answer \\boxed{ 9 }")
-
-
 def test_a_behaviour_counts_once_in_a_sentence_and_again_in_the_next():
     once = "Let me check, let me verify, let me double-check it."
-    assert count(once)["verification"] == 1
     assert count(f"{once} {once}\n{once}")["verification"] == 3
 
 
 def test_doubt_or_again_makes_it_reflection_and_not_verification():
-    assert "verification" in shown("Let me check the sum.")
+    assert shown("Let me check the sum.") == {"verification"}
     assert "verification" not in shown("Wait, that is wrong, let me check the sum.")
-    assert "verification" not in shown("Let me check the sum again.")
     seen = shown("Hmm, let me check this with the picture again.")
     assert "visual_reflection" in seen and "visual_verification" not in seen
 
@@ -133,20 +117,17 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
-def test_rates_are_shares_of_responses_not_counts():
-    texts = [f"{CHECK} {CHECK}", f"{CHECK} {BACK}", "nothing", "nothing"]
-    rates = behaviors.rates(presence(texts))
-    assert (rates["verification"], rates["backtracking"]) == (0.5, 0.25)
-    assert set(behaviors.rates(presence([])).values()) == {0.0}
-
-
-def test_transfer_is_visual_over_linguistic_and_not_defined_under_ten_carriers():
-    pair = ("backtracking", "visual_reflection")
-    shown = presence([f"{BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 5)
-    assert behaviors.transfer_rates(shown)[pair] == pytest.approx(0.4)
-    assert behaviors.transfer_rates(shown[1:])[pair] is None
-    assert behaviors.transfer_rates(presence([]))[pair] is None
-    assert behaviors.transfer_interval(shown[1:], pair, range(14)) is None
+def test_rates_are_shares_of_responses_and_transfer_is_visual_over_linguistic():
+    texts = [f"{BACK} {BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 10
+    rows = [{"id": i, "spans": behaviors.find(text)} for i, text in enumerate(texts)]
+    found, few = behaviors.summarise(rows), behaviors.summarise(rows[1:])
+    assert (found["rates"]["backtracking"], found["rates"]["visual_reflection"]) == (0.5, 0.2)
+    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4)
+    low, high = found["transfer_interval"]["visual_reflection"]
+    assert low < 0.4 < high
+    for name in ("transfer", "transfer_interval"):  # under ten carriers
+        assert few[name]["visual_reflection"] is None
+    assert set(behaviors.summarise([])["rates"].values()) == {0.0}
 
 
 def test_the_bootstrap_agrees_with_a_naive_one_and_draws_whole_problems():
@@ -157,21 +138,9 @@ def test_the_bootstrap_agrees_with_a_naive_one_and_draws_whole_problems():
     draws = flags[rng.integers(60, size=(4000, 60))].sum(axis=1)
     naive = draws[:, 1] / draws[:, 0]
     assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.04)
-    assert low < behaviors.transfer_rates(shown)[pair] < high
-    assert (low, high) == behaviors.transfer_interval(shown, pair, range(60))  # the seed decides
-
     copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
     wide = behaviors.transfer_interval(copies, pair, [f"problem {i // 8}" for i in range(480)])
     assert wide == pytest.approx((low, high), abs=0.04)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="abcAB wait.!?\n\n ", max_size=200))
-def test_sentences_lose_no_word_and_never_overlap(text):
-    spans = list(behaviors.sentences(text))
-    assert " ".join(text[a:b] for a, b in spans).split() == text.split()
-    assert all(a < b for a, b in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
 
 
 # ---- what is counted, and against what
@@ -187,86 +156,27 @@ def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question(
     assert behaviors.find_in_thought("", question) == []
 
 
-def graded(response, score=1.0, **more) -> dict:
-    spans = behaviors.find_in_thought(f"{response}</think>", "")
-    row = {"id": response, "response": response, "score": score, "spans": spans, "tokens": 500}
-    return row | more
-
-
-def test_graded_rows_tell_rates_by_score_by_length_and_without_the_visual_sentences():
-    both = "Let me check this against the picture."
-    rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded("nothing", 0.4)]
-    rows += [graded(both, None), graded("nothing")]
-    found = behaviors.summarise(rows)
-    assert found["rates"]["verification"] == 0.6 and found["rates"]["visual_verification"] == 0.2
-    assert found["without_visual"]["verification"] == 0.4
-    assert found["by_score"]["right"]["verification"] == 0.5
-    assert found["by_score"]["wrong"]["verification"] == 0.5
-    assert found["transfer"]["visual_verification"] is None
-    late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
-    assert behaviors.summarise([late])["rates"]["verification"] == 1
-    assert behaviors.summarise([late])["first_2000_tokens"]["verification"] == 0
-    assert set(behaviors.summarise([])["rates"].values()) == {0.0}
-    found = behaviors.summarise([graded(f"{BACK} {LOOK}")] * 4 + [graded(BACK)] * 6)
-    low, high = found["transfer_interval"]["visual_reflection"]
-    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4) and low < 0.4 < high
-
-
 def test_a_rows_own_patterns_are_watched():
     patterns = {"check": r"let me check", "idle": r"look at [A-C]\d again"}
     assert behaviors.watched("let me check B2", patterns) == {"check": True, "idle": False}
     assert behaviors.watched("x", {}) == {}
 
 
-def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
-    true = rng.random(responses) < rate
-    found = np.where(true, rng.random(responses) < sens, rng.random(responses) < 1 - spec)
-    return found, [bool(t) if i < judged else None for i, t in enumerate(true)]
-
-
-def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
-    rng, corrected, heard = np.random.default_rng(0), [], []
-    for _ in range(100):
-        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.95, responses=1500, judged=300)
-        corrected.append(behaviors.corrected_rate(found, said))
-        heard.append(found.mean())
-    rate, low, high = np.array(corrected).T
-    assert np.mean(heard) == pytest.approx(0.245, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.05
-    assert rate.mean() == pytest.approx(0.3, abs=0.01)
-    assert ((low <= 0.3) & (0.3 <= high)).sum() >= 88
-
-
-def test_the_correction_is_the_formula_on_a_table_done_by_hand():
-    # judged: 40 yes (30 heard), 60 no (12 heard); 100 not judged, 38 heard: rate 80 / 200
-    found = [1] * 30 + [0] * 10 + [1] * 12 + [0] * 48 + [1] * 38 + [0] * 62
-    said = [1] * 40 + [0] * 60 + [None] * 100
-    sens, spec = 30 / 40, 48 / 60
-    rate, low, high = behaviors.corrected_rate(found, said)
-    assert rate == pytest.approx((0.4 + spec - 1) / (sens + spec - 1))
-    assert 0 <= low < rate < high <= 1
-    assert behaviors.corrected_rate(found, [3 * s if s else s for s in said])[0] == rate  # counts
-
-
-def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
-    rng = np.random.default_rng(1)
-    few = lexicon_and_judge(rng, 0.5, 0.8, 0.8, responses=400, judged=12)
-    deaf = lexicon_and_judge(rng, 0.5, 0.5, 0.5, responses=4000, judged=2000)
-    for found, said in (few, deaf, ([True] * 50, [None] * 50), ([], [])):
-        assert behaviors.corrected_rate(found, said) is None
-
-
 def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
     rng, look = np.random.default_rng(2), NAMES.index("visual_reflection")
-    items = [f"q{i // 3}" for i in range(120)]  # three samples each, alike
-    likes = {item: rng.random() for item in items}
+    items = [i for i in range(40) for _ in range(1 + i % 5)]  # of one problem one sample to five
+    likes = rng.random(40)
     seen = presence([LOOK if rng.random() < likes[item] else "nothing" for item in items])
     blank = presence([LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items])
-    found = behaviors.paired_difference(seen, blank, items)
+    gaps = seen.astype(int) - blank
+    found = behaviors.means(gaps, items)
     rate, low, high = found["visual_reflection"]
-    gaps = (seen[:, look].astype(int) - blank[:, look]).reshape(40, 3).mean(axis=1)
-    naive = [rng.choice(gaps, 40).mean() for _ in range(2000)]
-    assert rate == pytest.approx(gaps.mean())
-    assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.02)
+    by_problem = [gaps[np.array(items) == i, look] for i in range(40)]
+    naive = [
+        np.concatenate([by_problem[i] for i in rng.integers(40, size=40)]).mean()
+        for _ in range(2000)
+    ]
+    assert rate == pytest.approx(gaps[:, look].mean())
+    assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.01)
     assert found["verification"] == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError):
-        behaviors.paired_difference(seen, blank[1:], items)
+    assert behaviors.means(np.ones((len(items), 8)), items)["verification"] == (1, 1, 1)

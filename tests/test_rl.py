@@ -910,9 +910,7 @@ def test_evaluation_on_the_way_is_eval_pys_and_changes_no_number_of_the_run(
     )
     one, other = weights_of(watched), weights_of(uninterrupted)
     assert all(torch.equal(one[name], other[name]) for name in other)
-    how = dict(
-        data=mini.test, sampler="torch", max_tokens=12, threads=1, out=str(tmp_path / "eval")
-    )
+    how = dict(data=mini.test, sampler="torch", max_tokens=12, out=str(tmp_path / "eval"))
     eval.main(eval.Config(model=str(watched / "model"), **how))
     graded = [json.loads(line) for line in (tmp_path / "eval/graded.jsonl").open()]
     pictured = {row["id"] for row in map(json.loads, Path(mini.test).open()) if row["images"]}

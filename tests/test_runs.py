@@ -114,10 +114,10 @@ def test_the_script_scores_what_is_not_scored_yet_and_the_report_shows_it(mini, 
     halved = {name: weight / 2 for name, weight in weights.items()}
     safetensors.numpy.save_file(halved, other / "model.safetensors", {"format": "pt"})
     there = tmp_path / "bench/base/end/mine"
-    small = {"data": mini.text, "max_tokens": 8, "threads": 1}
+    small = {"data": mini.text, "max_tokens": 8}
     eval.main(eval.Config(f"{tmp_path}/base/model", bench=("mine",), out=str(there), **small))
     before = {path: path.stat().st_mtime_ns for path in there.iterdir()}
-    command = ["bash", "runs/eval.sh", str(tmp_path), "--max-tokens", "8", "--threads", "1"]
+    command = ["bash", "runs/eval.sh", str(tmp_path), "--max-tokens", "8"]
     output = finished(command, ROOT, {"BENCHES": f"mine={mini.text}"}, 200)
     said = re.findall(r"^== (.* mine)$", output, flags=re.M)
     assert said == ["coldstart/end mine", "coldstart/step_000001 mine"]

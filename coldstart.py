@@ -103,8 +103,6 @@ def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
     share = (world.rank, world.size)
     rows = data.read_examples(cfg.data, columns=cfg.columns, share=share)
     replay = data.read_examples(cfg.replay, share=share) if cfg.replay else []
-    for part in (rows, replay):
-        data.check_images(part, share)
     if len(rows) <= cfg.valid:
         raise ValueError(f"{cfg.data} has {len(rows)} rows, --valid keeps {cfg.valid}: lower it")
     valid = sorted(random.Random(cfg.seed).sample(range(len(rows)), cfg.valid))
@@ -204,9 +202,9 @@ def main(cfg: Config):
     if state:
         checkpoint.load_state(state, models)
     gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
-    held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
+    whose = (world.rank, world.size)
+    held_out = data.read_problems(cfg.eval_data, share=whose) if cfg.eval_data else []
     if held_out:
-        data.check_images(held_out, (world.rank, world.size))  # now, not hours into the run
         room = EVALUATED, cfg.max_tokens, 0.0
         sampler = open_sampler("torch", directory, world, room)
 

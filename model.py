@@ -165,8 +165,7 @@ class Inputs:
     lengths: list[int] | None  # tokens of each document, in order; None: one token a cache row
     patches: Tensor | None = None  # (S, 1176) float32: the pixels of every picture, once
     grids: list[Grid] = ()  # of the pictures, in patches
-    slots: Tensor | None = None  # (M,) int64: the tokens that show pictures ...
-    sources: Tensor | None = None  # (M,) int64: ... and which row of the tower each one shows
+    slots: Tensor | None = None  # (M,) int64: the tokens that show them, in the tower's order
     # (E,) int64: all documents' rows of ids, where some share a prompt that stands there once
     expand: Tensor | None = None
 
@@ -507,7 +506,8 @@ class Qwen25VL(nn.Module):
         x = self.model.embed_tokens(inputs.ids)
         if inputs.patches is not None:
             seen = self.visual(inputs.patches, inputs.grids).to(x.dtype)
-            x = x.index_copy(0, inputs.slots, seen.index_select(0, inputs.sources))
+            # fewer slots than rows: a blank picture that no token shows
+            x = x.index_copy(0, inputs.slots, seen[: len(inputs.slots)])
         if cache is not None:
             cache.advance(inputs.lengths)
         x = self.model(x, inputs, cache)
@@ -614,14 +614,9 @@ def load_weights(model: Qwen25VL, directory: Folder):
     code, normal with std 1/(C+1), the same on all ranks if they have seeded torch alike.
     """
     stored, weights = check_weights(model, directory), model.state_dict()
-    if tied := model.lm_head is None and model.value_head is None and "lm_head.weight" in stored:
-        weights["lm_head.weight"] = torch.empty_like(model.head_weight)
     state = {stored[name][1]: weight for name, weight in weights.items() if name in stored}
     reader = hf_storage.HuggingFaceStorageReader(str(directory))
     dcp.load(state, storage_reader=reader, no_dist=True)
-    if tied and not torch.equal(weights["lm_head.weight"], model.head_weight):
-        file = stored["lm_head.weight"][0]
-        raise ValueError(f"{file}: lm_head.weight differs from the embedding that it is tied to")
     if model.value_head is not None and "value_head.weight" not in stored:
         weight = model.value_head.weight  # each rank draws the whole head and takes its own rows
         put(weight, torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1)))

@@ -420,7 +420,6 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequenc
         return []
     share = (world.rank, world.size)
     problems = data.read_problems(name, columns=cfg.columns, share=share)
-    data.check_images(problems, share)
     lengths, ids = {}, {}
     for i in range(world.rank, len(problems), world.size):
         p = problems[i]

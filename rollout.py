@@ -100,10 +100,10 @@ def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) 
 def divergence(rollout: Rollout, token: int, model: nn.Module) -> FloatingPointError:
     """From logits that hold NaN or infinity nothing can be sampled."""
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    names = ", ".join(broken[:4]) or "none"
     return FloatingPointError(
         f"{rollout.name}: the logits of response token {token} are not finite (weights with NaN or "
-        f"infinity: {', '.join(broken[:4]) or 'none'}): go back to a sound model or checkpoint, "
-        "and train with a lower --lr or a longer --warmup"
+        f"infinity: {names}): go back to a sound checkpoint, lower --lr or raise --warmup"
     )
 
 
@@ -398,11 +398,9 @@ class VllmSampler(Sampler):
         the trainer's are (its own resize is torchvision's, off by one of 255 levels).
         """
         problem, prompt, side = rollout.problem, rollout.prompt, self.settings.patch_size
-        if len(prompt.ids) + max_tokens > self.limit:
-            raise ValueError(
-                f"{problem.id}: {len(prompt.ids)} prompt + {max_tokens} response tokens exceed "
-                f"max_model_len of {self.limit}: raise it, or leave the problem out"
-            )
+        if (tokens := len(prompt.ids) + max_tokens) > self.limit:
+            fault = f"prompt and response, {tokens} tokens, exceed max_model_len of {self.limit}"
+            raise ValueError(f"{problem.id}: {fault}: raise it, or leave the problem out")
         inputs = {"prompt_token_ids": prompt.short_ids + rollout.response_ids}
         pictures = []
         for image, (_, h, w) in zip(problem.images, prompt.grids, strict=True):
@@ -411,18 +409,14 @@ class VllmSampler(Sampler):
         if pictures:
             inputs["multi_modal_data"] = {"image": pictures}
         (prepared,) = self.llm.renderer.render_cmpl([inputs])
-        length = len(prepared["prompt_token_ids"])
-        if length != len(rollout.document):
-            raise RuntimeError(
-                f"{problem.id}: {length} prompt tokens in vLLM, {len(rollout.document)} in the "
-                "trainer: their image settings differ"
-            )
+        tokens = len(prepared["prompt_token_ids"]), len(rollout.document)
+        assert tokens[0] == tokens[1], f"{problem.id} has {tokens} tokens in vLLM and trainer"
         return prepared
 
     def _read(self, output, rollout: Rollout):
         """Adds what is new of a response: all of it, or a token or two."""
-        if output.finish_reason not in ("stop", "length", None):
-            why = output.finish_reason
+        why = output.finish_reason
+        if why not in ("stop", "length", None):
             raise RuntimeError(f"{rollout.name}: vLLM dropped it ({why}); its log says more")
         finite = np.isfinite(output.logprobs.logprobs)
         if not finite.all():
@@ -458,12 +452,10 @@ class VllmSampler(Sampler):
 def import_vllm():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, by our weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-    if not torch.cuda.is_available():  # it warns of every call of torch.set_num_threads
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
     except ImportError as error:
-        cure = "pip install -r requirements-gpu.txt, or take --sampler torch"
+        cure = "pip install -r requirements-gpu.txt, or --sampler torch"
         raise ImportError(f"--sampler vllm needs vLLM ({error}): {cure}") from error
     return vllm
 
@@ -514,16 +506,12 @@ def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:
     """A prompt of at most `limit` tokens for canary_gap, the same at every step: with pictures if a
     problem has some, and its words again and again until a block of the prefix cache is full.
     """
-
-    def length(problem: Problem) -> int:
-        return data.prompt_length(problem.prompt, problem.images, tokenizer, settings)
-
     problem = next((p for p in islice(problems, 4096) if p.images), problems[0])
-    words = problem.prompt.replace(data.IMAGE_MARKER, " ")
-    longer = problem = replace(problem, id="canary")
-    while length(problem) < CANARY_TOKENS and length(longer) <= limit and words.strip():
-        problem, longer = longer, replace(longer, prompt=f"{longer.prompt} {words}")
-    return problem
+    length = data.prompt_length(problem.prompt, problem.images, tokenizer, settings)
+    words = " " + problem.prompt.replace(data.IMAGE_MARKER, " ")
+    more = max(1, len(tokenizer.encode(words, add_special_tokens=False)))
+    copies = max(0, min(CANARY_TOKENS + more, limit) - length) // more
+    return replace(problem, id="canary", prompt=problem.prompt + copies * words)
 
 
 @torch.no_grad()

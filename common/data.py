@@ -5,17 +5,16 @@
     response text             ──encode_response──▶ ids + <|im_end|>   (the sampler gives ids itself)
     prompt and response       ──▶ Document, which packs.py lays side by side
 
-Every row is checked once before a run begins, each process taking its share, and a bad one is
-reported with file and line. It is parsed again when it is used, so that two million examples take
-no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for bit; only grey
-of 16 bits differs: there it shows white. The order of the data is a function of (seed, step), so a
-resumed run sees what it would have seen.
+Every row and its pictures are checked once before a run begins, each process taking its share, and
+a bad one is reported with file and line. It is parsed again when it is used, so that two million
+examples take no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for
+bit. The order of the data is a function of (seed, step), so a resumed run sees what it would have
+seen.
 
 Dimensions: S patches of all pictures; D = 1176 = 3 x 2 x 14 x 14 values of a patch; H, W pixels of
 a picture, which is h x w patches. Nothing to run here: see coldstart.py, rl.py, eval.py.
 """
 
-import base64
 import json
 import math
 import os
@@ -124,7 +123,6 @@ class Rows(Sequence):
 
     def __init__(self, fetch: Callable[[int], Any], indices: Sequence[int]):
         self.fetch, self.indices = fetch, indices
-        self.pictured: dict[Share, list[int]] = {}  # of a share that was checked: rows with any
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -255,18 +253,16 @@ def parse_json(place: str, content: bytes) -> dict:
 
 
 def table_rows(path: Path) -> Rows:
-    """A .json list, a parquet file, a directory with the train split as the Hub has it, or a name
-    there, through the cache that `datasets` has.
+    """A parquet file, a directory with the train split as the Hub has it, or a name there, through
+    the cache that `datasets` has.
     """
     import datasets  # here, because the import takes a second that JSONL need not pay
 
-    files = f"{path}/**/train[-.]*parquet" if path.is_dir() else f"{path}"
-    kind = "json" if path.suffix == ".json" else "parquet"
-    kind, files = (kind, files) if path.exists() else (f"{path}", None)
+    how = dict(path="parquet", data_files=f"{path}") if path.is_file() else dict(path=f"{path}")
     try:  # in this format no picture is decoded
-        table = datasets.load_dataset(kind, data_files=files, split="train").with_format("arrow")
+        table = datasets.load_dataset(**how, split="train").with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fault = "neither .jsonl, .json, nor parquet, nor on the Hub with a split train"
+        fault = "neither .jsonl, nor parquet, nor on the Hub with a split train"
         raise FileNotFoundError(f"{path}: {fault} ({error.__cause__ or error})") from error
     folder = path if path.is_dir() else path.parent
     fetch = lambda i: (f"{path}, row {i}", table[i].to_pylist()[0], folder)  # noqa: E731
@@ -275,12 +271,12 @@ def table_rows(path: Path) -> Rows:
 
 def read_rows(
     build: Callable[[str, dict, Path], Problem | Example],
-    source: str | Path,  # .jsonl, .json, .parquet, a directory of parquet, or a name on the Hub
+    source: str | Path,  # .jsonl, .parquet, a directory of parquet, or a name on the Hub
     columns: Sequence[str] = (),  # ("prompt=problem", ...): the column `problem` is the prompt
     share: Share = (0, 1),  # the rows that this process checks; all can be read
 ) -> Rows:
-    """Each row of the share is built once: a bad one stops a run at its start, not after hours, and
-    columns that nobody reads are named.
+    """The rows of one source, of which a share is checked now. Columns that nobody reads are named
+    once; without an id a row has its number.
     """
     path = Path(source)
     if not path.exists() and not on_hub(source):
@@ -293,26 +289,40 @@ def read_rows(
         if not any(column in row for _, row, _ in raw):
             raise ValueError(f"{source}: --columns {name}={column}: no row has a column {column!r}")
 
-    def named(i: int) -> tuple[str, dict, Path]:
+    def fetch(i: int) -> tuple[str, dict, Path]:
         place, row, folder = raw[i]
         ours = {name: row[column] for name, column in names.items() if column in row}
         row = {column: row[column] for column in row if column not in names.values()} | ours
         return place, row | {"id": f"row-{i}" if row.get("id") is None else row["id"]}, folder
 
-    rows, unread, first = Rows(lambda i: build(*named(i)), range(len(raw))), set(), {}
-    pictured = rows.pictured[share] = []
-    for i in progress(range(share[0], len(raw), share[1]), f"checking {source}"):
-        place, row, folder = named(i)
-        unread |= unread_columns(place, row) - {*names}
-        record = build(place, row, folder)
-        if record.images:
-            pictured.append(i)
-        if (other := first.setdefault(record.id, i)) != i:  # no log could tell them apart
-            fault = f"{place}: the id {record.id!r} is also that of {raw[other][0]}"
-            raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+    named = Rows(fetch, range(len(raw)))
+    unread = check_rows(named, build, share, f"checking {source}") - {*names}
     if unread and share[0] == 0:
         print(f"{source}: columns that nobody reads: {', '.join(sorted(unread))}", flush=True)
-    return rows
+    return Rows(lambda i: build(*named[i]), range(len(raw)))
+
+
+def check_rows(rows: Rows, build: Callable, share: Share, description: str) -> set[str]:
+    """Builds each row of the share and decodes its pictures: what is bad stops a run at its start,
+    not after hours. 10,000 photographs take two cores 20 s. -> the columns that nobody reads
+    """
+
+    def check(i: int) -> tuple[str, set[str]]:
+        place, row, folder = rows[i]
+        others, record = unread_columns(place, row), build(place, row, folder)
+        for image in record.images:
+            load_image(image, place)
+        return record.id, others
+
+    mine, unread, first = range(share[0], len(rows), share[1]), set(), {}
+    with ThreadPool(16) as pool:  # on a network disk they wait more than they work
+        checked = progress(pool.imap(check, mine, chunksize=64), description, len(mine))
+        for i, (name, others) in zip(mine, checked, strict=True):
+            unread |= others
+            if (other := first.setdefault(name, i)) != i:  # no log could tell them apart
+                fault = f"{rows[i][0]}: the id {name!r} is also that of {rows[other][0]}"
+                raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+    return unread
 
 
 read_problems, read_examples = partial(read_rows, problem_of), partial(read_rows, example_of)
@@ -354,9 +364,8 @@ def decoding(image: Picture | dict, row: str = "") -> Iterator[None]:
 
 def opened(image: Picture | dict) -> Image.Image:
     """Its header: the size is known, no pixel decoded."""
-    if isinstance(image, dict):  # as `datasets` stores it; bytes are base64 in JSON
-        blob = image["bytes"]
-        image = BytesIO(base64.b64decode(blob) if isinstance(blob, str) else blob)
+    if isinstance(image, dict):  # as `datasets` stores it
+        image = BytesIO(image["bytes"])
     return image if isinstance(image, Image.Image) else Image.open(image)
 
 
@@ -368,36 +377,16 @@ def load_image(image: Picture, row: str = "") -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """As transformers' load_image: the camera's rotation is applied, alpha is dropped and not
-    blended. Grey of 16 bits becomes 8 bits; pillow's own conversion cuts at 255: all turns white.
+    blended. Grey of 16 bits is refused: pillow cuts it at 255, and all turns white.
     """
     image.load()
-    rotation = image.getexif().get(ExifTags.Base.Orientation)
     if image.mode.startswith(("I", "F")):
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"mode {image.mode} has no known white; save 8 bits a channel")
-        image = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+        raise ValueError(f"mode {image.mode}, which would turn white: save 8 bits a channel")
+    rotation = image.getexif().get(ExifTags.Base.Orientation)
     picture = image.convert("RGB")
     picture.info = {}  # exif_transpose writes the other fields anew, and fails at a broken one
     picture.getexif()[ExifTags.Base.Orientation] = rotation
     return ImageOps.exif_transpose(picture)
-
-
-def check_images(rows: Sequence, share: Share = (0, 1)) -> int:
-    """Decodes every picture of the share and returns how many there are: a damaged one is found
-    now, and not when its row comes up, hours into a run. 10,000 photographs take two cores 20 s.
-    """
-    mine = range(share[0], len(rows), share[1])
-    if isinstance(rows, Rows):  # rows without pictures are not built again, where that is known
-        mine = rows.pictured.get(share, mine)
-
-    def count(i: int) -> int:
-        row = rows[i]
-        return sum(load_image(image, row.place or row.id).width > 0 for image in row.images)
-
-    with ThreadPool(16) as pool:  # on a network disk they wait more than they work
-        counts = pool.imap(count, mine, chunksize=64)
-        return sum(progress(counts, "checking pictures", len(mine)))
 
 
 def load_image_settings(directory: str | Path) -> ImageSettings:
@@ -478,14 +467,9 @@ def model_directory(name: str | Path) -> str:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """With its chat template, which older model directories keep in chat_template.json."""
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer_config.json, so not a model directory")
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    older = Path(directory) / "chat_template.json"
-    if tokenizer.chat_template is None and older.is_file():
-        tokenizer.chat_template = parse_json(f"{older}", older.read_bytes()).get("chat_template")
-    return tokenizer
+    return AutoTokenizer.from_pretrained(str(directory))
 
 
 def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[int]:

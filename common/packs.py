@@ -56,11 +56,11 @@ class Pack(Inputs):
         tokens, patches = len(self.ids), 0 if self.patches is None else len(self.patches)
         rows = tokens if self.expand is None else len(self.expand)
         assert sum(self.lengths) == rows, f"lengths sum to {sum(self.lengths)}, not {rows} rows"
-        assert self.positions.shape == (3, tokens), f"{self.positions.shape} for {tokens} tokens"
         trained = (sum(self.counts),)
         assert self.rows.shape == self.targets.shape == trained, f"{self.rows.shape}, {trained}"
-        assert self.slots.shape == self.sources.shape, f"{self.slots.shape} {self.sources.shape}"
         assert sum(map(math.prod, self.grids)) == patches, f"{self.grids} for {patches} patches"
+        shown = (0, patches // MERGE_SIZE**2)  # 0: a blank picture
+        assert len(self.slots) in shown, f"{len(self.slots)} tokens show {patches} patches"
 
     def to(self, device: torch.device | str) -> "Pack":
         """Onto a GPU from pinned memory: the host goes on and does not wait for the copy."""
@@ -105,15 +105,14 @@ def make_pack(
         positions.append(places[:, size:])
         expand.append(own)
         rows.append(own[size - 1 : -1])
-    slots, every = torch.cat([torch.zeros(0, dtype=torch.int64), *slots]), torch.cat(expand)
+    every = torch.cat(expand)
     return Pack(
         ids=torch.cat(ids),
         positions=torch.cat(positions, dim=1),
         lengths=[len(own) for own in expand],
         patches=torch.cat(patches) if patches else None,
         grids=grids,
-        slots=slots,
-        sources=torch.arange(len(slots)),
+        slots=torch.cat([torch.zeros(0, dtype=torch.int64), *slots]),
         expand=every if len(every) > length else None,
         rows=torch.cat(rows),
         targets=torch.cat(responses),
@@ -222,48 +221,39 @@ def plan_packs(
     """For each rank its packs, for each pack the indices of its documents; an empty one: a filler.
 
     Every rank gets equally many packs. A step lasts as long as the costliest k-th packs take,
-    summed over k. All packs alike is best where there are many. Where a rank has few and they
-    cannot all cost the same, row after row is tried as well: long documents meet long ones.
+    summed over k. So packs are filled row by row, one a rank, from the costliest documents on:
+    where there are few, long ones meet long ones.
 
     groups: the problem of each document, whose samples stay together as far as that costs no
     waiting, since they can share their prompt. cost: FLOPs of a document of so many tokens.
     """
-    if not lengths:
-        return [[] for _ in range(ranks)]
-    if max(lengths) > budget:
+    if max(lengths, default=0) > budget:
         longest = f"document {lengths.index(max(lengths))} has {max(lengths)} tokens"
         raise ValueError(f"{longest}, a pack holds {budget}: raise --pack-tokens, or leave it out")
     # as floats: the FLOPs of a batch, some 1e19, overflow 64 bits
     tokens, costs = np.array(lengths), np.array([float(cost(length)) for length in lengths])
-    pieces = cut_groups(tokens, costs, groups, budget, ranks)
-    rows, packs, rest = -(-sum(lengths) // (budget * ranks)) - 1, [], pieces
-    while rest:  # until as few packs as hold all of it
-        rows += 1
-        packs, rest = fill(pieces, tokens, costs, rows * ranks, budget)
-    plan = deal(packs, costs, ranks)
-    share = costs.sum() / ranks
-    if duration(plan, costs) < 1.01 * share:
-        return plan
-    packs, rest = [], pieces
-    while rest:  # a row that begins with a costly document may be as costly as that one
-        limit = max(share / rows, costs[rest[0]].sum())
+    size, limit = budget, math.inf  # of a piece, and of a pack's cost: one rank waits for nobody
+    if ranks > 1:
+        rows = max(1, math.ceil(sum(lengths) / (budget * ranks)))  # that would hold all, gapless
+        # somewhat above a pack's share, or the last pieces would find no place
+        limit = 1.05 * costs.sum() / (rows * ranks) + min(costs, default=0)
+        size = budget / PIECE
+    packs, rest = [], cut_groups(tokens, costs, groups, size, limit / PIECE)
+    while rest:
         row, rest = fill(rest, tokens, costs, ranks, budget, limit)
         packs += row
-    return min(plan, deal(packs, costs, ranks), key=lambda plan: duration(plan, costs))
+    packs.sort(key=lambda members: -costs[members].sum())  # what costs about the same runs together
+    return [packs[rank::ranks] for rank in range(ranks)]
 
 
-def cut_groups(
-    tokens: np.ndarray, costs: np.ndarray, groups: Sequence, budget: int, ranks: int
-) -> list[list[int]]:
-    """Each group in its order, cut where a piece would be too large to balance the ranks with; the
-    costliest piece first.
+def cut_groups(tokens, costs, groups: Sequence, size: float, work: float) -> list[list[int]]:
+    """Each group in its order, cut into pieces of at most so many tokens and FLOPs, or of one
+    document; the costliest piece first.
     """
-    packs = -(-tokens.sum() // (budget * ranks)) * ranks
-    most, work = (budget / PIECE, costs.sum() / packs / PIECE) if ranks > 1 else (budget, math.inf)
     pieces, newest = [], {}
     for i, group in enumerate(groups):
         piece = [*newest.get(group, []), i]
-        if len(piece) > 1 and (tokens[piece].sum() > most or costs[piece].sum() > work):
+        if len(piece) > 1 and (tokens[piece].sum() > size or costs[piece].sum() > work):
             pieces.append(piece[:-1])
             piece = [i]
         newest[group] = piece
@@ -271,13 +261,15 @@ def cut_groups(
 
 
 def fill(
-    pieces: list[list[int]], tokens, costs, count: int, budget: int, limit: float = math.inf
+    pieces: list[list[int]], tokens, costs, ranks: int, budget: int, limit: float
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """-> `count` packs, and the pieces that are left over. Each piece goes into the cheapest pack
-    that has room for its tokens, and for its cost up to the limit.
+    """-> a pack for each rank, and the pieces that are left over. Each piece goes into the cheapest
+    pack that has room for its tokens, and for its cost up to the limit; a row that begins with a
+    costly document may be as costly as that one.
     """
-    packs, rest = [[] for _ in range(count)], []
-    room, load = np.full(count, budget), np.zeros(count)
+    packs, rest = [[] for _ in range(ranks)], []
+    room, load = np.full(ranks, budget), np.zeros(ranks)
+    limit = max(limit, costs[pieces[0]].sum())
     for piece in pieces:
         size, work = tokens[piece].sum(), costs[piece].sum()
         fits = (room >= size) & (load + work <= limit)
@@ -289,14 +281,3 @@ def fill(
         room[best] -= size
         load[best] += work
     return packs, rest
-
-
-def deal(packs: list[list[int]], costs: np.ndarray, ranks: int) -> list[list[list[int]]]:
-    """Packs that cost about the same run together, one on each rank."""
-    falling = sorted(packs, key=lambda members: -costs[members].sum())
-    return [falling[rank::ranks] for rank in range(ranks)]
-
-
-def duration(plan: list[list[list[int]]], costs: np.ndarray) -> float:
-    """Of a step: packs that run together take as long as the costliest of them."""
-    return sum(max(costs[members].sum() for members in row) for row in zip(*plan, strict=True))

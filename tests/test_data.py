@@ -1,6 +1,5 @@
 """data.py against naive references, the official image processor and the real tokenizer."""
 
-import base64
 import io
 import json
 import logging
@@ -17,8 +16,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -95,7 +92,7 @@ def cache(tmp_path, monkeypatch):
 # ---- reading
 
 
-def test_a_row_becomes_a_problem_and_other_columns_reach_its_extra(tmp_path, capsys):
+def test_rows_become_problems_and_examples_and_other_columns_are_named(tmp_path, capsys):
     picture(30, 30).save(tmp_path / "p.png")
     more = dict(twin=[4], precison=1, image="p.png", system=None, videos=[], response="r")
     full = row(id="b", images=["p.png"], source="s", choices=["x", 2], precision=1, **more)
@@ -110,57 +107,51 @@ def test_a_row_becomes_a_problem_and_other_columns_reach_its_extra(tmp_path, cap
     says = f"{path}: columns that nobody reads: image, precison, twin\n"
     assert capsys.readouterr().out == says
 
-
-def test_a_row_becomes_an_example(tmp_path, capsys):
     line = {"id": 7, "prompt": "é <b>\u2028\r", "response": "x", "source": None, "images": None}
-    path = write_jsonl(tmp_path, line | {"answer": "4", "teacher": "t"}, line | {"id": 8})
-    examples = list(data.read_examples(path))
-    assert examples[0] == Example("7", "é <b>\u2028\r", "x") and examples[1].id == "8"
-    assert capsys.readouterr().out == f"{path}: columns that nobody reads: teacher\n"
+    (example,) = data.read_examples(write_jsonl(tmp_path, line))
+    assert example == Example("7", "é <b>\u2028\r", "x") and not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"line 1: column 'response' contains <\|im_end\|>"):
         data.read_examples(write_jsonl(tmp_path, line | {"response": "y<|im_end|>"}))
 
 
 HALF = "can't encode character '\\ud83d'"
+DEEP = b"[" * 100_000 + b"]" * 100_000
 BAD_ROWS = [
     (b'{"id": 1', "not JSON"),
     ([1, 2], "must be an object"),
     ({"prompt": "x"}, "'answer' is missing"),
-    (row(answer=True), "'answer' must be text or a number"),
     (row(answer=["3"]), "'answer' must be text or a number"),
     (row(answer=math.nan), "'answer' must be text or a number, not nan"),
     (row(prompt="  \n"), "'prompt' is empty"),
-    (row(images=[3]), "image 3 does not exist; paths are relative to"),
     (row(images=["gone.png"]), "image 'gone.png' does not exist; paths are relative to"),
     (row(choices="AB"), "'choices' must be a list"),
     (row(precision="2"), "'precision' must be a number"),
-    (row(prompt="<image> and <image>"), "2 markers <image> for 0 images; write one"),
     (row(images=["p.png"] * 2, prompt="<image>"), "1 markers <image> for 2 images; write"),
     (row(prompt="see <|image_pad|>"), "contains <|image_pad|>"),
     # half a character: in a text, in a column nobody reads, in a name, not escaped
     (b'{"prompt": "bad \\ud83d here", "answer": "1"}', f"{HALF} in position 16"),
-    (b'{"prompt": "x", "answer": "\\ud83d"}', HALF),
     (b'{"prompt": "x", "answer": "1", "more": [{"a": "\\ud83d"}]}', HALF),
     (b'{"prompt": "x", "answer": "1", "\\ud83d": 1}', "can't encode character"),
     (b'{"prompt": "x \xed\xa0\xbd", "answer": "1"}', "not JSON"),
     # what could break out of the checks
-    (b'{"prompt": "x", "answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
-    (row(images=["x" * 100_000]), "does not exist"),
+    (b'{"prompt": "x", "answer": ' + DEEP + b"}", "not JSON"),
+    (row(images=[3]), "does not exist"),
     (row(images=["data:image/png;base64," + "A" * 100_000]), "does not exist"),
-    (row(images=[{"bytes": "%%%"}]), "damaged picture"),
-    (row(images=[{"bytes": "A"}]), "damaged picture"),
-    (row(images=[{"bytes": 7}]), "damaged picture"),
+    (row(images=[{"bytes": "iVBORw0KGgo="}]), "damaged picture"),
+    (row(images=["cut.png"]), "cut.png: damaged picture"),
     # columns that would be lost without a word
     (row(image="p.png", images=[]), "'image' is not read: --columns images=image, if these"),
     (row(Decoded_Imgs=["p.png"]), "or extra_Decoded_Imgs=Decoded_Imgs, if the question"),
     (row(system="Be brief."), "'system' is not read"),
     (row(videos=["v.mp4"], images=["p.png"]), "'videos' is not read"),
+    (row(id="first"), "the id 'first' is also that of"),
 ]
 
 
 @pytest.mark.parametrize("bad, says", BAD_ROWS)
 def test_a_bad_row_is_reported_with_file_and_line(tmp_path, bad, says):
     picture(30, 30).save(tmp_path / "p.png")
+    (tmp_path / "cut.png").write_bytes(encoded(picture(200, 150))[:-600])
     path = write_jsonl(tmp_path, row(id="first"), b"", bad, row(id="last"))  # blank lines count
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         data.read_problems(path)
@@ -170,13 +161,13 @@ def test_a_bad_row_is_reported_with_file_and_line(tmp_path, bad, says):
 
 
 def test_each_process_checks_its_share_and_reads_every_row(tmp_path):
-    answers = [1, "x", 0.5, 12345678901234567890, ["no"], 5]  # numbers here and text there
+    answers = [1, "x", 12345678901234567890, ["no"], 0.5]  # numbers here and text there
     path = write_jsonl(tmp_path, *(row(id=i, answer=a) for i, a in enumerate(answers)))
-    for rank in (0, 2):
-        rows = data.read_problems(path, share=(rank, 3))
-        assert [rows[i].answer for i in (0, 1, 2, 3, 5)] == [str(a) for a in answers if a != ["no"]]
-    with pytest.raises(ValueError, match="line 5: column 'answer' must be"):
-        data.read_problems(path, share=(1, 3))
+    for share in ((0, 2), (8, 9)):  # more processes than rows
+        rows = data.read_problems(path, share=share)
+        assert [rows[i].answer for i in (0, 1, 2, 4)] == [str(a) for a in answers if a != ["no"]]
+    with pytest.raises(ValueError, match="line 4: column 'answer' must be"):
+        data.read_problems(path, share=(1, 2))
 
 
 def test_columns_of_other_names_are_mapped_and_rows_without_an_id_are_numbered(tmp_path):
@@ -184,23 +175,13 @@ def test_columns_of_other_names_are_mapped_and_rows_without_an_id_are_numbered(t
     rows[1] |= {"options": ["x", "y"], "system": "s"}  # rare columns are not missed by who checks 0
     path = write_jsonl(tmp_path, *rows)
     columns = ("prompt=问题", "answer=solution", "extra_system=system", "choices=options")
-    for rank in (0, 1):
-        problems = data.read_problems(path, columns=columns, share=(rank, 2))
-        assert problems[0] == Problem("row-0", "1+1?", "2")
-        assert problems[1].id == "row-1" and problems[1].choices == ("x", "y")
-        assert problems[1].extra == {"extra_system": "s"}
+    problems = data.read_problems(path, columns=columns, share=(0, 2))
+    assert problems[0] == Problem("row-0", "1+1?", "2")
+    assert problems[1].id == "row-1" and problems[1].choices == ("x", "y")
+    assert problems[1].extra == {"extra_system": "s"}
     for wrong in ("images=pics", "prompt"):
         with pytest.raises(ValueError, match=f"--columns {wrong}=?: no row has a column"):
             data.read_problems(path, columns=(*columns, wrong))
-
-
-def test_equal_ids_are_refused_with_both_places(tmp_path):
-    path = write_jsonl(tmp_path, row(id="7"), row(id="row-2"), {"prompt": "x", "answer": "1"})
-    says = f"{path}, line 3: the id 'row-2' is also that of {path}, line 2; make them distinct"
-    with pytest.raises(ValueError, match=re.escape(says)):
-        data.read_problems(path)
-    names = [p.id for p in data.read_problems(path, columns=("extra_id=id",))]  # as it advises
-    assert names == ["row-0", "row-1", "row-2"]
 
 
 def test_parquet_gives_the_same_problems_with_pictures_as_files_or_inside(tmp_path, cache):
@@ -214,30 +195,21 @@ def test_parquet_gives_the_same_problems_with_pictures_as_files_or_inside(tmp_pa
     texts = {c: cache.Value("string") for c in ("id", "prompt", "answer")}
     features = cache.Features(texts | {"pictures": cache.List(cache.Image())})
     rows = [row(pictures=images[:2]), row(id="b", pictures=images[2:]), row(id="c", pictures=[])]
-    table = cache.Dataset.from_list(rows, features=features)
-    table.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
-    table.select([0]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    table, hub = cache.Dataset.from_list(rows, features=features), tmp_path / "set"
+    table.to_parquet(hub / "data/train-00000-of-00001.parquet")
+    table.select([0]).to_parquet(hub / "data/test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="row 0: column 'pictures' .*images=pictures"):
-        data.read_problems(tmp_path)
-    problems = data.read_problems(tmp_path, columns=("images=pictures",))  # its train split
-    assert [len(p.images) for p in problems] == [2, 1, 0] and data.check_images(problems) == 3
+        data.read_problems(hub)
+    problems = data.read_problems(hub, columns=("images=pictures",))  # its train split
+    assert [len(p.images) for p in problems] == [2, 1, 0]
     assert np.array_equal(np.asarray(problems[0].images[1]), np.asarray(images[1]))
-
-    blob = base64.b64encode(encoded(images[0])).decode()
-    ways = [{"bytes": blob}, {"bytes": None, "path": "p.png"}]
-    (problem,) = data.read_problems(write_jsonl(tmp_path, row(images=ways)))
-    for read, image in zip(problem.images, images, strict=False):
-        assert np.array_equal(np.asarray(data.load_image(read)), np.asarray(image))
 
 
 def test_a_source_that_is_not_there_says_what_to_do(tmp_path, cache, monkeypatch):
-    for name in ("rows.csv", "rows.parquet"):
-        (tmp_path / name).write_text("no\n")
-        with pytest.raises(
-            FileNotFoundError, match=f"{name}: neither .jsonl, .json, nor parquet, nor"
-        ):
-            data.read_problems(tmp_path / name)
-    for missing in ("nowhere/rows.jsonl", "nowhere/rows.parquet", "nowhere"):
+    (tmp_path / "rows.csv").write_text("no\n")
+    with pytest.raises(FileNotFoundError, match="rows.csv: neither .jsonl, nor parquet, nor on"):
+        data.read_problems(tmp_path / "rows.csv")
+    for missing in ("nowhere/rows.jsonl", "nowhere"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             data.read_problems(missing)
     monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("no network")))
@@ -257,6 +229,7 @@ def official_patches(image, config):
 
 LARGEST = SETTINGS.max_pixels
 SIZES = [(640, 480), (333, 777), (1000, 13), (1, 1), (5, 700), (84, 56)]
+SIZES += [(42, 70), (98, 126), (1, 200), (2600, 13)]  # halves are rounded to even
 CASES = [(w, h, "RGB", LARGEST) for w, h in SIZES]
 CASES += [(2000, 1500, "RGB", 200_704), (2999, 31, "RGB", 50_176)]
 CASES += [(300, 200, mode, LARGEST) for mode in ("L", "LA", "RGBA", "P", "1", "CMYK")]
@@ -271,18 +244,6 @@ def test_patches_equal_the_official_processor_bit_for_bit(width, height, mode, m
     assert grid == expected_grid and patches.shape == (math.prod(grid), 1176)
     assert patches.dtype == torch.float32 and patches.is_contiguous()
     assert np.array_equal(patches.numpy(), expected)
-
-
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([50_176, 1_003_520, 12_845_056]))
-@settings(max_examples=300, deadline=None)
-def test_smart_resize_equals_the_official_one(height, width, most):
-    config = replace(SETTINGS, max_pixels=most)
-    if max(height, width) / min(height, width) > 200:
-        with pytest.raises(ValueError, match="aspect ratio"):
-            data.smart_resize(height, width, config)
-    else:
-        expected = official.smart_resize(height, width, 28, 3136, most)
-        assert data.smart_resize(height, width, config) == expected
 
 
 def exif(*fields):
@@ -310,74 +271,37 @@ def test_a_rotated_photograph_is_turned_upright_whatever_else_its_camera_wrote(t
     assert data.image_patches(str(tmp_path / "p.jpg"), SETTINGS)[1] == (1, 8, 4)
 
 
-def test_grey_of_16_bits_is_scaled_and_does_not_turn_white(tmp_path):
-    levels = np.random.default_rng(0).integers(0, 65536, (60, 80)).astype(np.uint16)
-    levels[0, :4] = (0, 255, 256, 65535)
-    expected = np.array([[round(int(v) * 255 / 65535) for v in line] for line in levels])
-    cases = [(levels, "p.png"), (levels, "p.tif"), (levels.astype(">u2"), "p.tif")]
-    for pixels, name in cases:
-        Image.fromarray(pixels).save(tmp_path / name)
-        read = np.asarray(data.load_image(tmp_path / name))
-        assert np.array_equal(read, np.stack([expected] * 3, axis=-1))
-    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(ValueError, match="f.tif: .*mode F has no known white; save 8 bits"):
-        data.load_image(tmp_path / "f.tif")
+@pytest.mark.parametrize("kind, name", [(np.uint16, "p.png"), (np.float32, "p.tif")])
+def test_grey_of_more_than_8_bits_is_refused_and_does_not_turn_white(tmp_path, kind, name):
+    Image.fromarray(np.full((20, 20), 300, kind)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: damaged picture .*save 8 bits"):
+        data.load_image(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_whatever_is_damaged_in_a_picture_the_error_names_it():
-    image, whole = picture(64, 48), 0
-    for kind in ("AVIF", "PNG", "JPEG", "WEBP", "TIFF", "GIF"):
-        content = encoded(image, kind)
-        for seed in range(60):
-            rng, damaged = random.Random(seed), bytearray(content)
-            for _ in range(rng.choice((1, 3))):
-                damaged[rng.randrange(min(len(damaged), 600))] = rng.randrange(256)
-            try:
-                data.image_patches(io.BytesIO(damaged), SETTINGS, "row 7")
-                whole += 1
-            except ValueError as error:
-                assert re.match("row 7: .*: damaged picture [(]", str(error))
-    assert 60 < whole < 300  # 27 of the others are RuntimeErrors of the decoder of AVIF
-
-
-def test_cut_pictures_are_found_when_a_run_starts(tmp_path, tokenizer):
-    for ending, kind in dict(png="PNG", jpg="JPEG", webp="WEBP", gif="GIF", avif="AVIF").items():
-        content = encoded(picture(200, 150), kind)
-        (tmp_path / f"whole.{ending}").write_bytes(content + b"\0" * 3000)  # harmless
-        (tmp_path / f"cut.{ending}").write_bytes(content[:-600])
-        images = [f"whole.{ending}", f"cut.{ending}"]
-        rows = [row(), row(id="b", images=images[:1]), row(id="c", images=images)]
-        problems = data.read_problems(path := write_jsonl(tmp_path, *rows))
-        assert data.check_images(problems[:2]) == 1 == data.check_images(problems, share=(1, 9))
-        assert data.check_images(problems, share=(8, 9)) == 0  # more processes than rows
-        says = f"{path}, line 3: {tmp_path / images[1]}: damaged picture"
-        with pytest.raises(ValueError, match=re.escape(says)):
-            data.check_images(problems)
-
-    blob = base64.b64encode(encoded(picture(200, 150))[:-600]).decode()
-    inside = data.read_problems(write_jsonl(tmp_path, row(images=[{"bytes": blob}])))
-    with pytest.raises(ValueError, match="line 1: embedded picture: damaged picture"):
-        data.check_images(inside)
-    assert data.check_images([Problem("made", "x", "1", (picture(30, 30),))]) == 1
-
-
-def test_rows_without_pictures_are_not_read_again_to_check_pictures(tmp_path, monkeypatch):
-    picture(30, 30).save(tmp_path / "p.png")
-    lines = [row(id=str(i), images=["p.png"] if i in (2, 5) else []) for i in range(6)]
-    path, parsed, parse = write_jsonl(tmp_path, *lines), [], data.parse_json
-    problems = data.read_problems(path, share=(0, 2))
-    monkeypatch.setattr(data, "parse_json", lambda *a: parsed.append(a[0]) or parse(*a))
-    assert data.check_images(problems, (0, 2)) == 1 and parsed == [f"{path}, line 3"]
+@pytest.mark.parametrize("kind", ["AVIF", "PNG", "JPEG", "WEBP", "TIFF"])
+def test_whatever_is_damaged_in_a_picture_the_error_names_it(kind):
+    content, whole = encoded(picture(64, 48), kind), 0
+    for seed in range(60):
+        rng, damaged = random.Random(seed), bytearray(content)
+        for _ in range(rng.choice((1, 3))):
+            damaged[rng.randrange(min(len(damaged), 600))] = rng.randrange(256)
+        try:
+            data.image_patches(io.BytesIO(damaged), SETTINGS, "row 7")
+            whole += 1
+        except ValueError as error:
+            assert re.match("row 7: .*: damaged picture [(]", str(error))
+    assert whole < 60  # of AVIF 27 of the others are RuntimeErrors of its decoder
+    assert data.load_image(io.BytesIO(content + b"\0" * 3000)).size == (64, 48)
+    with pytest.raises(ValueError, match="damaged picture"):  # cut
+        data.load_image(io.BytesIO(content[:-200]))
 
 
 def test_both_spellings_of_the_image_settings_are_read(tmp_path):
     common = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
     common |= dict(image_mean=CLIP_MEAN, image_std=CLIP_STD)
-    for bounds in (
-        {"min_pixels": 3136, "max_pixels": 12_845_056},
-        {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}},
-    ):
+    size = {"shortest_edge": 3136, "longest_edge": 12_845_056}
+    for bounds in ({"min_pixels": 3136, "max_pixels": 12_845_056}, {"size": size}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(common | bounds))
         assert data.load_image_settings(tmp_path) == SETTINGS
 
@@ -417,22 +341,16 @@ def test_markup_in_the_text_of_a_user_is_an_error_that_names_the_row(tokenizer):
             encode("x", [picture(2010, 10)], tokenizer, SETTINGS, name="row-7")
 
 
-def test_a_written_response_ends_in_a_stop_token_that_is_trained(tokenizer):
-    document = data.encode_example(Example("a", "what", "<think> so </think> 3"), tokenizer, None)
+def test_a_written_response_ends_in_a_stop_token_and_the_template_has_to_show_pictures(
+    tokenizer, tmp_path
+):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    document = data.encode_example(Example("a", "what", "<think> so </think> 3"), loaded, None)
     words = "<think> so </think> 3 <|im_end|>".split()
     assert document.response_ids == tokenizer.convert_tokens_to_ids(words)
     prompt = data.encode_prompt("what", [], tokenizer, None)
     assert document.ids == prompt.ids + document.response_ids and len(document) == len(document.ids)
-
-
-def test_the_chat_template_is_read_from_either_file_and_must_show_pictures(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    expected = data.encode_prompt("look at", [], tokenizer, None)
-    assert data.encode_prompt("look at", [], data.load_tokenizer(tmp_path), None) == expected
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    loaded = data.load_tokenizer(tmp_path)
-    assert data.encode_prompt("look at", [], loaded, None) == expected
     loaded.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
         data.encode_prompt("x", [picture(56, 56)], loaded, SETTINGS)
@@ -446,11 +364,8 @@ def test_the_length_is_known_without_decoding_a_picture(tokenizer, tmp_path):
     for count in range(4):
         case = ("look at", images[:count], tokenizer, SETTINGS)
         assert data.prompt_length(*case) == len(data.encode_prompt(*case).ids)
-
-
-def test_long_prompts_are_left_out_and_counted_and_never_cut():
-    kept, dropped = data.filter_long(["aaaa", "b", "cc", "ddd"], 2, [4, 1, 2, 3])
-    assert list(kept) == ["b", "cc"] and dropped == 2
+    short, dropped = data.filter_long(["aaaa", "b", "cc", "ddd"], 2, [4, 1, 2, 3])
+    assert list(short) == ["b", "cc"] and dropped == 2  # none is cut
 
 
 @needs_real
@@ -465,9 +380,6 @@ def test_the_real_tokenizer_is_taken_as_it_is_from_a_directory_that_we_export(
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(logging.Logger, "warning", lambda self, *words: said.append(words))
     assert data.load_tokenizer(tmp_path).encode("a1 b22") == [64, 16, 293, 17, 17] and not said
-    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": None}))
-    data.load_tokenizer(tmp_path)
-    assert "regex" in str(said)
 
 
 @needs_real
@@ -486,8 +398,6 @@ def test_with_the_real_tokenizer_ids_equal_the_official_path(tmp_path):
     chat = real.apply_chat_template(
         turn, chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    assert chat.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
-    assert chat.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.short_ids == real(chat)["input_ids"]
     grids = [official_patches(image, config)[1] for image in images]
     expanded, *pieces = chat.split("<|image_pad|>")
@@ -495,14 +405,6 @@ def test_with_the_real_tokenizer_ids_equal_the_official_path(tmp_path):
         expanded += "<|image_pad|>" * (math.prod(grid) // 4) + piece
     assert prompt.ids == real(expanded)["input_ids"] and prompt.grids == tuple(grids)
     assert all(prompt.ids[o] == 151655 != prompt.ids[o - 1] for o in prompt.offsets)
-
-    # A whole turn through the template ends as ours does, but for the line break after it.
-    response = "<think>\nWait, 2.\n</think>\n\\boxed{2}"
-    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": response}]
-    whole = real.apply_chat_template(turns, tokenize=False)
-    ours = data.encode_example(Example("a", "1+1?", response), real, None)
-    assert [*ours.ids, *real.encode("\n")] == real.encode(whole)
-    assert ours.response_ids[-1] == 151645
 
 
 # ---- order

@@ -1,4 +1,4 @@
-"""model.py against transformers: logits, gradients, positions, cache, head, files.
+"""model.py against transformers: logits, gradients, positions, head, files.
 
 The referee is Qwen2_5_VLForConditionalGeneration 5.19 (sdpa, fp32), which opens what save_model
 wrote and reads one document at a time, with use_cache=False: it leaks across packed documents. Our
@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ import model
 from common import distributed
 from common.data import Document, Prompt
 from common.packs import make_pack
-from model import Config, Inputs, KVCache, Qwen25VL, VisionConfig, load_model, save_model
+from model import Config, Qwen25VL, VisionConfig, load_model, save_model
 
 START, END, IMAGE = 3, 4, 6  # of the small model's 96 tokens; 10 and above are words
 IDS = dict(bos_token_id=1, eos_token_id=2, vision_start_token_id=START, vision_end_token_id=END)
@@ -163,20 +164,6 @@ def test_logits_and_all_gradients_equal_those_of_transformers(pair, parts):
     assert_same_gradients(gradients(ours, logits), gradients(theirs, wanted))
 
 
-def test_the_small_model_can_tell_a_wrong_layout_of_windows_and_positions(ours):
-    """Otherwise the parity above would prove nothing about them."""
-    pack = make_pack([document(*BETWEEN)])
-    logits = ours.logits(pack)
-    for change in [{"fullatt_block_indexes": (1,)}, {"window_size": 84}]:
-        other = Qwen25VL(replace(SMALL, vision=replace(VISION, **change)))
-        other.load_state_dict(ours.state_dict())
-        assert distance(other.logits(pack), logits) > 1e-3
-    for axis in range(3):
-        wrong = pack.positions.clone()
-        wrong[axis] = torch.arange(len(pack.ids))
-        assert distance(ours.logits(replace(pack, positions=wrong)), logits) > 1e-3
-
-
 def test_names_and_shapes_of_the_real_models_are_those_of_transformers():
     for config in (REAL_7B, REAL_3B):
         with torch.device("meta"):
@@ -250,8 +237,10 @@ def test_responses_that_share_their_prompt_and_pictures_give_what_they_give_apar
         torch.autograd.grad(again.sum(), network.model.embed_tokens.weight)
     # hidden[rows] has a backward, index_put, that adds repeated rows in an order that follows where
     # the memory lies: at the miniature's size, two runs in five gave other last bits.
-    assert "aten.index_add.default" in backward.names
     assert not {name for name in backward.names if "index_put" in name}
+
+
+# ---- heads
 
 
 def naive_varlen(q, k, v, q_ends, k_ends, longest_q, longest_k, causal):
@@ -281,41 +270,6 @@ def test_flash_attention_gets_what_its_interface_asks_for(monkeypatch, causal):
     monkeypatch.setattr(model, "flash_attn_varlen_func", naive_varlen)
     flash = model.attend(*(x.as_subclass(OnGpu) for x in qkv), [5, 5, 1, 9], causal)
     assert isinstance(flash, OnGpu) and distance(flash.as_subclass(torch.Tensor), ours) < 1e-6
-
-
-# ---- KV cache
-
-
-def test_token_by_token_with_a_cache_equals_the_whole_documents(ours):
-    """Prompts of different lengths, with and without pictures; rows are repeated and dropped."""
-    prompts = [document(*parts) for parts in ((5,), ONE, (13,), BETWEEN)]
-    pack, words = make_pack(prompts), random.Random(3)
-    owner, tokens = [0, 1, 1, 2, 3, 3], [[] for _ in range(6)]  # of each row: prompt, own tokens
-    with torch.no_grad():
-        cache = KVCache(SMALL, 4, max(pack.lengths) + 12, torch.float32, torch.device("cpu"))
-        last = torch.tensor(pack.lengths).cumsum(0) - 1
-        first = ours.logits(pack, rows=last, cache=cache)
-        assert distance(first, ours.logits(pack)[last]) < 1e-5
-        assert cache.lengths.tolist() == pack.lengths
-        cache.take(torch.tensor(owner))
-        positions = pack.positions[:, last].amax(0)[torch.tensor(owner)] + 1
-        for step in range(12):
-            tokens = [[*own, words.randrange(10, 96)] for own in tokens]
-            newest = torch.tensor([own[-1] for own in tokens])
-            logits = ours.logits(Inputs(newest, positions.expand(3, -1), None), cache=cache)
-            positions = positions + 1
-            for row, prompt in enumerate(owner):
-                ids = prompts[prompt].response_ids + tokens[row]
-                whole = ours.logits(make_pack([Document(prompts[prompt].prompt, ids)]))[-1]
-                assert distance(logits[row], whole) < 1e-5, f"row {row}, step {step}"
-            if step == 7:
-                rows = cache.keep(torch.tensor([False, True, True, False, True, False]))
-                assert sorted(rows.tolist()) == [1, 2, 4]
-                owner, tokens = ([of_row[i] for i in rows] for of_row in (owner, tokens))
-                positions = positions[rows]
-
-
-# ---- heads
 
 
 @pytest.mark.parametrize("chunk", [1, 32, 1000])
@@ -358,8 +312,7 @@ def test_the_logits_of_a_long_row_never_exist_and_none_are_kept_for_backward():
     hooks = lambda x: shapes.add(x.shape) or x, lambda x: x  # noqa: E731
     with Operators() as ran, torch.autograd.graph.saved_tensors_hooks(*hooks):
         model.chunked_logps(hidden, weight, targets, chunk=8)[0].sum().backward()
-    assert ran.elements == 8 * 50
-    assert shapes == {(64, 4), (50, 4), (64,)}
+    assert ran.elements == 8 * 50 and shapes == {(64, 4), (50, 4), (64,)}
 
 
 def test_a_critic_reads_the_hidden_states_with_a_head_of_width_one_that_begins_small(
@@ -381,12 +334,6 @@ def test_a_critic_reads_the_hidden_states_with_a_head_of_width_one_that_begins_s
 # ---- files
 
 
-def refusal(directory, kind=ValueError):
-    with pytest.raises(kind) as error:
-        load_model(directory)
-    return str(error.value)
-
-
 def split(directory):
     """Into several files and an index, as the hub has large models."""
     weights, places = load_file(directory / FILE), {}
@@ -401,7 +348,6 @@ def split(directory):
 def test_both_layouts_of_names_load_and_what_transformers_saves(tmp_path, pair):
     ours, theirs = pair
     theirs.save_pretrained(tmp_path)
-    assert "text_config" in json.loads((tmp_path / "config.json").read_text())
     again = load_model(tmp_path)
     assert replace(again.config, vision_token_id=5) == ours.config  # transformers drops that one
     assert_same_weights(again, ours)
@@ -415,7 +361,6 @@ def test_what_is_saved_loads_here_and_in_transformers_and_leaves_nothing_older(t
     older, (ours, _) = small_model(seed=1), pair
     save_model(older, tmp_path)
     split(tmp_path)
-    assert_same_weights(load_model(tmp_path), older)
     (tmp_path / INDEX).write_text("{")  # is not read: the files themselves say what they hold
     assert_same_weights(load_model(tmp_path), older)
     save_model(ours, tmp_path)
@@ -424,8 +369,7 @@ def test_what_is_saved_loads_here_and_in_transformers_and_leaves_nothing_older(t
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.named_parameters())
     again, weights = load_model(tmp_path), load_file(tmp_path / FILE)
     assert_same_weights(again, ours)
-    tied = again.head_weight is again.model.embed_tokens.weight
-    assert tied == ours.config.tie_word_embeddings == ("lm_head.weight" not in weights)
+    assert ours.config.tie_word_embeddings == ("lm_head.weight" not in weights)
     head = ours.head_weight.detach().clone()  # some hub files have it where it is tied, too
     save_file(weights | {"lm_head.weight": head}, tmp_path / FILE)
     assert_same_weights(load_model(tmp_path), ours)
@@ -438,7 +382,8 @@ def test_a_critic_survives_saving_and_gives_a_policy_its_body_but_no_head(tmp_pa
         assert_same_weights(load_model(tmp_path, head="value"), critic)
         if config is TIED:
             assert load_model(tmp_path).value_head is None  # its head is the embedding
-    assert "missing lm_head.weight" in refusal(tmp_path)
+    with pytest.raises(ValueError, match="missing lm_head.weight"):
+        load_model(tmp_path)
 
 
 def test_bf16_is_saved_and_loaded_and_rounds_as_transformers_does(tmp_path, ours):
@@ -464,7 +409,6 @@ def test_tokenizer_template_and_settings_are_copied_along(tmp_path, ours):
         save_model(ours, target, like=like)
         assert {file.name for file in target.iterdir()} == {*copied, "config.json", FILE}
         assert all((target / name).read_text() == f'"{name}"' for name in copied)
-    assert load_model(target).config == SMALL
 
 
 # ---- directories that do not fit
@@ -475,84 +419,53 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 
 
-def tensors(changes):
+def tensors(folder, changes):
     """None takes one away."""
-
-    def damage(folder):
-        weights = load_file(folder / FILE) | changes
-        save_file({n: w for n, w in weights.items() if w is not None}, folder / FILE)
-
-    return damage
+    weights = load_file(folder / FILE) | changes
+    save_file({n: w for n, w in weights.items() if w is not None}, folder / FILE)
 
 
-def content(name, change):
-    def damage(folder):
-        split(folder)
-        file = folder / name
-        file.write_bytes(change(file.read_bytes()))
-
-    return damage
+def content(folder, name, change):
+    split(folder)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def config(**changes):
-    return content("config.json", lambda old: json.dumps(json.loads(old) | changes).encode())
+def settings(folder, changes):
+    content(folder, "config.json", lambda old: json.dumps(json.loads(old) | changes).encode())
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    "damage, arguments, said",
     [
-        (tensors({NORM: None}), f"missing {NORM}"),
-        (tensors({"lm_head.weight": None}), "missing lm_head.weight"),
-        (tensors({"model.odd": FINAL}), f"model.odd in {FILE} is [64], by config.json None"),
-        (tensors({NORM: FINAL[1:]}), f"{NORM} in {FILE} is [63], by config.json [64]"),
-        (tensors({NESTED: FINAL}), f"{NORM} stands twice, in {FILE} and {FILE}"),
-        (lambda folder: save_file({NORM: FINAL}, folder / "more.safetensors"),
-         f"{NORM} stands twice, in {FILE} and more.safetensors"),
-        (lambda folder: (folder / FILE).unlink(), "missing visual."),
-        (content(SECOND, lambda old: LFS), f"{SECOND} is cut, or a Git-LFS pointer"),
-        (content(SECOND, lambda old: b""), f"{SECOND} is cut"),
-        (content(SECOND, lambda old: old[:-1]), f"{SECOND} is cut"),
-        (content("config.json", lambda old: b"\xef\xbb\xbf" + old), "config.json describes no"),
-        (content("config.json", lambda old: old[:-5]), "config.json describes no"),
-        (content("config.json", lambda old: b"[]"), "config.json describes no"),
-        (config(model_type="qwen2_vl"), "of type ('qwen2_vl', 'mrope'), not qwen2_5_vl and mrope"),
-        (config(rope_scaling={"type": "yarn"}), "('qwen2_5_vl', 'yarn')"),
-        (config(rope_scaling=None), "rope_parameters"),
-        (config(hidden_size=None), "hidden_size"),
-        (config(use_sliding_window=True), "use_sliding_window"),
+        (tensors, [{NORM: None}], f"missing {NORM}"),
+        (tensors, [{"model.odd": FINAL}], f"model.odd in {FILE} is [64], by config.json None"),
+        (tensors, [{NORM: FINAL[1:]}], f"{NORM} in {FILE} is [63], by config.json [64]"),
+        (tensors, [{NESTED: FINAL}], f"{NORM} stands twice, in {FILE} and {FILE}"),
+        (content, [SECOND, lambda old: LFS], f"{SECOND} is cut, or a Git-LFS pointer"),
+        (content, [SECOND, lambda old: old[:-1]], f"{SECOND} is cut"),
+        (content, ["config.json", lambda old: b"\xef\xbb\xbf" + old], "config.json describes no"),
+        (content, ["config.json", lambda old: old[:-5]], "config.json describes no"),
+        (content, ["config.json", lambda old: b"[]"], "config.json describes no"),
+        (settings, [{"model_type": "qwen2_vl"}], "of type ('qwen2_vl', 'mrope'), not qwen2_5_vl"),
+        (settings, [{"rope_scaling": {"type": "yarn"}}], "('qwen2_5_vl', 'yarn')"),
+        (settings, [{"hidden_size": None}], "hidden_size"),
+        (settings, [{"use_sliding_window": True}], "use_sliding_window"),
     ],
-)  # fmt: skip
-def test_a_directory_that_does_not_fit_is_refused_by_name(tmp_path, ours, damage, said):
+)
+def test_a_directory_that_does_not_fit_is_refused_by_name(tmp_path, ours, damage, arguments, said):
     save_model(ours, tmp_path)
-    damage(tmp_path)
-    assert said in (message := refusal(tmp_path)) and str(tmp_path) in message
+    damage(tmp_path, *arguments)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
-def test_a_tied_head_is_the_embedding_before_and_after_saving(tmp_path):
-    tied = small_model(TIED)
-    save_model(tied, tmp_path)
-    weights = load_file(tmp_path / FILE)
-    assert "lm_head.weight" not in weights
-    again = load_model(tmp_path)
-    assert again.head_weight is again.model.embed_tokens.weight
-    embedding = weights["model.embed_tokens.weight"]
-    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
-    assert_same_weights(load_model(tmp_path), tied)  # present and equal, as some hub files have it
-    save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
-    assert "model.safetensors: lm_head.weight differs" in refusal(tmp_path)
-
-
-# ---- config.json
-
-
-@pytest.mark.parametrize("config", [SMALL, TIED, REAL_7B, REAL_3B])
-def test_flat_and_nested_configurations_are_both_read(tmp_path, config):
-    odd = replace(config, rms_norm_eps=3e-5, rope_theta=5e5, eos_token_id=(2, 0))
+def test_flat_and_nested_configurations_are_both_read(tmp_path):
+    odd = replace(REAL_3B, rms_norm_eps=3e-5, rope_theta=5e5, eos_token_id=(2, 0))
     raw = json.loads(json.dumps(model.config_json(odd, torch.bfloat16)))
-    assert raw["eos_token_id"] == [2, 0] and config.stop_ids == (config.eos_token_id,)
-    for flat in (raw, raw | {"text_config": None}):
-        (tmp_path / "config.json").write_text(json.dumps(flat))
-        assert model.read_config(tmp_path) == odd and odd.stop_ids == (2, 0)
+    assert raw["eos_token_id"] == [2, 0] and SMALL.stop_ids == (2,)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"text_config": None}))
+    assert model.read_config(tmp_path) == odd and odd.stop_ids == (2, 0)
     official_config(odd).save_pretrained(tmp_path)
     nested = json.loads((tmp_path / "config.json").read_text())
     assert "hidden_size" not in nested and nested["text_config"]["rms_norm_eps"] == 3e-5

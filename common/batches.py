@@ -3,6 +3,8 @@
     stream of problems ──longest first──▶ sampler ──▶ this rank's rollouts, and what has not ended
     rollouts of all ranks ──record──▶ RUN/rollouts/step_000012.npz, before they are learnt from
 
+    rollouts and packs ──row_of, trace_rows──▶ lines of RUN/rollouts.jsonl and trace.jsonl
+
 Problems are known by their place in the stream: step s of P problems has the places from s P on.
 A run that resumes in a step that was cut off reads its record instead of sampling again, and what
 the step before had put aside goes on from its tokens. Negative places are a second order of the
@@ -12,15 +14,17 @@ same problems, which take over the slots of --resample.
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from common import checkpoint, data, distributed
-from common.data import ImageSettings
+from common.data import ImageSettings, Rollout
 from common.packs import exchange
 from reward import Verdict
-from rollout import Rollout
+
+TRACED = 4  # samples of a problem, as many right as wrong ones where there are
 
 # ---- a step on disk
 
@@ -231,3 +235,54 @@ class Batches:
     def add_lengths(self, step: int, rollouts: list[Rollout]) -> dict:
         """A line of lengths.jsonl, which a resumed run knows the lengths by."""
         return {"step": step, "lengths": add_lengths(self.lengths, rollouts)}
+
+
+# ---- what of a step people look at
+
+
+def row_of(step: int, r, tokenizer) -> dict:
+    """A rollout as a person reads it: a line of rollouts.jsonl."""
+    ids = [int(token) for token in r.response_ids]
+    row = {"step": step, "id": r.problem.id, "sample": r.sample, "source": r.problem.source}
+    row |= {"prompt": r.problem.prompt, "answer": r.problem.answer, "image": bool(r.problem.images)}
+    row |= {"response": tokenizer.decode(ids, skip_special_tokens=True), "length": len(ids)}
+    return row | {"reward": r.reward, "status": r.verdict.status, "stopped": r.stopped}
+
+
+def samples_to_trace(rollouts: list) -> list[int]:
+    """Indices of samples, best and worst, of the first problem that has right and wrong ones; of
+    one with a picture, if there is any.
+    """
+    by_problem = groupby(range(len(rollouts)), key=lambda i: rollouts[i].index)
+    groups = [[*members] for _, members in by_problem]
+    groups = [g for g in groups if rollouts[g[0]].problem.images] or groups
+    mixed = (g for g in groups if len({rollouts[i].reward for i in g}) > 1)
+    best_first = sorted(next(mixed, groups[0]), key=lambda i: -rollouts[i].reward)
+    return sorted({*best_first[: TRACED // 2], *best_first[-(TRACED // 2) :]})
+
+
+def trace_rows(step: int, rollouts: list, packs: list, tokenizer, world) -> list[dict]:
+    """Lines of trace.jsonl, before the update: of one problem what is known of every token, its
+    log-prob, value and advantage. Each rank knows of the tokens that it trains.
+    """
+    chosen, mine = samples_to_trace(rollouts), {}
+    for pack in packs:
+        columns = [pack.advantages] if pack.values is None else [pack.advantages, pack.values]
+        by_document = zip(*(column.split(pack.counts) for column in columns), strict=True)
+        for i, numbers in zip(pack.members, by_document, strict=False):  # a filler has no members
+            if i in chosen:
+                mine[i] = [short(column.tolist()) for column in numbers]
+    numbers, rows = distributed.union(world, mine), []
+    for i in chosen:
+        r, (advantages, *values) = rollouts[i], numbers[i]
+        row = row_of(step, r, tokenizer)
+        row |= {"images": [image for image in r.problem.images if isinstance(image, str)]}
+        row |= {"tokens": [tokenizer.decode([int(token)]) for token in r.response_ids]}
+        row |= {"logps": short(r.logps), "values": values[0] if values else None}
+        rows.append(row | {"advantages": advantages})
+    return rows
+
+
+def short(numbers) -> list[float]:
+    """Four digits each: a line of a 48k-token response is long enough."""
+    return [float(f"{float(x):.4g}") for x in numbers]

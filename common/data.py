@@ -40,6 +40,7 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.log import on_hub, progress
+from reward import Verdict
 
 IMAGE_MARKER = "<image>"  # where a picture stands in the prompt of a row
 IMAGE_PAD = "<|image_pad|>"  # Qwen2.5-VL's tokenizer: one for each merged patch
@@ -116,6 +117,33 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.prompt.ids) + len(self.response_ids)
+
+
+@dataclass
+class Rollout:
+    """One sampled response to a problem, and what it is worth."""
+
+    problem: Problem
+    sample: int  # which of the n
+    prompt: Prompt
+    index: int = 0  # place of the problem in the list; in rl.py, in the stream of all steps
+    response_ids: list[int] = field(default_factory=list)  # the stop token included, if it came
+    logps: list[float] = field(default_factory=list)  # of each response token, by the sampler
+    stopped: bool = False  # False: cut at max_tokens
+    text: str = ""
+    verdict: Verdict | None = None
+    reward: float = 0.0
+    seed: int = 0  # of its random numbers
+    unfinished: bool = False  # put aside when enough others had ended: goes on in the next step
+    stale: int = 0  # of its first tokens: drawn in earlier steps, by the policies of that time
+
+    @property
+    def name(self) -> str:
+        return f"{self.problem.id}#{self.sample}"
+
+    @property
+    def document(self) -> Document:
+        return Document(self.prompt, self.response_ids, self.name)
 
 
 class Rows(Sequence):

@@ -700,16 +700,16 @@ def test_a_response_that_was_cut_is_wrong_even_if_it_was_right_so_far(mini, tmp_
 
 def interrupt(patch, how: str):
     """In step 1: Ctrl-C; in step 3, after sampling and before learning: the machine dies."""
-    rows_of = trace.rows_of
+    trace_rows = rl.trace_rows
 
     def interrupted(step, *rest):
         if how == "ctrl-c" and step == 1:
             signal.raise_signal(signal.SIGINT)
         if how == "killed" and step == 3:
             raise RuntimeError("killed")
-        return rows_of(step, *rest)
+        return trace_rows(step, *rest)
 
-    patch.setattr(trace, "rows_of", interrupted)
+    patch.setattr(rl, "trace_rows", interrupted)
 
 
 def note(patch, calls: list, where, name: str):
@@ -927,7 +927,7 @@ def test_a_run_that_was_stopped_in_its_last_step_keeps_its_checkpoints_and_write
     cfg = replace(cfg, samples=2)
     with monkeypatch.context() as patch:
         stop = {2: lambda: signal.raise_signal(signal.SIGINT)}
-        patch.setattr(trace, "rows_of", lambda step, *rest: stop.get(step, list)() or [])
+        patch.setattr(rl, "trace_rows", lambda step, *rest: stop.get(step, list)() or [])
         rl.main(cfg)
     assert not (tmp_path / "model").exists()
     rl.main(cfg)

@@ -1,9 +1,11 @@
 """bench/gpu.py at miniature size: every part finds something, wrong kernels get no figures.
 bench/long_tail.py: its engine against one that counts step by step, and what its rules gain.
+The others run, small.
 """
 
 import json
 import math
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -17,11 +19,20 @@ from model import attend
 from rollout import Rollout
 from tools import plan
 
+ROOT = Path(__file__).resolve().parents[1]
 # last: other files there are called as those they measure
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+sys.path.append(str(ROOT / "bench"))
 import gpu  # noqa: E402
 import long_tail  # noqa: E402
+from conftest import finished  # noqa: E402
 
+SMALL = {  # command: what its last table has
+    "bench/cpu.py --themes coldstart update rollout --rounds 1 --documents 4 --updates 32 32"
+    " --rollouts 2 4 16 0.8": r"\| coldstart \| [^\n]*\n(\| update \| [^\n]*\n){2}\| rollout \|",
+    "bench/iteration.py --model {mini.model} --data {mini.train} --steps 2 --out {out}": (
+        r"\| records \| 0\.\d+ \|[^|]*\|\n.*\noutside model, optimiser and sampler: "
+    ),
+}
 PARTS = "ceilings parity attention decoder step3b head vision sampler".split()
 
 
@@ -128,3 +139,11 @@ def test_longest_first_shortens_the_tail_and_putting_aside_ends_it():
     assert 0 < idle[2] < idle[1] < idle[0] < 1 and idle[2] < 0.3 * idle[0]
     assert rows[0]["aside"] == rows[1]["aside"] == 0 < rows[2]["aside"] < 128
     assert rows[2]["sample"] < rows[1]["sample"] < rows[0]["sample"] < rows[0]["step"]
+
+
+@pytest.mark.parametrize("command, last", SMALL.items(), ids=["cpu", "iteration"])
+def test_the_benches_of_a_cpu_pass_their_gates_and_print_a_table(mini, tmp_path, command, last):
+    """At small sizes: a change of what they measure or clock is seen here."""
+    line = command.format(mini=mini, out=tmp_path / "run")
+    output = finished([sys.executable, *line.split()], ROOT, {}, 300)
+    assert re.search(last, output, re.S), output[-3000:]

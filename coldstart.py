@@ -223,7 +223,7 @@ def main(cfg: Config):
         print(f"rehearsal: a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
     card = partial(model_card, TITLE, cfg, run / "model", run, cfg.max_tokens)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
-    with saver, stop_on_signal(run, world.main) as stop:
+    with stop_on_signal(run, world.main) as stop:
         for step in range(start, steps):
             began = time.perf_counter()
             # 1. read: the same batch on every rank, each trains its share
@@ -249,7 +249,6 @@ def main(cfg: Config):
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, models, model, card({"step": step + 1}))
-            saver.wait_for_save()
             if stopped:
                 break
     if not stopped:

@@ -529,7 +529,7 @@ def main(cfg: Config):
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     batches = Batches(cfg, world, sampler, problems, start)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
-    with saver, stop_on_signal(run, world.main) as stop:
+    with stop_on_signal(run, world.main) as stop:
         for step in range(start, cfg.steps):
             # 1. sample: P problems, text and pictures mixed, G responses each, by today's policy
             timer("sample")
@@ -586,7 +586,6 @@ def main(cfg: Config):
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, models, policy, card_of(cfg, step + 1))
-            saver.wait_for_save()
             if stopped:
                 break
     if not stopped:

@@ -6,27 +6,23 @@
 No random state, place in the data or length budget is saved: all are functions of (seed, step).
 
 Whole or ignored: all is written into step_000060.part, and rank 0 renames it when the files of
-every rank are there and fsync has brought them to the disk. What is deleted is renamed first; a
-*.part that a kill left is removed at the next start. All nodes see one directory. An error of one
-rank is raised on all.
+every rank are on the disk. What is deleted is renamed first; a *.part that a kill left is removed
+at the next start. All nodes see one directory. An error of one rank is raised on all.
 
-Room, for 7B with a critic: a state is 180 GB over the ranks of a node, in host memory while it is
-written, and three times on the disk; a model is 17 GB in bfloat16. Old states are not kept.
+Room, for 7B with a critic: a state is 180 GB over the ranks of a node, three times on the disk; a
+model is 17 GB in bfloat16. Old states are not kept.
 """
 
-import concurrent.futures
 import os
 import shutil
 import time
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -35,13 +31,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from common import log, lora, viewers
 from common.distributed import everyone, is_main, release
-from model import Config, Qwen25VL, save_weights
+from model import Qwen25VL, save_weights
 
 # Settings that say how a run is executed, and not what it learns: rollouts stay good under others.
-EXECUTION = {"out", "steps", "save_every", "keep_every", "recompute", "compile", "offload"}
-EXECUTION |= {"sampler_batch", "kv_cache_gb", "pack_tokens", "wandb", "tensorboard"}
+EXECUTION = set(
+    "out steps save_every save_minutes keep_every recompute compile offload sampler_batch "
+    "kv_cache_gb pack_tokens wandb tensorboard commit".split()
+)
 KEEP_STATES = 2  # the newest checkpoints, from which a run can go on
-SAVE_TIMEOUT = timedelta(hours=2)  # a rank that has written its part waits for the slowest disk
 Pairs = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # {"policy": (model, optimizer), ...}
 
 # ------------------------------------------------------------------ going on
@@ -53,7 +50,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     FileExistsError where compare_settings finds that it may not go on: nothing is overwritten.
     """
     run = Path(run)
-    viewers.refuse_missing(config)
+    viewers.modules_of(config)  # one that is missing is refused before models are loaded
     start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reason := everyone(is_main() and compare_settings(run, config, start))[0]:
@@ -67,29 +64,24 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
 def compare_settings(run: Path, config, start: int) -> str:
     """Prints what has changed since run.json (RunLog records it); returns what forbids going on."""
     if (run / "model").is_dir():
-        again = f"go on from step {start}" if start else "begin again: it has no checkpoint"
-        return f"it is a finished run: remove {run}/model to {again}"
+        return f"it is a finished run: remove {run}/model to go on from step {start}"
     if not (run / "run.json").exists():
         return ""
-    before, about = log.read_record(run), log.provenance(config)
-    now, codes = about["config"], [x["commit"] for x in (before, *before["resumed"])]
-    changed = log.changed_settings(before["config"], now)
-    lines = {name: f"--{name.replace('_', '-')} {a} -> {b}" for name, (a, b) in changed.items()}
-    print(f"{run} goes on from step {start}", *lines.values(), sep="\n  ", flush=True)
-    if codes[-1] != about["commit"]:
-        print(f"  the code has changed: {codes[-1]} -> {about['commit']}", flush=True)
+    before, now = log.read_record(run), log.provenance(config)
+    changed, settings = log.changed_settings(before, now), now["config"]
+    print(f"{run} goes on from step {start}", *changed.values(), sep="\n  ", flush=True)
     fixed = ["algorithm", "lora_rank"]
-    if now.get("lora_rank"):  # a state of adapters lacks what they were trained on
+    if settings.get("lora_rank"):  # a state of adapters lacks what they were trained on
         fixed += ["lora_alpha", "model"]
-    reason = next((lines[name] for name in fixed if name in lines), "")
+    reasons = [changed[name] for name in fixed if name in changed]
+    if settings.get("steps", start) < start:
+        reasons.append(f"--steps {settings['steps']}, of which {start} are done")
     old, new = before["data"], log.fingerprints(config)
-    if (steps := now.get("steps", start)) < start:
-        reason = f"--steps {steps}, of which {start} are done"
     if sorted(old.values()) != sorted(new.values()):  # its files may have moved
-        reason = f"the data has changed, {old} -> {new}"
-    if start and reason:
-        return reason
-    if reason or {*changed} - EXECUTION:  # what was sampled came from the run as it was
+        reasons.append(f"the data has changed, {old} -> {new}")
+    if start and reasons:
+        return reasons[0]
+    if reasons or {*changed} - EXECUTION:  # what was sampled came from the run as it was
         for file in (run / "rollouts").glob("step_*[0-9].npz"):
             if int(file.stem[5:]) >= start:  # of the step before, rollouts may have to go on
                 file.unlink()
@@ -129,13 +121,12 @@ def load_state(directory: Path, pairs: Pairs):
 
     OSError, on all ranks, where that fails: no older one is taken behind the user's back.
     """
-    state, folder = train_state(pairs), Path(directory).parent
-    older = [0, *(s for s in complete_steps(folder.parents[1]) if s < int(folder.name[5:]))]
-    advice = f"If it is of another model, choose another --out; else remove {folder}, and the run"
-    words = f"{directory} cannot be read", f"{advice} goes on from step {older[-1]}"
-    with together(*words):  # first of all, since a rank that fails alone leaves others in load()
-        check_files(directory)
-    with together(*words):
+    advice = (
+        f"If it is of another model, choose another --out; else remove {directory.parent}, and the"
+        " run goes on from the checkpoint before"
+    )
+    state = train_state(pairs)
+    with together(f"{directory} cannot be read", advice):
         dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     for name, (model, optimizer) in pairs.items():
         settings = [dict(group) for group in optimizer.param_groups]
@@ -146,23 +137,12 @@ def load_state(directory: Path, pairs: Pairs):
             group.update(setting)
 
 
-def check_files(state: Path):
-    """ValueError where a file of a state is not there in full."""
-    for piece in dcp.FileSystemReader(state).read_metadata().storage_data.values():
-        file, size = state / piece.relative_path, piece.offset + piece.length
-        there = file.stat().st_size if file.exists() else 0
-        if there < size:
-            lost = f"{file.name} is missing or cut: {there:,} of {size:,} bytes"
-            raise ValueError(f"{lost} (all nodes must see one directory)")
-
-
 # ------------------------------------------------------------------ saving
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread, while the training goes on; leaving its `with`
-    waits for what is in flight. (dcp.async_save has a thread for the state alone: the model and the
-    name come after it, and each of the three may fail.)
+    """Writes checkpoints and deletes old ones. The training waits meanwhile, at 7B with a critic 3
+    minutes at 1 GB/s: a thread beside it would need a second copy of 180 GB in host memory.
 
     like: model directory whose tokenizer and settings go into each model/. keep_every: of the
     checkpoints before the newest two, model/ stays where this divides the step; 0: nowhere.
@@ -170,20 +150,7 @@ class Saver:
 
     def __init__(self, run, like, dtype: torch.dtype = torch.float32, keep_every: int = 1):
         self.run, self.like, self.dtype, self.keep_every = Path(run), like, dtype, keep_every
-        self.group = None  # its collectives run beside the training's: in one they would meet
-        if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.step, self.writing = 0, None  # what is in flight: its step and its future
         self.saved = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *error):
-        self.thread.shutdown()  # what is in flight arrives, also when the training has failed
-        if kind is None:
-            self.wait_for_save(block=True)
 
     def due(self, step: int, cfg) -> bool:
         """Whether a checkpoint is wanted after so many steps, by cfg.save_every or
@@ -194,50 +161,24 @@ class Saver:
         return bool(late or (cfg.save_every and step % cfg.save_every == 0))
 
     def save(self, step: int, pairs: Pairs, policy: Qwen25VL, card: str):
-        """Returns when all is in host memory. policy: is exported, with `card` beside it."""
-        self.wait_for_save(block=True)
-        self.saved = time.monotonic()
-        stager = DefaultStager(StagingOptions(False, False, False, False))  # copies now, unpinned
-        state = stager.stage(train_state(pairs))
-        stager.close()
-        (name,) = (name for name, (model, _) in pairs.items() if model is policy)
-        weights, self.step = state[name]["model"], step
-        if lora.adapters(policy):
-            every = lora.merged(policy)
-            weights = {name: weight.to("cpu", self.dtype, copy=True) for name, weight in every}
-        self.writing = self.thread.submit(self._write, step, state, weights, policy.config, card)
-
-    def wait_for_save(self, block: bool = False):
-        """Raises, on all ranks, the OSError of a checkpoint that could not be written; all have to
-        call it at the same place. block: until nothing is in flight.
-        """
-        if self.writing is None:
-            return
-        if block:
-            concurrent.futures.wait([self.writing])
-        if not all(everyone(self.writing.done())):
-            return
-        writing, self.writing = self.writing, None
-        advice = f"When that is mended, the same command goes on from step {newest(self.run)[0]}"
-        with together(f"writing {step_directory(self.run, self.step)} failed", advice):
-            writing.result()
-
-    def _write(self, step: int, state: dict, weights: dict, config: Config, card: str):
-        """In the thread: the files of all ranks; rank 0 names them when all are there."""
+        """policy: is exported, with `card` beside it. OSError on all ranks."""
         folder = step_directory(self.run, step)
         part = folder.with_suffix(".part")
-        # copy-ahead from a GPU would open a CUDA context on device 0, and all is in host memory
-        writer = Writer(part / "state", per_thread_copy_ahead=0)
-        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not self.group)
-        save_weights(weights, config, part / "model", self.dtype, self.like, self.group)
-        if is_main():
-            check_files(part / "state")  # of all nodes
-            (part / "model/README.md").write_text(card, **log.UTF8)
-            publish(part, folder)
-            for old in complete_steps(self.run)[:-KEEP_STATES]:
-                folder = step_directory(self.run, old)
-                stays = self.keep_every and old % self.keep_every == 0
-                remove(folder / "state" if stays else folder)
+        advice = f"When that is mended, the same command goes on from step {newest(self.run)[0]}"
+        with together(f"writing {folder} failed", advice):
+            for model, _ in pairs.values():
+                release(model)  # else gathered weights of the compute dtype pass for the masters
+            alone = not dist.is_initialized()
+            dcp.save(train_state(pairs), storage_writer=Writer(part / "state"), no_dist=alone)
+            write_model(policy, part / "model", self.like, self.dtype, card)
+            if is_main():
+                check_files(part / "state")  # of all nodes
+                publish(part, folder)
+                for old in complete_steps(self.run)[:-KEEP_STATES]:
+                    folder = step_directory(self.run, old)
+                    stays = self.keep_every and old % self.keep_every == 0
+                    remove(folder / "state" if stays else folder)
+        self.saved = time.monotonic()
 
 
 class Writer(dcp.FileSystemWriter):
@@ -249,20 +190,36 @@ class Writer(dcp.FileSystemWriter):
             raise error.__context__ or error from None
 
 
+def check_files(state: Path):
+    """ValueError where a file of a state is not there in full, as where nodes have own disks."""
+    for piece in dcp.FileSystemReader(state).read_metadata().storage_data.values():
+        file, size = state / piece.relative_path, piece.offset + piece.length
+        there = file.stat().st_size if file.exists() else 0
+        if there < size:
+            lost = f"{file.name} is missing or cut: {there:,} of {size:,} bytes"
+            raise ValueError(f"{lost} (all nodes must see one directory)")
+
+
 def export(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: str):
     """The policy as a Hugging Face directory, whole or not at all; OSError on all ranks. Adapters
     are merged, and stand alone in adapter/ beside it.
     """
     part = directory.with_name(f"{directory.name}.part")
-    release(policy)  # else gathered weights of the compute dtype are taken for the masters
     with together(f"writing {directory} failed", "Checkpoints are untouched"):
+        release(policy)
         if lora.adapters(policy):
             lora.save_adapters(policy, directory.with_name("adapter"), str(like), is_main())
-        weights = {name: weight.to("cpu", dtype) for name, weight in lora.merged(policy)}
-        save_weights(weights, policy.config, part, dtype, like)
+        write_model(policy, part, like, dtype, card)
         if is_main():
-            (part / "README.md").write_text(card, **log.UTF8)
             publish(part, directory)
+
+
+def write_model(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: str):
+    """A Hugging Face directory with a card, adapters merged. All ranks call it."""
+    weights = {name: weight.to("cpu", dtype) for name, weight in lora.merged(policy)}
+    save_weights(weights, policy.config, directory, dtype, like)
+    if is_main():
+        (directory / "README.md").write_text(card, **log.UTF8)
 
 
 def publish(part: Path, final: Path):
@@ -288,10 +245,10 @@ def together(what: str, advice: str):
     error, cause = None, ""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as caught:  # the latter is no Exception to Python
+    except dcp.CheckpointException as caught:  # of all ranks; to Python it is no Exception
+        error, (rank, (first, _)) = caught, next(iter(caught.failures.items()))
+        cause = f"rank {rank}: {type(first).__name__}: {first}"
+    except Exception as caught:
         error, cause = caught, f"{type(caught).__name__}: {caught}"
-        if isinstance(error, dcp.CheckpointException):  # the errors of all ranks, with their traces
-            rank, (first, _) = next(iter(error.failures.items()))
-            cause = f"rank {rank}: {type(first).__name__}: {first}"
     if causes := [cause for cause in everyone(cause) if cause]:
         raise OSError(f"{what}: {causes[0]}. {advice}") from error

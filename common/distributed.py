@@ -18,6 +18,7 @@ another has none. On GPUs: bf16 compute, float32 masters and sums.
 import atexit
 import math
 import os
+import resource
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -115,15 +116,14 @@ def start(dtype: str = "auto") -> World:
 def check_ranks(size: int, here: int):
     """ValueError where ranks would wait for others for ever."""
     environ, cure = os.environ, ""
+    # torchrun may keep one store over its restarts: ranks would read there where dead ones were
+    keeps = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if size > 1 and "MASTER_ADDR" not in environ:
         cure = f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
     elif size % here:
         cure = f"{here} ranks run on this node: each node must have as many"
-    elif (
-        size > 1
-        and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):  # torchrun keeps one store over its restarts: ranks would read there where dead ones were
+    elif size > 1 and keeps and restarts:
         cure = "for --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
     if cure:
         raise ValueError(f"WORLD_SIZE is {size}, but ranks would not meet: {cure}")
@@ -302,11 +302,8 @@ def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: Wo
         del moments
     except torch.OutOfMemoryError as error:
         where = f"a pack of {len(pack.ids)} tokens does not fit on rank {world.rank}"
-        cure = (
-            "--recompute full, --offload, shorter packs, --lora-rank, more GPUs;"
-            " python -m tools.plan compares"
-        )
-        raise RuntimeError(f"{where} ({error}): {cure}") from error
+        cures = "--recompute full, --offload, shorter packs, --lora-rank, more GPUs"
+        raise RuntimeError(f"{where} ({error}): {cures}; tools/plan.py compares") from error
     optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -322,19 +319,23 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 # ------------------------------------------------------------------ numbers of all ranks
 
 
+def everyone(value) -> list:
+    """Each rank's value, on every rank. They are pickled: rollouts of a 7B batch take 0.7 GB."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sums(world: World, *values: float) -> tuple[float, ...]:
-    """Each value summed over the ranks, in float64: counts stay exact."""
-    return values if world.size == 1 else reduced(values, dist.ReduceOp.SUM)
+    """Each value summed over the ranks, in their order; whole numbers stay exact."""
+    return tuple(map(sum, zip(*everyone(values), strict=True)))
 
 
 def largest(world: World, value: float) -> float:
-    return value if world.size == 1 else reduced([value], dist.ReduceOp.MAX)[0]
-
-
-def reduced(values: Iterable[float], operation: dist.ReduceOp) -> tuple[float, ...]:
-    result = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(result, operation)
-    return tuple(result.tolist())
+    """NaN where one rank has it."""
+    return torch.tensor(everyone(value), dtype=torch.float64).max().item()
 
 
 def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -346,19 +347,8 @@ def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, floa
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-def everyone(value) -> list:
-    """Each rank's value, on every rank. They are pickled: rollouts of a 7B batch take 0.7 GB."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def union(world: World, mine: dict) -> dict:
     """The ranks' dicts in one, on every rank."""
-    if world.size == 1:
-        return mine
     return {key: value for one in everyone(mine) for key, value in one.items()}
 
 
@@ -406,7 +396,5 @@ def peak_gb(world: World) -> float:
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return largest(world, (total - free) / 1e9)
-    import resource  # here: what has none, such as Windows, can read and test the rest
-
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return largest(world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)

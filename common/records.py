@@ -1,5 +1,6 @@
 """JSONL files: read, written whole, or appended line by line through kills; and their protocol."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -40,8 +41,6 @@ class Appender:
     """Adds rows, each on disk before the next: a kill loses none that came. One process a file."""
 
     def __init__(self, path: Path):
-        import fcntl  # here: what has none, such as Windows, can read and grade
-
         self.file = path.open("ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,25 +14,15 @@
 # (STEPS) take 26 days on 8 H100 at an assumed 40 % of their peak. python -m tools.doctor rl --model ... first.
 set -euo pipefail
 : "${RL:?the problems: prompt, images, answer}"
-requirements=requirements-gpu.txt
-source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Kangheng/OVR-7B-ColdStart} OUT=${OUT:-out/from_coldstart} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
-where=(--nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout "$PATIENCE")
-if [ "$NODES" = 1 ]; then
-  where+=(--standalone)
-else # every node runs this line; the first to reach HEAD leads
-  where+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id ovr --rdzv-endpoint "${HEAD:?the name of the first node}:29500")
-fi
+MODEL=${MODEL:-Kangheng/OVR-7B-ColdStart} OUT=${OUT:-out/from_coldstart} GPUS=${GPUS:-8} PATIENCE=${PATIENCE:-10800}
+source "$(dirname "$0")/gpu.sh"
 
 rl() { # name, model, problems, steps, lengths: RL with the paper's numbers, unless it is done
   [ -e "$OUT/$1/model" ] || torchrun "${where[@]}" rl.py --model "$2" --data "$3" --out "$OUT/$1" --steps "$4" \
     --lengths $5 --prompt-tokens 8192 --pack-tokens 65536 --problems 512 --samples 16 --lr 1e-6 --critic-lr 5e-6 --warmup 50 \
     --sampler vllm --sampler-batch 128 --kv-cache-gb 40 --offload --recompute full \
     --save-every 50 --save-minutes 60 --keep-every 50
-  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
+  ended "$1"
 }
 
 rl rl "$MODEL" "$RL" "${STEPS:-300}" "${LENGTHS:-0 24576}"

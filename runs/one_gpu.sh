@@ -6,22 +6,13 @@
 #
 # Expected, by tools/plan.py and not measured on a GPU (3.1 B trained parameters):
 #   memory    of 80 GB, 6 of them reserve: cold start 71 at 16k tokens; PPO 71; the model that waits does so in 77 GB of host
-#             memory, and a checkpoint takes as many while it is written. On 141 GB: KV_CACHE_GB=60
+#             memory. On 141 GB: KV_CACHE_GB=60
 # What is smaller than in the paper: the model, the batch (64 x 8 instead of 512 x 16), the lengths, the steps.
 # --compile is not measured yet, and off. Stop it: touch $OUT/rl/stop. Hangs: kill -USR1 PID prints every thread's stack.
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
-requirements=requirements-gpu.txt
-source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} KV_CACHE_GB=${KV_CACHE_GB:-40} OUT=${OUT:-out/one_gpu} PATIENCE=${PATIENCE:-1800}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
-where=(--standalone --max-restarts 3 --shutdown-timeout "$PATIENCE")
-
-ended() { # stage: else it was asked to stop, and the next one has nothing to start from
-  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
-}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} KV_CACHE_GB=${KV_CACHE_GB:-40} OUT=${OUT:-out/one_gpu} GPUS=1 PATIENCE=${PATIENCE:-1800}
+source "$(dirname "$0")/gpu.sh"
 
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 2 --batch-rows 64 --pack-tokens 16384 --max-tokens 16384 \

@@ -15,7 +15,7 @@
 #
 # Expected, by tools/plan.py and not measured on GPUs (7.6 B parameters trained, 24k to 48k tokens a response):
 #   memory    of 80 GB a GPU on 8, 6 of them reserve: cold start 61; PPO 61 while it trains, 73 while weights go over to the
-#             engine; 198 GB of host memory a node for the models that wait, as many while a checkpoint is written
+#             engine; 198 GB of host memory a node for the models that wait
 #   time      on 8 H100 at an assumed 40 % of their peak: a step of the cold start, 640 packs, 14 min, 1,060 steps 10.5 days;
 #             a PPO step of 8,192 responses 124 min, 52 of them sampling, 900 steps 78 days; an eighth of all that on 64
 #   disk      17 GB a model in bfloat16, 180 GB the state of one PPO checkpoint (two are kept)
@@ -27,22 +27,8 @@
 # Stop it: touch $OUT/rl/stop (Ctrl-C and SIGTERM ask the same: torchrun then waits $PATIENCE seconds for the checkpoint).
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
-requirements=requirements-gpu.txt
-source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} STEPS=${STEPS:-900} PROBLEMS=${PROBLEMS:-512} PACKS=${PACKS:-640} VALID=${VALID:-1024} OUT=${OUT:-out/ovr_7b} NODES=${NODES:-1} PATIENCE=${PATIENCE:-10800}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
-where=(--nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout "$PATIENCE")
-if [ "$NODES" = 1 ]; then
-  where+=(--standalone)
-else # every node runs this line; the first to reach HEAD leads
-  where+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id ovr --rdzv-endpoint "${HEAD:?the name of the first node}:29500")
-fi
-
-ended() { # stage: else it was asked to stop, and the next one has nothing to start from
-  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
-}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct} STEPS=${STEPS:-900} PROBLEMS=${PROBLEMS:-512} PACKS=${PACKS:-640} VALID=${VALID:-1024} OUT=${OUT:-out/ovr_7b} GPUS=${GPUS:-8} PATIENCE=${PATIENCE:-10800}
+source "$(dirname "$0")/gpu.sh"
 
 # Stage 1 (paper, sec. 3.1 and 4.1): 5 epochs, 640 packs of 64k tokens a step, 2e-4
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \

@@ -6,7 +6,7 @@
 #
 # Expected, by tools/plan.py and not measured:
 #   memory    of 24 GB: cold start 19.7, GRPO 21.8 (while the engine gets its weights), 4 of them reserve in place of the
-#             plan's 6: one GPU has no NCCL buffers; 8 GB of host memory, and as many while a checkpoint is written
+#             plan's 6: one GPU has no NCCL buffers; 8 GB of host memory
 #   time      GRPO 6.5 minutes a step of 16 x 8 responses of 2,000 tokens, 22 hours in all; cold start 1.3 minutes a
 #             step of 64 rows of 4,000 tokens
 # python -m tools.plan --model 3b --gpus 1 --gpu rtx4090 --algorithm grpo --lora-rank 32 --pack-tokens 6144 --mean 2000 \
@@ -17,17 +17,8 @@
 # Stop it: touch $OUT/rl/stop. Hangs: kill -USR1 PID prints every thread's stack.
 set -euo pipefail
 : "${SFT:?the rows of the cold start: prompt, response}" "${RL:?the problems: prompt, images, answer}"
-requirements=requirements-gpu.txt
-source "$(dirname "$0")/setup.sh"
-MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} OUT=${OUT:-out/small_gpu} PATIENCE=${PATIENCE:-1800}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-echo "PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that restart wait for those that died
-where=(--standalone --max-restarts 3 --shutdown-timeout "$PATIENCE")
-
-ended() { # stage: else it was asked to stop, and the next one has nothing to start from
-  [ -e "$OUT/$1/model" ] || { echo "$1 has stopped before its end; the same command goes on"; exit; }
-}
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct} STEPS=${STEPS:-200} OUT=${OUT:-out/small_gpu} GPUS=1 PATIENCE=${PATIENCE:-1800}
+source "$(dirname "$0")/gpu.sh"
 
 [ -e "$OUT/coldstart/model" ] || torchrun "${where[@]}" coldstart.py --model "$MODEL" --data "$SFT" \
   --out "$OUT/coldstart" --epochs 2 --batch-rows 64 --pack-tokens 8192 --max-tokens 8192 \

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,15 +30,6 @@ class Config:
     replay: str = ""
     wandb: str = ""
     tensorboard: bool = False
-
-
-ROLLOUT = {
-    "step": 0,
-    "id": "p",
-    "prompt": "a | b",
-    "response": "<think>\nbad \ud83d",
-    "reward": 1.0,
-}
 
 
 @pytest.fixture
@@ -67,22 +58,14 @@ def run(directory: Path, steps: int, start: int = 0, main: bool = True) -> dict:
 # ------------------------------------------------------------------ the run directory
 
 
-def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, monkeypatch, still):
-    sent = []
-    online = SimpleNamespace(log=lambda row, step: sent.append(row), finish=lambda: sent.append(0))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: online))
-    run(tmp_path / "unasked", 1)
-    assert not sent
-    monkeypatch.setenv("WANDB_PROJECT", "ovr")
+def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, still):
     costs = {"seconds_sample": 1.234, "seconds_update": 1310.0, "peak_gb": 0.9}
     run_log = RunLog(tmp_path, Config(), steps=5)
-    capsys.readouterr()
     run_log.log(0, {"loss": 0.25, "lr": 1e-4} | costs, show=("loss",))
-    run_log.close()
     line = "step 0/5  loss   0.25  [sample 1.23 s, update 1,310 s, 0.9 GB]  00:00 < 00:00\n"
     assert capsys.readouterr().out == line
     row = {"step": 0, "seconds": 0.0, "loss": 0.25, "lr": 1e-4} | costs
-    assert rows(tmp_path / "metrics.jsonl") == [row] and sent == [row, 0]
+    assert rows(tmp_path / "metrics.jsonl") == [row]
     about = log.read_record(tmp_path)
     assert about["config"] == vars(Config()) and about["resumed"] == []
     assert {"command", "commit", "started"} <= about.keys()
@@ -91,48 +74,59 @@ def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, monkeyp
     assert [compact(v) for v in values] == "0 0.413 12.3 1,234 3e-05 120 nan".split()
 
 
-def test_weights_and_biases_gets_metrics_and_a_table_of_rollouts(tmp_path, monkeypatch):
-    began, sent = [], []
+def test_viewers_get_the_metrics_and_a_table_of_rollouts_where_they_are_asked_for(
+    tmp_path, monkeypatch
+):
+    began, sent, board = [], [], []
     online = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: None)
-    module = SimpleNamespace(
+    wandb = SimpleNamespace(
         init=lambda **about: began.append(about) or online,
         Table=lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data],
     )
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    run_log = RunLog(tmp_path, Config(wandb="ovr"), steps=5)
+    writer = SimpleNamespace(flush=lambda: None, close=lambda: None)
+    writer.add_scalar = writer.add_text = lambda *values: board.append(values)
+    tensorboard = SimpleNamespace(SummaryWriter=lambda *_, **about: began.append(about) or writer)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    run(tmp_path / "none", 1)
+    assert not began
+    run_log = RunLog(tmp_path, Config(wandb="ovr", tensorboard=True), steps=5)
     run_log.log(0, {"loss": 0.5})
-    run_log.append("rollouts", (dict(ROLLOUT) for _ in range(2)))
+    texts = {"id": "p", "prompt": "a|b\n", "response": "bad \ud83d"}
+    run_log.append("rollouts", ({"step": 0, "reward": 1.0} | texts for _ in range(2)))
     run_log.append("trace", [{"step": 0, "id": "p"}])
+    run_log.close()
     assert began[0]["project"] == "ovr" and began[0]["config"]["wandb"] == "ovr"
+    assert began[1] == {"purge_step": 0} and ("loss", 0.5, 0) in board
     (_, metrics), (step, shown) = sent
-    assert metrics["loss"] == 0.5 and step == 0 and len(shown["rollouts"]) == 2
-    row = {name: ROLLOUT[name] for name in ("id", "prompt", "reward")}
-    assert shown["rollouts"][0] == row | {"response": "<think>\nbad \\ud83d"}
+    assert metrics["loss"] == 0.5 and step == 0
+    assert shown["rollouts"] == [texts | {"reward": 1.0, "response": "bad \\ud83d"}] * 2
+    name, table, step = board[-1]
+    assert (name, step) == ("rollouts", 0) and table.count("\n") == 3  # two heads, two rows
+    assert table.endswith("1.0 | p | a&#124;b<br> | bad \\ud83d")
 
 
-def test_tensorboard_reads_back_metrics_and_rollouts_and_forgets_what_a_resume_cut_off(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_change_of_the_code_shows_in_the_commit(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", str(tmp_path)]
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "log.py"))
+    (tmp_path / "log.py").write_text("a = 1")
+    assert log.commit() == ""
+    for command in ("init -q", "add log.py", "commit -qm one"):
+        subprocess.run([*git, *command.split()], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    seen = [log.commit()]
+    for text in ("a = 2", "a = 3"):
+        (tmp_path / "log.py").write_text(text)
+        seen.append(log.commit())
+    assert seen[0] == head and all(x.startswith(f"{head}-dirty-") for x in seen[1:])
+    assert len({*seen}) == 3
 
-    for steps, start in ((3, 0), (2, 1)):
-        run_log = RunLog(tmp_path, Config(tensorboard=True), steps=5, start=start)
-        for step in range(start, steps):
-            run_log.log(step, {"loss": 10.0 * start + step})
-            run_log.append("rollouts", [ROLLOUT | {"step": step}])
-        run_log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.0), (1, 11.0)]
-    text = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert text.endswith("p | a &#124; b | &lt;think&gt;<br>bad \\ud83d | 1.0")
 
-
-@pytest.mark.parametrize("flag, package", [("wandb", "wandb"), ("tensorboard", "tensorboard")])
-def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(
-    tmp_path, monkeypatch, flag, package
-):
+@pytest.mark.parametrize("flag", ["wandb", "tensorboard"])
+def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch, flag):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {package}"):
+    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {flag}"):
         RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
 
 
@@ -169,7 +163,6 @@ def test_half_a_character_is_written_as_json_writes_it(tmp_path):
 
 def test_the_seconds_of_the_phases_add_up(still):
     now, timer = still, Timer()
-    assert timer.seconds() == {}
     for phase, pause in [("read", 0.25), ("sample", 50.0), ("update", 2.5), ("sample", 3.0)]:
         timer(phase)
         now[0] += pause
@@ -197,7 +190,6 @@ def test_a_signal_or_a_file_asks_and_a_second_signal_has_its_ordinary_effect(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.signal(number, before) is signal.default_int_handler
-    assert "Here: python" in stop.advice
     with log.stop_on_signal(tmp_path) as stop, log.stop_on_signal(tmp_path, main=False) as other:
         (tmp_path / "stop").touch()
         assert stop.requested and not other.requested  # rank 0 looks for all
@@ -205,63 +197,50 @@ def test_a_signal_or_a_file_asks_and_a_second_signal_has_its_ordinary_effect(
 
 
 HANGS = """
-import dataclasses, sys, threading
+import dataclasses, sys
 from common.log import run_main
 
-def collective_that_nobody_else_enters():
+def collective_that_nobody_else_enters(cfg):
     print("ready", "\\ud83d", flush=True)
     sys.stdin.readline()
 
-def main(cfg):
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
-    collective_that_nobody_else_enters()
-
-run_main(main, dataclasses.make_dataclass("Config", []))
+run_main(collective_that_nobody_else_enters, dataclasses.make_dataclass("Config", []))
 """
 
 
-def test_a_process_that_hangs_prints_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
+def test_a_process_that_hangs_prints_its_stacks_when_it_is_asked_and_goes_on():
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # which has no half characters
     command = [sys.executable, "-c", HANGS]
     with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready \\ud83d\n"
         process.send_signal(signal.SIGUSR1)
-        lines = [process.stderr.readline()]
-        while "in <module>" not in lines[-1]:  # the main thread is the last
-            lines.append(process.stderr.readline())
+        stack = [process.stderr.readline() for _ in range(3)]
+        assert "collective_that_nobody_else_enters" in "".join(stack)
         process.communicate("\n")
-    assert any("collective_that_nobody_else_enters" in line for line in lines)
-    assert sum("hread 0x" in line for line in lines) == 2
     assert process.returncode == 0
 
 
+def refuse():
+    raise ValueError("a bad row")
+
+
+@pytest.mark.parametrize(
+    "action, error, message",
+    [
+        (refuse, SystemExit, "^error: a bad row$"),
+        (lambda: fingerprint("data/none.jsonl"), SystemExit, "^error: .*'data/none.jsonl'$"),
+        (lambda: list(zip([1], [], strict=True)), ValueError, "shorter"),
+        (lambda: json.loads("{"), ValueError, "Expecting"),
+    ],
+)
 def test_an_error_in_the_projects_words_ends_as_one_line_and_others_keep_their_traceback(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, action, error, message
 ):
     monkeypatch.chdir(tmp_path)
-
-    def refuse(words: str):
-        raise ValueError(words)
-
-    def ending(action, *arguments) -> tuple[int, str]:
-        """(exit status, stderr) of a script whose main fails."""
-        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            run_main(lambda cfg: action(), Config)
-        return stopped.value.code, capsys.readouterr().err
-
-    assert ending(lambda: refuse("a bad row")) == (1, "error: a bad row\n")
-    code, message = ending(lambda: fingerprint("data/none.jsonl"))
-    assert code == 1 and message.count("\n") == 1 and "'data/none.jsonl'" in message
-    code, message = ending(print, "--lrr", "3")
-    assert code == 2 and "Traceback" not in message and "--lrr" in message  # tyro's own
-    for mistake in (lambda: list(zip([1], [], strict=True)), lambda: json.loads("{")):
-        with pytest.raises(ValueError):
-            ending(mistake)
-    monkeypatch.setenv("OVR_TRACE", "1")
-    with pytest.raises(FileNotFoundError):
-        ending(lambda: fingerprint("data/none.jsonl"))
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(error, match=message):
+        run_main(lambda cfg: action(), Config)
 
 
 # ------------------------------------------------------------------ where a result came from
@@ -284,19 +263,17 @@ def test_the_command_is_one_that_can_be_given_again(tmp_path):
 
 def test_a_fingerprint_is_of_names_and_bytes_and_not_of_dates(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "train.jsonl"
+    file = Path("train.jsonl")
     file.write_text('{"a": 1}\n')
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     before, folder = fingerprint(file), fingerprint(tmp_path)
     assert before == f"sha256 {digest}, 9 bytes" and folder.endswith(", 1 files")
     os.utime(file, (1, 1))
-    assert fingerprint(file) == before and fingerprint(tmp_path) == folder
-    file.write_text('{"a": 2}\n')
-    assert fingerprint(file) != before and fingerprint(tmp_path) != folder
-    file.write_text('{"a": 1}\n')
-    file.rename("valid.jsonl")
-    assert fingerprint("valid.jsonl") == before and fingerprint(tmp_path) != folder
-    assert fingerprint("open-thoughts/OpenThoughts-114k").startswith("open-thoughts/OpenThoughts-")
+    assert (fingerprint(file), fingerprint(tmp_path)) == (before, folder)
+    moved = file.rename("valid.jsonl")
+    assert fingerprint(moved) == before and fingerprint(tmp_path) != folder
+    moved.write_text('{"a": 2}\n')
+    assert fingerprint(moved) != before
     Path("data/set").mkdir(parents=True)
     assert "0 files" in fingerprint("data/set")  # looks like a hub id, and is a directory
 
@@ -309,63 +286,23 @@ def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_d
     config, run = Config(data=str(file), replay="owner/replayed"), tmp_path / "run"
     RunLog(run, config, steps=1)
     prints = {source: fingerprint(source) for source in (str(file), "owner/replayed")}
-    assert log.read_record(run)["data"] == prints == log.fingerprints(config)
     monkeypatch.setattr(log, "fingerprint", None)  # a resume does not read the data again
-    RunLog(run, config, steps=1, start=1)
+    RunLog(run, replace(config, lr=2e-4), steps=1, start=1)
+    about = log.read_record(run)
+    assert about["data"] == prints and about["resumed"][0]["changed"] == ["lr 0.0001 -> 0.0002"]
     monkeypatch.setattr(log, "commit", None)  # the card tells of the run, not of now
     card = model_card("OVR: step 60", config, "my model", run, 4096, {"reward": 0.71})
     read = huggingface_hub.ModelCard(card)
-    assert read.data.to_dict() == {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "base_model": "Qwen/Qwen2.5-VL-7B-Instruct",
-    }
+    assert read.data.base_model == config.model and read.data.library_name == "transformers"
     shown = json.loads(re.search("```json\n(.*)```", read.content, re.S)[1])
-    assert shown == {"reward": 0.71} | log.read_record(run)
+    assert shown == {"reward": 0.71} | about
     assert "vllm serve 'my model' --generation-config vllm --max-model-len 4096\n" in card
     card = model_card("OVR", Config(model=str(tmp_path)), tmp_path, run)
     assert "base_model" not in card and "--max-model-len" not in card
 
 
-def test_what_changed_is_named_with_both_values():
-    changes = log.changes({"k": 1, "seed": 0}, {"k": 2, "seed": 0, "url": ""})
-    assert changes == ["k 1 -> 2", "url None -> ''"] and log.changes({"k": 1}, {"k": 1}) == []
-    before = {"model": "a/b", "data": "x.jsonl", "gone": 1, "lr": 1.0, "lengths": [[0, 8]]}
-    now = {"model": "./a/c/../b/", "data": "./x.jsonl", "new": 1, "lr": 2.0, "lengths": [[0, 9]]}
-    changed = {"lr": [1.0, 2.0], "lengths": [[[0, 8]], [[0, 9]]]}  # not another way to one place
-    assert log.changed_settings(before, now) == changed
-
-
-def test_a_step_of_stage_0_says_what_it_made_of_which_files(tmp_path):
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "a.jsonl").write_text("{}\n{}\n")
-    out = tmp_path / "out.jsonl"
-    out.write_text("{}\n")
-    counts = {"rules": {"s": {"in": 2, "kept": 1, "reasons": {"leak": 1}}}}
-    log.write_report(out, Config(), [tmp_path / "raw" / "a.jsonl"], counts, cost=1.5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.report.json", "raw"]
-    report = json.loads(log.beside(out, "report.json").read_text())
-    assert report["inputs"] == {"raw/a.jsonl": fingerprint(tmp_path / "raw/a.jsonl")}
-    assert report["output"] == {"out.jsonl": fingerprint(out)}
-    assert report["steps"] == counts and report["cost"] == 1.5
-
-
-def test_a_reader_that_has_seen_enough_ends_a_script_without_a_traceback(tmp_path):
-    code = """
-from dataclasses import dataclass
-from common.log import run_main
-
-@dataclass
-class Config:
-    lines: int = 100_000
-
-def main(cfg):
-    for k in range(cfg.lines):
-        print(k)
-
-run_main(main, Config)
-"""
-    (tmp_path / "script.py").write_text(code)
-    command = f"{sys.executable} {tmp_path / 'script.py'} | head -n 1"
-    ran = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert ran.stdout == "0\n" and not ran.stderr
+def test_what_changed_is_named_with_both_values_and_two_paths_to_one_place_are_the_same():
+    before = {"model": "a/b", "gone": 1, "lr": 1.0, "lengths": [[0, 8]], "seed": 0}
+    now = {"model": "./a/c/../b/", "new": "", "lr": 2.0, "lengths": [[0, 9]], "seed": 0}
+    lines = ["gone 1 -> None", "lr 1.0 -> 2.0", "lengths [[0, 8]] -> [[0, 9]]", "new None -> ''"]
+    assert log.changes(before, now) == lines and log.changes(now, now) == []

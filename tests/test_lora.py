@@ -1,23 +1,18 @@
 """lora.py: adapters start as nothing, learn alone, and are merged wherever somebody looks.
 
-It starts itself under torchrun once: two ranks that shard the frozen decoder give the runs of one.
+That two ranks which shard the frozen decoder give the run of one is a case of test_distributed.py.
 """
 
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import finished
 from safetensors.torch import load_file
 from test_distributed import (
-    NAMES,
-    OF_PPO,
-    assert_same_run,
+    RUNS,
     coldstart_config,
     half,  # noqa: F401 (a fixture)
     learn,
@@ -36,20 +31,9 @@ from common import checkpoint, distributed, lora
 from model import Qwen25VL, chunked_logps, load_model
 from tools import doctor
 
-ROOT = Path(__file__).resolve().parents[1]
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 LORA = distributed.Trained(lora_rank=4, lora_alpha=8.0, seed=3)
 OF_LORA = dict(lora_rank=4, lora_alpha=8.0)
-RUNS = {  # of both stages, by one process and by two
-    "coldstart": (coldstart, coldstart_config, dict(lr=5e-3, recompute="full")),
-    "rl": (rl, rl_config, dict(lr=1e-3, critic_lr=1e-3, offload=True, recompute="selective")),
-}
-
-
-def stage(name: str, mini, out, **changed):
-    """Runs one of RUNS. mini: as a dict."""
-    module, config, settings = RUNS[name]
-    module.main(config(mini, out, **settings | OF_LORA | changed))
 
 
 @pytest.fixture
@@ -63,11 +47,10 @@ def adapted(mini) -> Qwen25VL:
 
 
 @pytest.fixture(scope="module")
-def alone(mini, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    for name in RUNS:
-        stage(name, asdict(mini), folder / name)
-    return folder
+def whole(mini, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    rl.main(rl_config(asdict(mini), run, **RUNS["lora"]))
+    return run
 
 
 def test_the_first_step_starts_from_the_base_model_bit_for_bit(mini):
@@ -153,79 +136,47 @@ def test_a_frozen_head_gives_the_same_gradient_to_what_is_below_it():
 # ------------------------------------------------------------------ runs
 
 
-def test_the_loss_falls_and_the_exported_model_has_learnt(mini, tmp_path):
-    stage("coldstart", asdict(mini), tmp_path, epochs=2, lr=1e-2)
-    losses = [row["valid_loss"] for row in rows_of(tmp_path)]
-    assert losses[-1] < losses[0] - 1.0
-    again = tmp_path / "again"
-    shown = dict(model=str(tmp_path / "model"), lr=1e-9, lr_end=1e-9)
-    stage("coldstart", asdict(mini) | {"model": shown.pop("model")}, again, epochs=0.1, **shown)
-    assert rows_of(again)[0]["valid_loss"] == pytest.approx(losses[-1], abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def two(mini, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "mini.json").write_text(json.dumps(asdict(mini)))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    finished([sys.executable, *command, str(folder)], folder, ours, 600)
-    return folder
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_give_the_run_of_one(two, alone, name):
-    names, lr = (OF_PPO, 1e-3) if name == "rl" else (NAMES[name], 5e-3)
-    assert_same_run(two / name, alone / name, names, lr)
-    one, other = (load_file(f / name / "adapter/adapter_model.safetensors") for f in (two, alone))
-    assert one.keys() == other.keys()
-    assert all((one[n] - other[n]).abs().mean() < 1e-3 * lr for n in one)
-    last = checkpoint.step_directory(two / name, checkpoint.complete_steps(two / name)[-1])
-    one, other = (load_file(f / "model/model.safetensors") for f in (last, two / name))
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-@pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit_from_its_adapters(
-    mini, alone, tmp_path, monkeypatch, name
+    mini, whole, tmp_path, monkeypatch
 ):
-    run, update = tmp_path / name, distributed.clip_gradients
+    run, update = tmp_path / "run", distributed.clip_gradients
+    cfg = rl_config(asdict(mini), run, **RUNS["lora"] | dict(save_every=1))
 
     def killed(*arguments):
         if checkpoint.complete_steps(run):
             raise RuntimeError("killed")
         return update(*arguments)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(distributed, "clip_gradients", killed)
-        with pytest.raises(RuntimeError, match="killed"):
-            stage(name, asdict(mini), run, save_every=1)
+        rl.main(cfg)
     _, state = checkpoint.newest(run)
     stored = FileSystemReader(state).read_metadata().state_dict_metadata
     tensors = [key for key, kind in stored.items() if isinstance(kind, TensorStorageMetadata)]
     assert len(tensors) > 100 and all(".lora_" in x or "value_head" in x for x in tensors)
     torch.manual_seed(12345)
-    stage(name, asdict(mini), run, save_every=1)
-    assert rows_of(run) == rows_of(alone / name)
+    rl.main(cfg)
+    assert rows_of(run) == rows_of(whole)
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
-        one, other = load_file(run / file), load_file(alone / name / file)
+        one, other = load_file(run / file), load_file(whole / file)
         assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_adapters_go_on_only_with_the_base_and_the_scale_that_they_were_trained_with(
-    mini, tmp_path
-):
-    run = tmp_path / "run"
-    stage("coldstart", asdict(mini), run, save_every=1)
+def test_a_cold_start_with_adapters_learns_and_goes_on_only_with_its_base_and_scale(mini, tmp_path):
+    run, how = tmp_path / "run", dict(save_every=1, lr=1e-2, epochs=2)
+    coldstart.main(coldstart_config(asdict(mini), run, **OF_LORA | how))
+    losses = [row["valid_loss"] for row in rows_of(run)]
+    assert losses[-1] < losses[0] - 1.0
     shutil.rmtree(run / "model")
     shutil.copytree(mini.model, tmp_path / "other")
     for changed, named in (
-        ({"model": str(tmp_path / "other")}, "--model .*other"),
-        ({"lora_alpha": 16.0}, "--lora-alpha 8.0 -> 16.0"),
-        ({"lora_rank": 0}, "--lora-rank 4 -> 0"),
+        ({"model": str(tmp_path / "other")}, "model .*other"),
+        ({"lora_alpha": 16.0}, "lora_alpha 8.0 -> 16.0"),
+        ({"lora_rank": 0}, "lora_rank 4 -> 0"),
     ):
+        mini_and = asdict(mini) | {"model": changed.pop("model", mini.model)}
         with pytest.raises(FileExistsError, match=f"cannot go on: {named}"):
-            stage("coldstart", asdict(mini), run, **changed)
+            coldstart.main(coldstart_config(mini_and, run, **OF_LORA | how | changed))
 
 
 def test_the_doctor_passes_a_sound_set_up_with_adapters_and_finds_a_decoder_that_is_not_frozen(
@@ -247,9 +198,9 @@ def test_the_doctor_passes_a_sound_set_up_with_adapters_and_finds_a_decoder_that
 # ------------------------------------------------------------------ peft's files
 
 
-def test_the_adapters_alone_are_peft_files_that_add_up_to_the_exported_model(alone, mini):
+def test_the_adapters_alone_are_peft_files_that_add_up_to_the_exported_model(whole, mini):
     """In transformers' model, whose modules the keys name."""
-    folder = alone / "rl/adapter"
+    folder = whole / "adapter"
     settings = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")
     theirs = Official.from_pretrained(mini.model)
@@ -259,28 +210,6 @@ def test_the_adapters_alone_are_peft_files_that_add_up_to_the_exported_model(alo
             assert len(a) == settings["r"] == 4
             module.weight.data += settings["lora_alpha"] / settings["r"] * b @ a
     assert not weights  # each has found its place
-    merged = dict(Official.from_pretrained(alone / "rl/model").named_parameters())
+    merged = dict(Official.from_pretrained(whole / "model").named_parameters())
     for name, weight in theirs.named_parameters():
         torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=1e-6)
-
-
-def test_peft_opens_the_adapters(alone, mini):
-    peft = pytest.importorskip("peft")
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        theirs = Official.from_pretrained(mini.model)
-        base = theirs(input_ids=ids).logits
-        theirs = peft.PeftModel.from_pretrained(theirs, alone / "rl/adapter")
-        merged = Official.from_pretrained(alone / "rl/model")(input_ids=ids).logits
-        ours = theirs(input_ids=ids).logits
-    torch.testing.assert_close(ours, merged, atol=1e-4, rtol=1e-4)
-    assert (ours - base).abs().max() > 1e-3
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    mini = json.loads((folder / "mini.json").read_text())
-    finish, distributed.finish = distributed.finish, lambda world: None  # both runs use the group
-    for name in RUNS:
-        stage(name, mini, folder / name, save_every=1)
-    finish(distributed.start())

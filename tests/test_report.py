@@ -75,7 +75,7 @@ def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
             write(place / how / "graded.jsonl", out)
         (place / "skills.json").write_text('{"faint digit": 0.97, "log P(wait), 0 left": -6.5}')
         about = {"config": {"seed": 3}, "command": f"python {stage}.py", "versions": {"torch": "2"}}
-        write(folder / stage / "run.json", [about | {"commit": {"hash": "0123", "dirty": False}}])
+        write(folder / stage / "run.json", [about | {"commit": "0123"}])
         write(folder / stage / "metrics.jsonl", [metrics_of(step, steps) for step in range(steps)])
     return folder
 

@@ -29,7 +29,8 @@ def run(tmp_path: Path, script: str, **ours) -> tuple[str, list[str]]:
     """-> what it prints, and the programs that it has started."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
-    (tmp_path / "runs" / script).write_text((ROOT / "runs" / script).read_text())
+    for name in (script, "gpu.sh"):
+        shutil.copy(ROOT / "runs" / name, tmp_path / "runs")
     for name in ("torchrun", "python"):
         (tmp_path / name).write_text(NOTE)
         (tmp_path / name).chmod(0o755)
@@ -41,31 +42,22 @@ def run(tmp_path: Path, script: str, **ours) -> tuple[str, list[str]]:
     return done.stdout, (tmp_path / "notes").read_text().splitlines()
 
 
-def addresses() -> list[str]:
-    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
-    return own[:1] + [socket.gethostname()]
-
-
 @pytest.mark.parametrize("script", ["small_gpu.sh", "one_gpu.sh", "ovr_7b.sh"])
-def test_torchrun_waits_for_a_checkpoint_and_starts_again_by_itself(tmp_path, script):
-    printed, (stage_1, stage_2, average) = run(tmp_path, script)
-    for line, stage in (stage_1, "coldstart.py"), (stage_2, "rl.py"):
-        assert line.startswith("torchrun") and f" {stage} " in line
+@pytest.mark.parametrize("started, stopped", [(3, ""), (1, "coldstart"), (2, "rl")])
+def test_stages_follow_one_another_and_a_stage_that_was_stopped_is_not_followed_by_the_next(
+    tmp_path, script, started, stopped
+):
+    printed, lines = run(tmp_path, script, STOPS=str(tmp_path / "out" / stopped))
+    starts = ("torchrun .* coldstart.py", "torchrun .* rl.py", "python -m tools.average --models")
+    assert len(lines) == started and all(map(re.match, starts, lines))
+    for line in lines[:2]:
         assert "--max-restarts 3" in line and "--shutdown-timeout" in line
-    assert average.startswith("python -m tools.average --models")
+    assert f"{stopped} has stopped" in printed or not stopped
     assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in printed
-
-
-@pytest.mark.parametrize("script", ["small_gpu.sh", "one_gpu.sh", "ovr_7b.sh"])
-@pytest.mark.parametrize("stage", ["coldstart", "rl"])
-def test_a_stage_that_was_stopped_is_not_followed_by_the_next(tmp_path, script, stage):
-    printed, started = run(tmp_path, script, STOPS=str(tmp_path / "out" / stage))
-    assert len(started) == 1 + (stage == "rl") and f"{stage} has stopped" in printed
 
 
 def rl_settings(line: str) -> rl.Config:
     """What torchrun was given for rl.py; Config refuses what does not go together."""
-    assert "--max-restarts 3" in line and "--shutdown-timeout" in line
     return tyro.cli(rl.Config, args=line.split(" rl.py ")[1].split())
 
 
@@ -77,31 +69,29 @@ def test_rl_starts_from_a_released_cold_start_with_the_papers_numbers(tmp_path):
     assert (cfg.lr, cfg.critic_lr, cfg.warmup, cfg.lengths) == (1e-6, 5e-6, 50, ((0, 24576),))
 
 
-def test_a_third_stage_on_text_alone_goes_on_from_the_second(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_third_stage_on_text_alone_goes_on_from_the_second_unless_that_was_stopped(
+    tmp_path, stopped
+):
     own = {"TEXT": "text.jsonl", "MODEL": "me/mine", "STEPS": "7", "LENGTHS": "0 4096 5 8192"}
-    _, lines = run(tmp_path, "from_coldstart.sh", **own)
-    second, third = map(rl_settings, lines)
+    stops = {"STOPS": str(tmp_path / "out/rl")} if stopped else {}
+    _, (second, *third) = run(tmp_path, "from_coldstart.sh", **own, **stops)
+    second, third = rl_settings(second), [rl_settings(line) for line in third]
     assert (second.model, second.data, second.steps) == ("me/mine", "rl.jsonl", 7)
-    assert (third.model, third.data) == (f"{second.out}/model", "text.jsonl")
-    assert second.out != third.out and second.lengths == third.lengths == ((0, 4096), (5, 8192))
+    of_third = [(cfg.model, cfg.data, cfg.lengths) for cfg in third]
+    assert of_third == [(f"{second.out}/model", "text.jsonl", second.lengths)] * (not stopped)
 
 
-def test_a_second_stage_that_was_stopped_is_not_followed_by_the_third(tmp_path):
-    own = {"TEXT": "text.jsonl", "STOPS": str(tmp_path / "out/rl")}
-    printed, lines = run(tmp_path, "from_coldstart.sh", **own)
-    assert len(lines) == 1 and "rl has stopped" in printed
+def own_names() -> list[str]:
+    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    return own[:1] + [socket.gethostname()]
 
 
-@pytest.mark.parametrize("head", addresses())
-def test_of_several_nodes_the_first_makes_the_average_by_name_or_address(tmp_path, head):
-    _, started = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD=head)
-    assert started[-1].startswith("python -m tools.average")
-    assert f"--rdzv-endpoint {head}:29500" in started[0]
-
-
-def test_no_other_node_makes_it(tmp_path):
-    _, started = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD="10.1.2.3")
-    assert len(started) == 2
+@pytest.mark.parametrize("head", [*own_names(), "10.1.2.3"])
+def test_of_several_nodes_the_first_alone_makes_the_average_by_name_or_address(tmp_path, head):
+    _, (first, _, *average) = run(tmp_path, "ovr_7b.sh", NODES="2", HEAD=head)
+    assert "--nnodes 2 " in first and f"--rdzv-endpoint {head}:29500" in first
+    assert len(average) == (head != "10.1.2.3")
 
 
 def test_the_script_scores_what_is_not_scored_yet_and_the_report_shows_it(mini, tmp_path):

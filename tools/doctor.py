@@ -116,8 +116,8 @@ def disk(policy, optimizer, cfg, world) -> str:
     run = Path(cfg.out) / "doctor.part"  # a run that starts there removes what a kill leaves
     pairs, like = {"policy": (policy, optimizer)}, data.model_directory(cfg.model)
     try:
-        with checkpoint.Saver(run, like, world.dtype) as saver:
-            saver.save(1, pairs, policy, "of tools/doctor.py")
+        saver = checkpoint.Saver(run, like, world.dtype)
+        saver.save(1, pairs, policy, "of tools/doctor.py")
         checkpoint.load_state(checkpoint.newest(run)[1], pairs)
         free = shutil.disk_usage(run).free
         size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())

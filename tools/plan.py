@@ -313,7 +313,8 @@ def main(cfg: Config):
         cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
         print(f"{phase:12}" + "".join(cells))
     state = sum(model.weights + model.moments for model in models.values()) * min(cfg.gpus, NODE)
-    print(f"host memory: {state:.0f} GB a node for a checkpoint, and as many with --offload")
+    if cfg.stage == "rl" and cfg.offload:
+        print(f"host memory: {state:.0f} GB a node for models that wait")
     times, steps = seconds(cfg, c), cfg.steps or (900 if cfg.stage == "rl" else 1060)
     print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
     print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")

@@ -14,7 +14,6 @@ Nothing here holds a row: a text becomes some numbers, and arrays of these are c
 
 import hashlib
 import re
-import struct
 import unicodedata
 import warnings
 import zlib
@@ -27,15 +26,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from common.data import decoding
+
 PERMUTATIONS = 128  # of a byte each; bands of 8 bytes compare 95 % of pairs at J = 0.8, all at 0.9
 NEAR_WORDS, NEAR = 5, 0.8  # Jaccard similarity of runs of 5 words, estimated to within 0.04
 TEST_WORDS, TEST_SHARE = 8, 0.6  # contamination: runs of 8 words, share of them in common
 MIN_GRAMS = 8  # runs of the shorter text; one of under 15 words has to be equal as a whole
-LONG_GRAMS = 20  # 27 words: in common, for an excerpt (boilerplate has 22); or with two pictures
+LONG_GRAMS = 20  # 27 words: of a text with a picture, for "Which of these shapes fits?" is nobody's
 SAME_PICTURE = 0.92  # correlation of their 32 x 32 copies: saved anew 0.93 to 1, by chance < 0.75
-# what pillow raises for a broken picture, and for one of 89 million pixels or more: a bomb
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
-DAMAGED += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # ---- texts
 
@@ -131,12 +129,13 @@ def repeats(facts: np.ndarray) -> np.ndarray:
 
 @lru_cache(64)  # a row's pictures are needed up to three times
 def fingerprint(path: str) -> tuple[str, np.ndarray]:
-    """(sha256, a grey copy of 32 x 32 pixels, of mean 0 and length 1); raises one of DAMAGED."""
+    """(sha256, a grey copy of 32 x 32 pixels, of mean 0 and length 1). ValueError if the picture is
+    damaged, or has 89 million pixels or more: a bomb."""
     bombs = Image.DecompressionBombWarning
-    with warnings.catch_warnings(action="error", category=bombs), Image.open(path) as image:
-        image = image.convert("RGBA")  # on white, or a transparent drawing is black on black
-    grey = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
-    small = np.asarray(grey.resize((32, 32)), dtype=np.float32).ravel()
+    with decoding(path), warnings.catch_warnings(action="error", category=bombs):
+        image = Image.open(path).convert("RGBA")  # on white, or a drawing is black on black
+        grey = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
+        small = np.asarray(grey.resize((32, 32)), dtype=np.float32).ravel()
     small = small - small.mean()
     small /= max(float(np.linalg.norm(small)), 1.0)  # a blank one is like nothing
     return hashlib.sha256(Path(path).read_bytes()).hexdigest(), small
@@ -166,15 +165,15 @@ def test_grams(prompt: str) -> np.ndarray:
     return np.array([digest(*tokens)] if len(tokens) >= 3 else [], np.uint64)
 
 
-def read_benchmarks(rows: Iterable[dict]) -> Benchmarks:
-    """rows: {"id", "prompt", "images", "folder"}, each a test question."""
+def read_benchmarks(tests: Iterable[tuple[str, str, list[str]]]) -> Benchmarks:
+    """tests: (id, prompt, paths of pictures) of each question."""
     ids, texts, sizes, small, shown = [], [np.empty(0, np.uint64)], [], [], []
-    for item, row in enumerate(rows):
-        ids.append(str(row["id"]))
-        texts.append(test_grams(row["prompt"]))
+    for item, (name, prompt, images) in enumerate(tests):
+        ids.append(name)
+        texts.append(test_grams(prompt))
         sizes.append(len(texts[-1]))
-        small += [fingerprint(str(Path(row["folder"], name)))[1] for name in row["images"]]
-        shown += [item] * len(row["images"])
+        small += [fingerprint(path)[1] for path in images]
+        shown += [item] * len(images)
     grams = np.concatenate(texts)
     order = np.argsort(grams, kind="stable")
     owners = np.repeat(np.arange(len(ids), dtype=np.uint32), sizes)[order]
@@ -182,26 +181,22 @@ def read_benchmarks(rows: Iterable[dict]) -> Benchmarks:
     return Benchmarks(ids, sizes, grams[order], owners, small, shown)
 
 
-def contaminations(row: dict, tests: Benchmarks) -> Iterator[tuple[str, float, str]]:
-    """(benchmark id, score, "text" or "image") of each test question that stands in the row.
+def contaminations(row: dict, tests: Benchmarks) -> Iterator[tuple[str, str, float]]:
+    """(benchmark id, "text" or "image", score) of each test question that stands in the row.
 
-    The score of a text is the share of the question that stands in the prompt, or, where much is in
-    common, of the prompt, an excerpt, that stands in the question; of a picture the correlation. A
-    picture is enough: another question about it still shows it. A short text is not where one of
-    them has pictures, nor a longer one where both have: "Which figure can be made from these
-    shapes?" is a template.
+    The score of a text is the share of the question that stands in the prompt; of a picture the
+    correlation. A picture is enough: another question about it still shows it. Where one of the two
+    has a picture, a short text is not: "Which figure can be made from these shapes?" is a template.
     """
-    images, grams = row.get("images") or [], test_grams(row["prompt"])
+    images, grams = row["images"], test_grams(row["prompt"])
     left, right = (np.searchsorted(tests.grams, grams, side) for side in ("left", "right"))
     owners = [tests.owners[a:b] for a, b in zip(left, right, strict=True) if b > a]
     for item, common in Counter(np.concatenate(owners).tolist() if owners else ()).items():
-        shorter = min(len(grams), tests.sizes[item])
-        score = common / (shorter if common >= LONG_GRAMS else tests.sizes[item])
-        if score >= TEST_SHARE:
-            pictured = bool(images) + (item in tests.shown)  # of the two
-            if shorter >= (0, MIN_GRAMS, LONG_GRAMS)[pictured]:
-                yield tests.ids[item], round(score, 3), "text"
-    for name in images if tests.shown else ():
-        correlations = tests.small @ fingerprint(str(Path(row["folder"], name)))[1]
+        is_template = tests.sizes[item] < LONG_GRAMS and (images or item in tests.shown)
+        score = common / tests.sizes[item]
+        if score >= TEST_SHARE and not is_template:
+            yield tests.ids[item], "text", round(score, 3)
+    for path in images if tests.shown else ():
+        correlations = tests.small @ fingerprint(path)[1]
         for k in np.flatnonzero(correlations >= SAME_PICTURE):
-            yield tests.ids[tests.shown[k]], round(float(correlations[k]), 3), "image"
+            yield tests.ids[tests.shown[k]], "image", round(float(correlations[k]), 3)

@@ -5,15 +5,15 @@ r"""Rows of many sets become the file that a stage trains on.
 
 The paper (OVR, sec. 3.3) names the steps and gives no thresholds: all constants here are ours.
 
-rules       what cannot teach or cannot be graded. Better keep a doubtful row than lose an honest
-            one: tests/test_curate.py has what the patterns must not hit beside what they must
+rules       what the stages refuse, cannot teach or cannot be graded. Better keep a doubtful row
+            than lose an honest one: tests/test_curate.py has what the patterns must not hit
 benchmarks  problems that are test questions, by their words or pictures (alike.py)
 duplicates  the same problem again, nearly word for word; the first row stays (alike.py)
-loss        under a small language model (score.py): further from the median of the row's source
-            than 5 robust standard deviations, up (damage, no language) or down (boilerplate)
+loss        under a small language model (score.py): above the median of the row's source by more
+            than 5 robust standard deviations, as damage is and what is no language
 passes      problems that the cold-start model (score.py) solves never, or always: no gradient
-sample      `count` rows without replacement; a row of a stratum (source, level, format of answer,
-            difficulty by passes) of n rows weighs n^-alpha: 0 keeps proportions, 1 makes them equal
+sample      `count` rows without replacement; a row of a stratum (source, level, third of the pass
+            rates) of n rows weighs n^-alpha: 0 keeps proportions, 1 makes them equal
 
 Rows are read twice and never held: the first pass, over all workers, looks at each row alone and
 keeps 164 bytes of it (328 MB for 2 M rows); the decisions are made on these; the second pass copies
@@ -41,16 +41,15 @@ from typing import Literal
 
 import numpy as np
 
+from common import data
 from common.log import beside, progress, run_main, write_report
+from common.records import places_and_rows
 from curation import alike
 from reward import Verdict, extract, grade
 
 CHUNK = 4 << 20  # bytes of a file that a worker takes at a time
 FEW = 30  # rows of a source below which its losses are judged by those of all sources
 LEAST_SPREAD = 0.02  # nats a token: where all losses are alike, none is abnormal
-DIFFICULTIES = ("hard", "medium", "easy")  # of up to a third of the tries passed, two thirds, all
-WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s,-]+[^\W\d_]+)*\.?")
-NUMBER = re.compile(r"[\s$]*[-+]?[\d.,]+(?:/\d+)?\s*(?:%|\\%|°|\^\\circ)?[\s$.]*")
 
 # of the rules
 MIN_THOUGHT = 100  # characters: a thought of less than some 20 words teaches to skip it
@@ -58,9 +57,7 @@ MAX_RESPONSE = 4 * 65_536  # characters; mathematics has 2 to 4 a token: surely 
 MAX_PROMPT = 20_000  # characters; longer ones are documents, not questions
 MAX_GOLD = (200, 10)  # characters, words: longer golds are sentences that no reply matches
 LOOP_ZLIB = 0.1  # compressed / plain size; of real replies 0.16 to 0.6, of a table of cases 0.2
-LOOP_TAIL = 4_000  # characters at the end looked at alone: a long response ends in a loop
 
-MARKUP = re.compile(r"<\|[a-z_]+\|>")  # of the chat; data.py refuses rows that hold it
 MOJIBAKE = re.compile(
     "[\ufffd\x80-\x9f\ud800-\udfff]"  # the replacement character, control codes, half a character
     "|â€|âˆ|ï»¿|ï¿½|Ï€|Î[±-»]|[ÃÂ][\xa0-\xaa\xac-\xba\xbc-\xbf]"  # UTF-8 as Latin-1, not «MAÇÃ»
@@ -68,7 +65,6 @@ MOJIBAKE = re.compile(
 FOREIGN = re.compile(  # runs, for one letter is a symbol: the group Ш, the power set of ℵ
     "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{2}|[\u0400-\u06ff\u0900-\u0eff]{3}"
 )
-GIVEN = re.compile(r"(?:\b(?:answer|ans\.?)\s*(?:is\b|[:=])\s*:?|\\boxed\s*(?=\{))", re.I)
 PROOF = re.compile(r"\b(?:prove|show|demonstrate) that\b|\bprove:", re.I)
 ASKS = re.compile(
     r"\?|\b(?:find|determine|compute|calculate|evaluate|what|which|how|express|solve)\b", re.I
@@ -81,30 +77,25 @@ REFUSAL = re.compile(  # not "I'm sorry, I made a mistake", nor "I cannot divide
     r"|help you with|(?:see|view|access) (?:the|any|this) (?:image|picture|figure|diagram))",
     re.I,
 )
-CUT = re.compile(r"(?:[,;(\[{=+\\]|\b(?:the|an|of|and|or|with|because))$")
 
 REASONS = {  # why a row goes: (step, what it means)
-    "unreadable": ("rules", "The line is no JSON, or lacks a column that every row needs."),
-    "malformed": ("rules", "Text is missing, chat markup is in it, or a column has a wrong type."),
+    "malformed": ("rules", "The stage that reads the file would refuse the row."),
+    "lost_picture": ("rules", "A picture is missing or cannot be read."),
     "mojibake": ("rules", "Characters were decoded wrongly: the model would learn to write them."),
     "degenerate_length": ("rules", "A prompt of one word or a document, more than fits a pack."),
     "bad_thought": ("rules", "Not exactly one <think>...</think>, at the start, with a thought."),
     "no_box": ("rules", "No closed \\boxed{} after the thought: nothing that could be rewarded."),
     "refusal": ("rules", "The response declines, or says that it sees no picture."),
-    "truncated": ("rules", "The response stops within a sentence, a formula or a code block."),
     "mixed_script": ("rules", "The response falls into a script that the question is not in."),
-    "repetition": ("rules", "The response goes round in a loop, as a whole or at its end."),
+    "repetition": ("rules", "The response goes round in a loop."),
     "proof": ("rules", "The problem asks for a proof and nothing else: no box holds one."),
     "unjudgeable": ("rules", "The matcher rejects the gold as its own answer, or it is prose."),
-    "leak": ("rules", 'The prompt gives the reference away, as in "Answer: 42".'),
     "wrong_box": ("rules", "The box does not hold the reference: one of the two is wrong."),
-    "lost_picture": ("rules", "A picture is missing or cannot be read."),
     "contaminated": ("benchmarks", "It is a test question, by its words or its picture."),
     "repeated_id": ("duplicates", "A row above has the same id."),
     "same_words": ("duplicates", "A row above asks the same, word for word."),
     "near": ("duplicates", "A row above asks the same, nearly word for word."),
-    "loss_high": ("loss", "Far less likely than others of its source: damage, no language."),
-    "loss_low": ("loss", "Far more likely than others of its source: boilerplate, a loop."),
+    "abnormal_loss": ("loss", "Far less likely than others of its source: damage, no language."),
     "not_scored": ("loss", "The language model could not score it; score.py says why."),
     "never_solved": ("passes", "No try was right: no gradient, or a wrong reference."),
     "always_solved": ("passes", "Every try was right: no gradient."),
@@ -121,11 +112,11 @@ class Config:
 
     rows: tuple[str, ...]  # JSONL files {"id", "source", "prompt", "response" or "answer", ...}
     kind: Literal["sft", "rl"]  # sft rows need a response, rl rows an answer
-    out: str  # JSONL to write; .dropped.jsonl, .contaminated.jsonl, .report.json beside it
-    benchmarks: tuple[str, ...] = ()  # JSONL files of test questions {"id", "prompt", "images"?}
+    out: str  # JSONL to write; .dropped.jsonl and .report.json beside it
+    benchmarks: tuple[str, ...] = ()  # items.jsonl of evaluation.benchmarks, or {"id", "prompt"}
     losses: tuple[str, ...] = ()  # of score.py --kind loss; none: the step lets all pass
     passes: tuple[str, ...] = ()  # of score.py --kind passes; none: the step lets all pass
-    loss_z: float = 5.0  # robust standard deviations (1.48 x MAD) from the source's median; ours
+    loss_z: float = 5.0  # robust standard deviations (1.48 x MAD) above the source's median; ours
     count: int = 0  # rows to choose; 0: all
     alpha: float = 0.5  # a row weighs (rows of its stratum) ^ -alpha; ours
     seed: int = 0
@@ -137,111 +128,85 @@ class Config:
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")
             if Path(path).resolve() == Path(self.out).resolve():
                 raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
-        if self.count < 0 or self.alpha < 0 or self.workers < 1 or self.loss_z <= 0:
-            raise ValueError("count, alpha: not negative; loss_z: positive; workers: at least 1")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("id", "source", "prompt", "response" if self.kind == "sft" else "answer")
 
 
 # ---- reading
 
 
-def rows_of(
-    path: str, needs: tuple[str, ...] = ("id",), start: int = 0, end: int = sys.maxsize
-) -> Iterator[tuple[bytes, dict]]:
-    """(line, row) of the lines that begin in [start, end) of the file.
-
-    row["folder"] is ours. A line that is no row counts as one all the same: under the name of its
-    place, with what is wrong as row["unreadable"], which is empty in all others.
-    """
-    folder, name = os.path.split(path)
+def lines_of(path: str, start: int = 0, end: int = sys.maxsize) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of the lines that begin in [start, end) of the file."""
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
         if start:
             file.readline()  # the rest of a line that began before
         while (at := file.tell()) < end and (line := file.readline()):
             if line.strip():
-                try:
-                    row, fault = read_row(line, needs), ""
-                except (ValueError, RecursionError) as error:
-                    row, fault = {"id": f"{name}, byte {at}", "source": name}, str(error)
-                yield line, row | {"folder": folder, "unreadable": fault}
+                yield f"{path}, byte {at}", line
 
 
-def read_row(line: bytes, needs: tuple[str, ...]) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"not a row: {row!r:.80}")
-    for column in needs:
-        value = row.get(column)
-        if not isinstance(value, str | int | float) or not str(value).strip():
-            raise ValueError(f"{column} is {value!r:.80}; the row has {[*row]}"[:300])
-    return row
+def columns_of(row: dict, path: str, place: str, kind: str) -> dict:
+    """As the stages read them, pictures as paths from here. A ValueError or FileNotFoundError where
+    a stage would refuse the row."""
+    columns = {"response": None, "answer": None}
+    if kind == "sft":
+        columns |= vars(data.example_of(place, row, Path(path).parent))
+    if kind == "rl" or row.get("answer") is not None:
+        columns |= vars(data.problem_of(place, row, Path(path).parent))
+    return columns
 
 
 @cache
 def benchmarks_of(files: tuple[str, ...]) -> alike.Benchmarks:
-    """Items of benchmarks.py, or of files that say "question", "image". A broken one stops the run:
-    what it tests would be missed in silence."""
+    """A broken question stops the run: what it tests would be missed in silence."""
     tests = []
     for path in files:
-        for _, row in rows_of(path):
-            prompt = row.get("question") or row.get("prompt")  # the one without what all are told
-            if not isinstance(prompt, str):
-                fault = row["unreadable"] or f"no prompt; the row has {[*row]}"
-                raise ValueError(f"benchmark {path}, {row['id']}: {fault}")
-            images = row.get("images") or ([row["image"]] if row.get("image") else [])
-            tests.append(row | {"prompt": prompt, "images": images})
+        for place, row, folder in data.line_rows(Path(path)):
+            # items have the question also without what all of a benchmark are told
+            prompt = row.get("question") or data.text(place, row, "prompt")
+            images = [str(folder / name) for name in row.get("images") or []]
+            tests.append((data.text(place, row, "id"), prompt, images))
     return alike.read_benchmarks(tests)
 
 
 # ---- rules
 
 
+def first_fault(line: bytes, path: str, place: str, kind: str) -> tuple[dict, str, str]:
+    """(the row, why it goes or "", detail)"""
+    row = {"id": place, "source": Path(path).name}
+    try:
+        row |= data.parse_json(place, line)
+        row |= columns_of(row, path, place, kind)
+    except FileNotFoundError as error:
+        return row, "lost_picture", str(error)
+    except ValueError as error:
+        return row, "malformed", str(error)
+    return row, *next(faults(row), ("", ""))
+
+
 def faults(row: dict) -> Iterator[tuple[str, str]]:
     """(reason, detail) of all that is wrong with a row, what costs little to find first."""
-    if row.get("unreadable"):
-        yield "unreadable", row["unreadable"]
-    for rule in (malformed, mojibake):
-        if detail := rule(row):
-            yield rule.__name__, detail
-    size = len(row["prompt"])
-    if size > MAX_PROMPT or (not row.get("images") and len(row["prompt"].split()) < 2):
-        yield "degenerate_length", f"prompt of {size} characters"
-    if row.get("response") is not None:
-        yield from response_faults(row["prompt"], row["response"].strip())
-    if row.get("answer") is not None:
-        yield from answer_faults(row)
-    for name in row.get("images") or []:
+    yield from text_faults(row)
+    for path in row["images"]:
         try:
-            alike.fingerprint(str(Path(row["folder"], name)))
-        except alike.DAMAGED as error:
-            yield "lost_picture", f"{name}: {error}"
+            alike.fingerprint(path)
+        except ValueError as error:
+            yield "lost_picture", str(error)
 
 
-def malformed(row: dict) -> str | None:
-    """Text is missing, holds markup of the chat, or a column has a type that data.py refuses."""
-    texts = [row["prompt"], *([row["response"]] if "response" in row else [])]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        return "prompt or response is not a text"
-    if found := MARKUP.search("\n".join(texts)):
-        return found[0]
-    images, choices = row.get("images") or [], row.get("choices") or []
-    for items, kind in ((images, str), (choices, str | int | float)):
-        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
-            return f"images or choices are {items!r:.80}"
-    for name, kinds in (("answer", (str, int, float)), ("precision", (int, float))):
-        if row.get(name) is not None and type(row[name]) not in kinds:
-            return f"{name} is {row[name]!r:.80}"
-    markers, pictures = row["prompt"].count("<image>"), len(images)
-    return f"{markers} markers for {pictures} pictures" if markers not in (0, pictures) else None
-
-
-def mojibake(row: dict) -> str | None:
-    found = MOJIBAKE.search(row["prompt"]) or MOJIBAKE.search(row.get("response", ""))
-    return repr(found.string[max(0, found.start() - 10) : found.end() + 10]) if found else None
+def text_faults(row: dict) -> Iterator[tuple[str, str]]:
+    prompt, response = row["prompt"], row["response"]
+    text = f"{prompt}\n{response}"
+    if found := data.MARKUP_PATTERN.search(text):
+        yield "malformed", found[0]
+    if found := MOJIBAKE.search(text):
+        yield "mojibake", repr(text[max(0, found.start() - 10) : found.end() + 10])
+    if len(prompt) > MAX_PROMPT or (not row["images"] and len(prompt.split()) < 2):
+        yield "degenerate_length", f"prompt of {len(prompt)} characters"
+    if response is not None:
+        yield from response_faults(prompt, response.strip())
+    if row["answer"] is not None:
+        yield from answer_faults(row)
 
 
 def conclusion(response: str) -> str:
@@ -257,61 +222,42 @@ def response_faults(prompt: str, response: str) -> Iterator[tuple[str, str]]:
         yield "bad_thought", f"it begins {response[:20]!r} and has {markers[:9]}"
     if thought < MIN_THOUGHT:
         yield "bad_thought", f"thought of {thought} characters"
+    if found := REFUSAL.search(response):
+        yield "refusal", found[0]
     status, box = extract(end)
     if status or not box.strip():
         yield "no_box", status or "empty box"
-    if found := REFUSAL.search(response):
-        yield "refusal", found[0]
-    formulas = end.replace(r"\\", "")  # \\[4pt] is a new line
-    if end.count("```") % 2 or end.count("$$") % 2 or formulas.count(r"\[") > formulas.count(r"\]"):
-        yield "truncated", "an open block"
-    if CUT.search(end):
-        yield "truncated", repr(end[-20:])
     if (found := FOREIGN.search(response)) and not FOREIGN.search(prompt):
         yield "mixed_script", found[0]
-    for part in (response.encode(), response[-LOOP_TAIL:].encode()):
-        ratio = len(zlib.compress(part, 1)) / len(part)
-        if len(part) >= 1000 and ratio < LOOP_ZLIB:
-            yield "repetition", f"zlib {ratio:.2f}"
+    ratio = len(zlib.compress(response.encode(), 1)) / len(response.encode())
+    if len(response) > 1000 and ratio < LOOP_ZLIB:
+        yield "repetition", f"zlib {ratio:.2f}"
 
 
 def answer_faults(row: dict) -> Iterator[tuple[str, str]]:
-    prompt, gold = row["prompt"], str(row["answer"])
-    if (found := PROOF.search(prompt)) and not ASKS.search(prompt):
+    if (found := PROOF.search(row["prompt"])) and not ASKS.search(row["prompt"]):
         yield "proof", found[0]
     if detail := unjudgeable(row):
         yield "unjudgeable", detail
-    if GIVEN.search(prompt) and (detail := leak(prompt, gold)):
-        yield "leak", detail
-    if row.get("response") is not None:
+    if row["response"] is not None:
         box = verdict(row, conclusion(row["response"]))
         if box.score != 1:
-            yield "wrong_box", f"box {box.answer!r:.80}, gold {gold!r:.80}"
+            yield "wrong_box", f"box {box.answer!r:.80}, gold {row['answer']!r:.80}"
 
 
 def verdict(row: dict, response: str) -> Verdict:
-    options = {"choices": row.get("choices"), "precision": row.get("precision")}
-    return grade(str(row["answer"]), response, **options)
+    return grade(row["answer"], response, choices=row["choices"], precision=row["precision"])
 
 
 def unjudgeable(row: dict) -> str | None:
-    gold = str(row["answer"]).strip()
-    if not gold or NO_GOLD.fullmatch(gold):
-        return f"gold {gold!r}"
+    gold = row["answer"].strip()
     words = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", gold))
-    if len(gold) > MAX_GOLD[0] or (words > MAX_GOLD[1] and not row.get("choices")):
-        return f"gold of {len(gold)} characters, {words} words"
+    if NO_GOLD.fullmatch(gold) or len(gold) > MAX_GOLD[0]:
+        return f"gold {gold!r:.80}"
+    if words > MAX_GOLD[1] and not row["choices"]:
+        return f"gold of {words} words"
     itself = verdict(row, f"\\boxed{{{gold}}}")
     return None if itself.score == 1 else f"gold {gold!r}: {itself.status}"
-
-
-def leak(prompt: str, gold: str) -> str | None:
-    """That 42 occurs in the prompt is no leak, nor is "Answer: 42.5", "Answer: yes or no", or "if
-    the answer is 42, then"."""
-    spaced = r"\s*".join(map(re.escape, gold.replace(" ", "").strip("$.")))
-    end = r"[\s$*)}\]]*(?:\.(?!\d)|\n|$)"
-    found = re.search(GIVEN.pattern + r"[\s$*({\[]*" + spaced + end, prompt, re.I)
-    return repr(found[0]) if found else None
 
 
 # ---- first pass: what is known of a row alone
@@ -328,62 +274,39 @@ FACT = np.dtype(
 
 
 def look(cfg: Config, piece: tuple) -> tuple[np.ndarray, list[str], list[tuple], list[dict]]:
-    """(facts, reasons, strata, records for .contaminated.jsonl and .dropped.jsonl) of the rows in a
-    piece: (path, start, end)."""
-    path, *span = piece
-    rows = [row for _, row in rows_of(path, cfg.needs, *span)]
-    facts, reasons, records = np.zeros(len(rows), FACT), [], []
-    for row, fact in zip(rows, facts, strict=True):
-        if cfg.kind == "rl":
-            row.pop("response", None)  # a problem may come with the trace it was taken from
-        reason, detail = next(faults(row), ("", ""))
-        hits = [] if reason else alike.contaminations(row, benchmarks_of(cfg.benchmarks))
-        for test, score, kind in hits:
-            reason, detail = "contaminated", f"as {test}"
-            hit = {"benchmark_id": test, "score": score, "kind": kind}
-            records.append({"id": row["id"]} | hit)
+    """(facts, reasons, strata, records for .dropped.jsonl) of the rows in a piece: (path, start,
+    end)."""
+    lines, tests = [*lines_of(*piece)], benchmarks_of(cfg.benchmarks)
+    facts, reasons, strata, dropped = np.zeros(len(lines), FACT), [], [], []
+    for (place, line), fact in zip(lines, facts, strict=True):
+        row, reason, detail = first_fault(line, piece[0], place, cfg.kind)
+        if not reason and (hit := next(alike.contaminations(row, tests), None)):
+            reason, detail = "contaminated", "as {}: {} {}".format(*hit)
         if reason:
-            records.append(drop_record(row, reason, detail))
+            dropped.append(drop_record(row["id"], reason, detail))
         else:
             compare_by(row, fact)
         fact["id"] = alike.digest(str(cfg.seed), str(row["id"]))
         reasons.append(reason)
-    return facts, reasons, [stratum_of(row) for row in rows], records
+        strata.append((str(row["source"]), str(row.get("level"))))
+    return facts, reasons, strata, dropped
 
 
-def drop_record(row: dict, reason: str, detail: str) -> dict:
-    return {"id": row["id"], "step": REASONS[reason][0], "reason": reason, "detail": detail}
-
-
-def stratum_of(row: dict) -> tuple[str, str, str]:
-    """(source, level, format)"""
-    level = "" if row.get("level") is None else row["level"]
-    names = str(row["source"]), str(level), answer_format(row)
-    return tuple(name.encode(errors="replace").decode() for name in names)
-
-
-def answer_format(row: dict) -> str:
-    """choice, number, expression or words; "" for a trace that comes without its reference."""
-    answer = "" if row.get("answer") is None else str(row["answer"])
-    if row.get("choices") or not answer:
-        return "choice" if answer else ""
-    if NUMBER.fullmatch(answer):
-        return "number"
-    return "words" if WORDS.fullmatch(answer) else "expression"
+def drop_record(name: str, reason: str, detail: str) -> dict:
+    return {"id": name, "step": REASONS[reason][0], "reason": reason, "detail": detail}
 
 
 def compare_by(row: dict, fact: np.void) -> None:
     """Writes down what finds the duplicates of a row."""
     tokens = alike.words(row["prompt"])
-    names = [str(Path(row["folder"], name)) for name in row.get("images") or []]
-    pictures = [alike.fingerprint(name)[0] for name in names]
+    pictures = [alike.fingerprint(path)[0] for path in row["images"]]
     fact["text"] = alike.digest(" ".join(tokens), *pictures)
-    fact["identity"] = alike.identity(tokens, pictures, str(row.get("answer", "")))
+    fact["identity"] = alike.identity(tokens, pictures, row["answer"] or "")
     fact["signature"] = alike.signature(tokens)
 
 
-def survey(cfg: Config, dropped, contaminated) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
-    """(facts of all rows, reasons, strata by their numbers); writes the records to the files.
+def survey(cfg: Config, dropped) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
+    """(facts of all rows, reasons, strata by their numbers); writes the records to the file.
     Workers are given places in files and not rows, for a pool reads ahead without end."""
     sizes = {path: os.path.getsize(path) for path in cfg.rows}
     pieces = [(path, at, at + CHUNK) for path, n in sizes.items() for at in range(0, n, CHUNK)]
@@ -395,13 +318,8 @@ def survey(cfg: Config, dropped, contaminated) -> tuple[np.ndarray, np.ndarray, 
             facts["stratum"] = [numbers.setdefault(stratum, len(numbers)) for stratum in strata]
             all_facts.append(facts)
             all_reasons += reasons
-            for record in records:
-                write(dropped if "step" in record else contaminated, record)
+            dropped.writelines(json.dumps(record) + "\n" for record in records)
     return np.concatenate(all_facts), np.array(all_reasons, object), list(numbers)
-
-
-def write(file, record: dict) -> None:
-    file.write(json.dumps(record).encode() + b"\n")
 
 
 # ---- decisions: `reason` of each row is why it goes, "" while it is left
@@ -431,11 +349,11 @@ def scores_of(facts, reason: np.ndarray, column: str, cfg: Config) -> np.ndarray
     tell it. Takes some 160 bytes a row while it reads. (N,)"""
     scores, files = {}, cfg.losses if column == "loss" else cfg.passes
     for path in files:
-        for _, row in rows_of(path):
+        for _, row in places_and_rows(Path(path)):
             if column not in row:
                 raise ValueError(f"{path}: not a file of score.py with {column!r}: {row!r:.200}")
             score = np.nan if row[column] is None else row[column] / row.get("samples", 1)
-            scores[alike.digest(str(cfg.seed), str(row["id"]))] = score
+            scores[alike.digest(str(cfg.seed), row["id"])] = score
     scores = np.array([scores.get(key, np.inf) for key in facts["id"].tolist()])
     if missing := np.isinf(scores[reason == ""]).sum():
         raise ValueError(
@@ -445,23 +363,20 @@ def scores_of(facts, reason: np.ndarray, column: str, cfg: Config) -> np.ndarray
     return scores
 
 
-def drop_abnormal(reason: np.ndarray, losses: np.ndarray, sources: np.ndarray, z: float) -> dict:
-    """Drops what lies outside median -+ z 1.4826 MAD of its source. -> {source: [low, high]}
+def drop_abnormal(reason: np.ndarray, losses: np.ndarray, sources: np.ndarray, z: float) -> None:
+    """Drops what lies above median + z 1.4826 MAD of its source.
 
     Median and MAD do not move with the rows that they are to find; 1.4826 MAD is the standard
     deviation of a normal distribution. A source of few rows is judged by all.
     """
     drop(reason, np.isnan(losses), "not_scored")
-    left, limits = reason == "", {}
+    left = reason == ""
     for source in dict.fromkeys(sources[left].tolist()):
         of = left & (sources == source)
         normal = losses[of if of.sum() >= FEW else left]
         median = np.median(normal)
         spread = max(1.4826 * np.median(np.abs(normal - median)), LEAST_SPREAD)
-        low, high = limits[source] = [median - z * spread, median + z * spread]
-        drop(reason, of & (losses > high), "loss_high")
-        drop(reason, of & (losses < low), "loss_low")
-    return limits
+        drop(reason, of & (losses > median + z * spread), "abnormal_loss")
 
 
 def sample(reason: np.ndarray, facts: np.ndarray, cfg: Config) -> None:
@@ -485,19 +400,22 @@ def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -
     """Writes the rows that stay, pictures relative to the new file, and why the others do not."""
     target = os.path.abspath(Path(cfg.out).parent)
     names = dict.fromkeys(root[root != np.arange(len(root))].tolist())  # of rows that come again
-    lines = (pair for path in cfg.rows for pair in rows_of(path, cfg.needs))
-    for i, (line, row) in enumerate(progress(lines, "copying rows", total=len(reason))):
+    lines = ((path, *pair) for path in cfg.rows for pair in lines_of(path))
+    for i, (path, place, line) in enumerate(progress(lines, "copying rows", total=len(reason))):
+        if reason[i] and REASONS[reason[i]][0] in FIRST_PASS:
+            continue
+        row = json.loads(line)
         if i in names:
             names[i] = row["id"]
-        if not reason[i]:
-            folder = os.path.abspath(row["folder"])
-            if row.get("images") and folder != target:
-                places = [os.path.relpath(os.path.join(folder, n), target) for n in row["images"]]
-                line = json.dumps(json.loads(line) | {"images": places}).encode()
-            out.write(line.rstrip(b"\r\n") + b"\n")
-        elif REASONS[reason[i]][0] not in FIRST_PASS:
+        if reason[i]:
             detail = f"as {names[root[i]]}" if root[i] != i else ""
-            write(dropped, drop_record(row, reason[i], detail))
+            dropped.write(json.dumps(drop_record(row["id"], reason[i], detail)) + "\n")
+            continue
+        if row.get("images") and os.path.abspath(Path(path).parent) != target:
+            images = columns_of(row, path, place, cfg.kind)["images"]
+            row["images"] = [os.path.relpath(image, target) for image in images]
+            line = json.dumps(row).encode()
+        out.write(line.rstrip(b"\r\n") + b"\n")
 
 
 # ---- report
@@ -510,27 +428,15 @@ def count_steps(reason: np.ndarray, sources: np.ndarray) -> dict:
         counts = Counter(reason[sources == source].tolist())
         left = counts.total()
         for step in STEPS:
-            reasons = {
-                why: counts[why] for why in REASONS if REASONS[why][0] == step and counts[why]
-            }
+            reasons = {why: n for why, n in counts.items() if why and REASONS[why][0] == step}
             kept = left - sum(reasons.values())
             table[step][source] = {"in": left, "kept": kept, "reasons": reasons}
             left = kept
     return table
 
 
-def count_strata(reason: np.ndarray, stratum: np.ndarray, strata: list[tuple]) -> dict:
-    """{"source / level / format": {"in", "kept"}}: rows before and after the draw."""
-    after = Counter(stratum[reason == ""].tolist())
-    before = after + Counter(stratum[reason == "not_chosen"].tolist())
-    return {
-        " / ".join(filter(None, strata[s])): {"in": n, "kept": after[s]}
-        for s, n in before.most_common()
-    }
-
-
-def show(steps: dict, strata: dict) -> None:
-    """Rows after each step, why rows went, and the largest strata before and after the draw."""
+def show(steps: dict) -> None:
+    """Rows after each step, and why rows went."""
     print(f"{'source':30}{'rows':>10}" + "".join(f"{step:>12}" for step in STEPS))
     for source, first in steps["rules"].items():
         after = "".join(f"{steps[step][source]['kept']:>12,}" for step in STEPS)
@@ -538,43 +444,33 @@ def show(steps: dict, strata: dict) -> None:
     for why, (step, meaning) in REASONS.items():
         if n := sum(of["reasons"].get(why, 0) for of in steps[step].values()):
             print(f"{n:>10,}  {step}: {why.replace('_', ' ')}. {meaning}")
-    for stratum, of in [*strata.items()][:40]:
-        print(f"{stratum:40.40}{of['in']:>10,} -> {of['kept']:>10,}")
 
 
-def main(cfg: Config) -> dict:
+def main(cfg: Config) -> None:
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, limits = beside(out, "part"), {}
-    with (
-        part.open("wb") as kept,
-        beside(out, "dropped.jsonl").open("wb") as dropped,
-        beside(out, "contaminated.jsonl").open("wb") as contaminated,
-    ):
-        facts, reason, strata = survey(cfg, dropped, contaminated)
-        sources = np.array([source for source, _, _ in strata], object)[facts["stratum"]]
+    part = beside(out, "part")
+    with part.open("wb") as kept, beside(out, "dropped.jsonl").open("w") as dropped:
+        facts, reason, strata = survey(cfg, dropped)
+        sources = np.array([source for source, _ in strata], object)[facts["stratum"]]
         root = drop_repeats(reason, facts)
         if cfg.losses:
             losses = scores_of(facts, reason, "loss", cfg)
-            limits = drop_abnormal(reason, losses, sources, cfg.loss_z)
+            drop_abnormal(reason, losses, sources, cfg.loss_z)
         if cfg.passes:
             rates = scores_of(facts, reason, "passes", cfg)
             drop(reason, rates == 0, "never_solved")
             drop(reason, rates == 1, "always_solved")
             drop(reason, np.isnan(rates), "not_tried")
             facts["stratum"] = facts["stratum"] * 3 + np.digitize(rates, [1 / 3, 2 / 3], right=True)
-            strata = [(*names, difficulty) for names in strata for difficulty in DIFFICULTIES]
         sample(reason, facts, cfg)
         copy_rows(cfg, reason, root, kept, dropped)
     part.replace(out)  # complete: nobody trains on half a file
-    steps, strata = count_steps(reason, sources), count_strata(reason, facts["stratum"], strata)
-    why = {reason: meaning for reason, (_, meaning) in REASONS.items()}
-    inputs = (*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes)
-    write_report(out, cfg, inputs, steps, strata=strata, why=why, losses=limits)
-    show(steps, strata)
+    steps = count_steps(reason, sources)
+    write_report(out, cfg, (*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes), steps)
+    show(steps)
     if not (reason == "").any():
         sys.exit(f"{out}: no row stays of {len(facts):,}; the table above says why")
-    return {"steps": steps, "strata": strata}
 
 
 if __name__ == "__main__":

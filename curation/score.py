@@ -1,6 +1,6 @@
 r"""Stage 0: what a model says about each row, from which curate.py decides what to drop.
 
-    rows.jsonl ─▶ chunks ─▶ any free rank ─▶ X.rank0.part.jsonl, X.rank1.part.jsonl, ... ─▶ X.jsonl
+    rows.jsonl ─▶ any free rank ─▶ X.rank0.part.jsonl, X.rank1.part.jsonl, ... ─▶ X.jsonl
 
 loss    {"id", "loss", "tokens"}: nats a token of the response given the prompt, by a small
         pretrained model that reads plain text. The paper drops the abnormally high (OVR, sec. 3.3)
@@ -9,16 +9,14 @@ passes  {"id", "passes", "samples", "truncated", "no_box", "tokens"}: how many o
         mean of a try; one that was cut is wrong, as in RL, whatever stands in it
 
 A row that cannot be measured is there too: null, and "why". A run that was killed goes on with the
-same command on any number of ranks, and ends with the same bytes: batches are made inside a chunk,
-draws are addressed by (seed, id, sample). (vLLM: up to rounding.) With another model, setting or
-data it is refused. Several nodes share --out's folder.
+same command on any number of ranks, and ends with the same bytes: draws are addressed by (seed, id,
+sample). (vLLM: up to rounding.) With another model, setting or data it is refused. Several nodes
+share --out's folder.
 
     torchrun -m curation.score --rows out/data/sft.jsonl --kind loss --model Qwen/Qwen2.5-0.5B \
         --out out/data/sft.losses.jsonl
     torchrun --nproc-per-node 8 -m curation.score --rows out/data/rl.jsonl --kind passes \
         --sampler vllm --model out/coldstart/model --kv-cache-gb 40 --out out/data/rl.passes.jsonl
-
-Dimensions: B rows of a batch, L tokens of its longest, R tokens of a response, V vocabulary.
 """
 
 import glob
@@ -32,8 +30,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import data, distributed
@@ -43,8 +39,7 @@ from reward import grade
 from rollout import Rollout, open_sampler
 
 GAP = "\n\n"  # between prompt and response, for a model that knows no chat
-Ids = tuple[list[int], list[int]]  # of a prompt and of its response
-PROTOCOL = {  # what a record depends on; how rows are batched moves its last digit at most
+PROTOCOL = {  # what a record depends on
     "loss": "kind model tokens".split(),
     "passes": "kind model samples max_tokens prompt_tokens temperature sampler seed".split(),
 }
@@ -59,7 +54,6 @@ class Config:
     model: str  # HF directory or Hub name; loss: any causal LM of text
     out: str  # JSONL to write; while it grows, X.protocol.json and X.rank*.part.jsonl stand beside
     tokens: int = 4096  # loss: of prompt and response; what comes after is not read
-    pack_tokens: int = 8192  # loss: tokens that run at once, padding included
     samples: int = 8  # passes: tries a problem
     max_tokens: int = 16_384  # passes: of a response; the paper's RL begins at 24k
     prompt_tokens: int = 2048  # passes: longer prompts are not tried, and say so
@@ -67,22 +61,14 @@ class Config:
     sampler: Literal["torch", "vllm"] = "torch"  # passes; vllm from some 10 M parameters on
     sampler_batch: int = 256  # passes: responses that a rank samples at once
     kv_cache_gb: float = 0.25  # vllm's room for keys and values, a rank; 7B: 57 kB a token
-    chunk: int = (
-        256  # rows that a rank takes at a time; a kill costs so many, vllm idles at its end
-    )
-    dtype: str = "auto"  # bfloat16 on GPUs, float32 on CPUs
+    chunk: int = 256  # rows that a rank takes at a time; a kill costs so many tries
     seed: int = 0
-    threads: int = 0  # CPU threads a process; 0 shares the cores out, which moves the last digit
 
     def __post_init__(self):
         if Path(self.out).suffix != ".jsonl":
             raise ValueError(f"--out {self.out} must be a .jsonl file: others stand beside it")
         if Path(self.out).resolve() == Path(self.rows).resolve():
             raise ValueError(f"--out {self.out} is the input and would be overwritten")
-        if not 0 < self.tokens <= self.pack_tokens:
-            raise ValueError(f"tokens {self.tokens} must be in 1 to pack_tokens {self.pack_tokens}")
-        if min(self.samples, self.max_tokens, self.prompt_tokens, self.chunk) < 1:
-            raise ValueError("samples, max_tokens, prompt_tokens and chunk must be positive")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy tries are all the same: set --temperature")
 
@@ -90,57 +76,26 @@ class Config:
 # ------------------------------------------------------------------ loss
 
 
-def plain_text(example: data.Example, tokenizer, tokens: int) -> Ids:
-    """Cut into tokens apart, so that none holds both an end of the prompt and a beginning of the
-    response. The prompt gets what the tokenizer puts before a text, if anything; a picture is the
-    word <image>. Only the response is cut to what `tokens` leave it.
+@torch.no_grad()
+def loss_record(example: data.Example, tokenizer, model, tokens: int) -> dict:
+    """{"id", "loss": nats a token or null, "tokens": of the response that were scored, "why"?}
+
+    Prompt and response are cut into tokens apart, so that none holds an end of the one and a
+    beginning of the other. The prompt gets what the tokenizer puts before a text, if anything; a
+    picture is the word <image>. Only the response is cut to what `tokens` leave it. A row at a
+    time: 4096 tokens fill a GPU. Their logits are 4096 x 152k x 2 B = 1.2 GB in bfloat16; the
+    softmax is in float32, for in bfloat16 it is off by 0.02 on average.
     """
     prompt_ids = tokenizer.encode(example.prompt + GAP)
     response_ids = tokenizer.encode(example.response, add_special_tokens=False)
-    return prompt_ids, response_ids[: max(0, tokens - len(prompt_ids))]
-
-
-@torch.no_grad()
-def response_logps(texts: Sequence[Ids], model, budget: int) -> list[Tensor]:
-    """Log-probs of each response's tokens, by a model of transformers; of an empty one none.
-
-    Padded to the longest of a batch, on the right, where a causal model cannot see it; like
-    lengths together. 8192 tokens have 8192 x 152k x 2 B = 2.5 GB of logits in bfloat16. The
-    log-softmax is in float32, one response at a time (4096 x 152k x 4 B, twice): in bfloat16 it is
-    off by 0.02 on average.
-    """
-    rows = [torch.tensor(prompt + response) for prompt, response in texts]
-    scored = [i for i, (_, response) in enumerate(texts) if response]
-    order = sorted(scored, key=lambda i: -len(rows[i]))
-    logps = [torch.zeros(0)] * len(rows)
-    while order:
-        size = budget // len(rows[order[0]])
-        batch, order = order[:size], order[size:]
-        ids = pad_sequence([rows[i] for i in batch], batch_first=True).to(model.device)  # (B, L)
-        real = pad_sequence([torch.ones_like(rows[i]) for i in batch], batch_first=True)
-        logits = model(input_ids=ids, attention_mask=real.to(model.device), use_cache=False).logits
-        for b, i in enumerate(batch):  # logits (B, L, V): each at the position before its token
-            first, end = len(texts[i][0]), len(rows[i])
-            predicted = logits[b, first - 1 : end - 1].float()  # (R, V)
-            logps[i] = -F.cross_entropy(predicted, ids[b, first:end], reduction="none").cpu()
-    return logps
-
-
-def losses(examples: Sequence[data.Example], tokenizer, model, cfg: Config) -> list[dict]:
-    """A record of each example."""
-    texts = [plain_text(example, tokenizer, cfg.tokens) for example in examples]
-    logps = response_logps(texts, model, cfg.pack_tokens)
-    rows = zip(examples, texts, logps, strict=True)
-    return [loss_record(example.id, ids, of, cfg.tokens) for example, ids, of in rows]
-
-
-def loss_record(name: str, ids: Ids, logps: Tensor, tokens: int) -> dict:
-    """{"id", "loss": nats a token or null, "tokens": of the response that were scored, "why"?}"""
-    record = {"id": name, "loss": None, "tokens": len(logps)}
-    if not len(logps):
-        why = f"a prompt of {len(ids[0])} tokens leaves none of {tokens} to a response"
+    response_ids = response_ids[: max(0, tokens - len(prompt_ids))]
+    record = {"id": example.id, "loss": None, "tokens": len(response_ids)}
+    if not response_ids:
+        why = f"a prompt of {len(prompt_ids)} tokens leaves none of {tokens} to a response"
         return record | {"why": why}
-    loss = -logps.double().mean().item()
+    ids = torch.tensor(prompt_ids + response_ids, device=model.device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+    loss = F.cross_entropy(logits.float(), ids[len(prompt_ids) :]).item()
     if not math.isfinite(loss):  # JSON has no NaN
         return record | {"why": "the loss is not finite"}
     return record | {"loss": round(loss, 6)}
@@ -152,8 +107,8 @@ def loss_scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list
     longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
     if longest < cfg.tokens:
         raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return partial(losses, tokenizer=tokenizer, model=model.to(world.device).eval(), cfg=cfg)
+    tools = AutoTokenizer.from_pretrained(directory), model.to(world.device).eval()
+    return lambda examples: [loss_record(example, *tools, cfg.tokens) for example in examples]
 
 
 # ------------------------------------------------------------------ passes
@@ -210,25 +165,18 @@ def records_of(out: str) -> dict[str, dict]:
     return {record["id"]: record for path in files for record in read_rows(path)}
 
 
-def protocol_of(cfg: Config, directory: str, dtype: torch.dtype) -> dict:
+def begin(cfg: Config, directory: str) -> dict[str, dict]:
+    """The records that are there already. ValueError if they are of another protocol."""
     protocol = {name: getattr(cfg, name) for name in PROTOCOL[cfg.kind]}
-    protocol["dtype"] = str(dtype).removeprefix("torch.")
     # a directory may be trained anew under its name; 15 GB are hashed in half a minute
-    return protocol | {"rows": fingerprint(cfg.rows), "weights": fingerprint(directory)}
+    protocol |= {"rows": fingerprint(cfg.rows), "weights": fingerprint(directory)}
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    done = records_of(cfg.out)
+    claim(beside(cfg.out, "protocol.json"), protocol, begun=bool(done))
+    return done
 
 
-def chunks_left(cfg: Config, ids: list[str]) -> list[int]:
-    """Where they start. One of which a row is missing is measured again as a whole, because its
-    rows share batches."""
-    done = records_of(cfg.out).keys()
-    starts = range(0, len(ids), cfg.chunk)
-    left = [start for start in starts if not done >= {*ids[start : start + cfg.chunk]}]
-    if len(left) < len(starts):
-        print(f"{cfg.out}: {len(starts) - len(left)} of {len(starts)} chunks are there already")
-    return left
-
-
-def finish(cfg: Config, protocol: dict, rows: list[tuple[str, str]]) -> None:
+def finish(cfg: Config, rows: list[tuple[str, str]]) -> None:
     """Parts become one file in the order of the input; a kill on the way is made good by a restart.
     rows: (id, source) of each. A line for each source is printed and reported."""
     records, values = records_of(cfg.out), defaultdict(list)
@@ -244,38 +192,35 @@ def finish(cfg: Config, protocol: dict, rows: list[tuple[str, str]]) -> None:
             counts = Counter(measured)
             summary[source]["problems"] = [counts[passes] for passes in range(cfg.samples + 1)]
         print(f"{source:28.28}", *(f"{value} {name}  " for name, value in summary[source].items()))
-    write_report(cfg.out, cfg, [cfg.rows], {}, protocol=protocol, **{cfg.kind: summary})
+    write_report(cfg.out, cfg, [cfg.rows], {}, **{cfg.kind: summary})
     for part in parts_of(cfg.out):
         part.unlink()
 
 
 def main(cfg: Config):
-    world = distributed.start(cfg.dtype)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    world = distributed.start()
     read = {"loss": data.read_examples, "passes": data.read_problems}[cfg.kind]
     items = read(cfg.rows, share=(world.rank, world.size))
     directory = data.model_directory(cfg.model)
-    rows, protocol, left = [], {}, []
+    rows, left = [], []
     if world.main:
         rows = [(item.id, item.source) for item in progress(items, "ids")]
-        protocol = protocol_of(cfg, directory, world.dtype)
-        begun = bool(parts_of(cfg.out)) or Path(cfg.out).exists()
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        claim(beside(cfg.out, "protocol.json"), protocol, begun)
-        left = chunks_left(cfg, [name for name, _ in rows])
+        done = begin(cfg, directory)
+        left = [i for i, (name, _) in enumerate(rows) if name not in done]
+        print(f"{cfg.out}: {len(left):,} of {len(rows):,} rows are to be measured")
     left = distributed.everyone(left)[0]  # nobody writes before the main rank has read
     if left:
         scorer = {"loss": loss_scorer, "passes": pass_scorer}[cfg.kind](cfg, directory, world)
         part = Appender(beside(cfg.out, f"rank{world.rank}.part.jsonl"))
+        chunks = [left[at : at + cfg.chunk] for at in range(0, len(left), cfg.chunk)]
         # taken from a counter: no rank waits behind another's long responses
-        turns = distributed.my_problems(world, len(left), f"score/{cfg.out}", dynamic=True)
-        for turn in progress(turns, cfg.kind, math.ceil(len(left) / world.size)):
-            for record in scorer([*items[left[turn] : left[turn] + cfg.chunk]]):
+        turns = distributed.my_problems(world, len(chunks), f"score/{cfg.out}", dynamic=True)
+        for turn in progress(turns, cfg.kind, math.ceil(len(chunks) / world.size)):
+            for record in scorer([items[i] for i in chunks[turn]]):
                 part.add(record)
     world.wait()
     if world.main:
-        finish(cfg, protocol, rows)
+        finish(cfg, rows)
     distributed.finish(world)
 
 

@@ -7,9 +7,9 @@
              letter. Some sets bring a "response", R1's trace; for others it has to be distilled.
     Dropped  a row that cannot be used, with its reason: none goes silently.
 
-The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours. `certainty` says how
-sure a line of the table is: C read from a data set card or a loader, P partly so. A column that is
-not there stops the reader with the list of those that are.
+The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours, from data set cards
+and loaders; what could not be read there is marked "unsure". A column that is not there stops the
+reader with the list of those that are.
 
     python -m curation.sources   # prints the table
     python -m curation.sources --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
@@ -29,15 +29,8 @@ from typing import Any
 from common import sets
 from common.data import IMAGE_MARKER
 from common.log import beside, run_main, write_report
-from common.sets import (
-    Dropped,
-    Unfit,
-    joined_blanks,
-    letter_place,
-    multiple_choice,
-    option_texts,
-    text_of,
-)
+from common.sets import Dropped, Unfit, multiple_choice
+from reward import extract
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,6 @@ class Source(sets.PublicSet):
     """A public set of training data."""
 
     used_for: str  # "coldstart", "rl" or "both"
-    certainty: str  # C or P: see above
     license: str
     note: str = ""
     local: str = ""  # why it cannot come from the Hub as it is, and where it comes from
@@ -55,9 +47,7 @@ def named(name: str) -> Source:
     return sets.named(SOURCES, name)
 
 
-def read(
-    source: Source, place: str, split: str, images_to: Path, limit: int = 0
-) -> Iterator[dict | Dropped]:
+def read(source: Source, place: str, images_to: Path, limit: int = 0) -> Iterator[dict | Dropped]:
     """The rows of a set; Dropped where one cannot be used. limit: stop after so many good rows.
 
     place: "" for the Hub; or a file, or a directory with the files as the Hub has them: parquet,
@@ -65,9 +55,8 @@ def read(
     """
     if source.local and not place:
         raise ValueError(f"set {source.name}: {source.local}")
-    split, count = split or source.split, 0
-    origin = {"set": source.hub or source.name, "split": split}
-    for index, row in sets.read_set(source, place, split, source.reader, images_to):
+    origin, count = {"set": source.hub or source.name, "split": source.split}, 0
+    for index, row in sets.read_set(source, place, source.split, source.reader, images_to):
         if isinstance(row, Dropped):
             yield row
             continue
@@ -81,16 +70,8 @@ def read(
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last closed \boxed{} or \fbox{}, or after \boxed; None without one."""
-    for box in reversed([*re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))", text)]):
-        if box.group(1):  # \boxed 5, as a few solutions of MATH have it
-            return box.group(1)
-        start, depth = box.end(), 1
-        for brace in re.finditer(r"\\.|[{}]", text[start:], re.S):  # \{ is no brace
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start : start + brace.start()]
-    return None
+    status, box = extract(text)
+    return None if status else box
 
 
 FINAL = re.compile(r"\banswer is:?\s*(.+?)\.?(?:\s*I hope it is correct\.?)?\s*$", re.I | re.M)
@@ -105,11 +86,11 @@ def final_answer(text: str) -> str | None:
 def chosen(question: str, options: list, answer: Any) -> dict:
     """The answer is the text of an option, else its letter: PuzzleVQA's 3 is what an option says,
     and not its place."""
-    texts, text = option_texts(options), text_of(answer, "answer")
+    texts, text = sets.option_texts(options), sets.text_of(answer, "answer")
     places = [k for k, option in enumerate(texts) if option == text]
     if len(places) > 1:
         raise Unfit("bad options", f"{text!r:.80} twice in {texts!r:.200}")
-    return multiple_choice(question, texts, places[0] if places else letter_place(text))
+    return multiple_choice(question, texts, places[0] if places else sets.letter_place(text))
 
 
 # ---- text sets
@@ -170,11 +151,10 @@ def chat_rows(raw: dict) -> dict | Unfit:
     the answer. Problems of code have none: their traces are kept without a gold."""
     turns = raw["messages"] if "messages" in raw else raw["conversations"]
     texts = {t.get("role") or t["from"]: t.get("content") or t["value"] for t in turns}
-    trace = texts.get("assistant") or texts["gpt"]
+    prompt, trace = (texts.get(a) or texts[b] for a, b in (("user", "human"), ("assistant", "gpt")))
     about = [of["info"] for of in (raw, *turns) if of.get("info")]  # of AM's set
     gold = next(filter(None, (info.get("reference_answer") for info in about)), None)
     answer = gold or last_box(trace.split("</think>")[-1])
-    prompt = texts.get("user") or texts["human"]
     return traced(prompt, answer, trace, level=raw.get("difficulty"))
 
 
@@ -232,16 +212,15 @@ def verl_rows(raw: dict) -> dict:
     if kind not in ("multiple_choice", "numeric", "exact_match", "list_match"):
         raise Unfit("graded otherwise", kind)  # by a model, or by where a box lies
     turns = raw["prompt"] if isinstance(raw["prompt"], list) else [raw["prompt"]]
-    prompt = [turn["content"] for turn in turns if turn.get("role", "user") == "user"][0]
+    prompt = next(turn["content"] for turn in turns if turn["role"] == "user")
     images = raw["images"] if "images" in raw else raw["image"]
     row = {"prompt": prompt, "answer": raw["reward_model"]["ground_truth"]}
     return row | {"images": images or []}  # none: a text problem
 
 
 def virl_rows(raw: dict) -> dict:
-    answer = last_box(raw["answer"]) or raw["answer"]
-    row = {"id": raw["qid"], "prompt": raw["question"], "answer": answer}
-    return row | {"images": raw["image"], "level": raw.get("category")}
+    row = {"id": raw["qid"], "prompt": raw["question"], "images": raw["image"]}
+    return row | {"answer": last_box(raw["answer"]) or raw["answer"], "level": raw.get("category")}
 
 
 def llava_rows(raw: dict) -> dict:
@@ -253,7 +232,7 @@ def llava_rows(raw: dict) -> dict:
 def pixmo_rows(raw: dict) -> dict:
     """The set gives URLs and hashes. Fetched pictures: a column `image`, or files by their hash."""
     picture = raw.get("image") or {"path": raw["image_sha256"], "sha256": raw["image_sha256"]}
-    prompt = f"How many {text_of(raw['label'], 'prompt')} are there in the picture?"
+    prompt = f"How many {sets.text_of(raw['label'], 'prompt')} are there in the picture?"
     return {"prompt": prompt, "answer": raw["count"], "images": picture}
 
 
@@ -268,26 +247,17 @@ def puzzle_rows(raw: dict) -> dict:
     return row | chosen(raw["question"], raw["options"], raw["answer"])
 
 
-def algopuzzle_rows(raw: dict) -> dict:
-    """AlgoPuzzleVQA once came without options in some of its files."""
-    if raw.get("options"):
-        return puzzle_rows(raw)
-    row = {"id": raw.get("id"), "images": raw["image"]}
-    return row | {"prompt": raw["question"], "answer": raw["answer"]}
-
-
 def scienceqa_rows(raw: dict) -> dict:
     """The hint is part of the question: a passage to read, or what the picture shows. The answer
     is the place of an option, from 0."""
     row = multiple_choice(raw["question"], raw["choices"], raw["answer"])
-    if hint := (raw.get("hint") or "").strip():
-        row["prompt"] = f"{hint}\n{row['prompt']}"
+    row["prompt"] = f"{raw.get('hint') or ''}\n{row['prompt']}".strip()
     return row | {"images": raw["image"] or [], "level": raw.get("grade")}
 
 
 def mmk12_rows(raw: dict) -> dict:
-    row = {"id": raw.get("id"), "prompt": raw["question"], "answer": joined_blanks(raw["answer"])}
-    return row | {"images": raw["image"], "level": raw.get("subject")}
+    row = {"id": raw.get("id"), "prompt": raw["question"], "images": raw["image"]}
+    return row | {"answer": sets.joined_blanks(raw["answer"]), "level": raw.get("subject")}
 
 
 def atomthink_rows(raw: dict) -> dict:
@@ -307,114 +277,94 @@ SUBJECTS = (
 ORZ = "Open-Reasoner-Zero/orz_math_"
 ZIP = (
     "its pictures are in images.zip; `hf download` the set to DIR, unpack images.zip there and "
-    "give place=DIR"
+    "give --place DIR"
 )
+OPENMMREASONER = ("virl39k", "thinklite_vl_hard", "wemath_standard", "mmk12", "wemath_pro")
+OPENMMREASONER += ("algopuzzle",)
 
 # fmt: off
 SOURCES = (
     # text: problems
-    Source("math", "EleutherAI/hendrycks_math", math_rows, "train", 7_500, "both", "C", "MIT",
+    Source("math", "EleutherAI/hendrycks_math", math_rows, "train", 7_500, "both", "MIT",
            "train only: MATH500 is drawn from test", configs=SUBJECTS),
-    Source("numinamath", "AI-MO/NuminaMath-1.5", numina_rows, "train", 896_215, "both", "C",
-           "Apache-2.0",
-           "level is its source; 110,998 proofs go; amc_aime may hold benchmark problems"),
+    Source("numinamath", "AI-MO/NuminaMath-1.5", numina_rows, "train", 896_215, "both",
+           "Apache-2.0", "level is its source; amc_aime may hold benchmark problems"),
     Source("tulu3_math", "allenai/tulu-3-sft-personas-math", tulu_rows, "train", 149_960,
-           "coldstart", "C", "ODC-BY 1.0",
-           "solutions end `The final answer is $...$` (open-instruct); column id from memory"),
-    Source("aime", "di-zhang-fdu/AIME_1983_2024", aime_rows, "train", 933, "both", "C", "MIT",
-           "its card says not to train on it; cut at 2023, for 2024 is a benchmark"),
-    Source("orz_57k", f"{ORZ}57k_collection", orz_rows, "train", 56_878, "both", "C", "MIT",
-           "pairs of turns; or place=orz_math_57k_collected.json of its repository"),
-    Source("orz_72k", f"{ORZ}72k_collection_extended", orz_rows, "train", 72_400, "both", "C",
-           "MIT", "a user of it found duplicates"),
-    Source("orz_13k_hard", "", orz_rows, "train", 13_000, "both", "C", "MIT",
-           "seven public loaders take the file of the repository",
+           "coldstart", "ODC-BY 1.0", "unsure: column id"),
+    Source("aime", "di-zhang-fdu/AIME_1983_2024", aime_rows, "train", 933, "both", "MIT",
+           "cut at 2023, for 2024 is a benchmark"),
+    Source("orz_57k", f"{ORZ}57k_collection", orz_rows, "train", 56_878, "both", "MIT"),
+    Source("orz_72k", f"{ORZ}72k_collection_extended", orz_rows, "train", 72_400, "both", "MIT",
+           "a user of it found duplicates"),
+    Source("orz_13k_hard", "", orz_rows, "train", 13_000, "both", "MIT",
            local="it is not on the Hub; fetch orz_math_13k_collection_hard.json from the "
-           "repository Open-Reasoner-Zero, data/, and give place=the file"),
+           "repository Open-Reasoner-Zero, data/, and give --place FILE"),
     # text: R1's traces, in place of distilling
     Source("openr1_math", "open-r1/OpenR1-Math-220k", openr1_rows, "train", 93_733, "coldstart",
-           "C", "Apache-2.0", "R1 traces, several a row; config extended has 131,396 more rows",
-           configs=("default",)),
-    Source("deepmath", "zwhe99/DeepMath-103K", deepmath_rows, "train", 103_110, "coldstart", "C",
-           "MIT", "three R1 traces a problem, without <think>"),
-    Source("octomed_orz", "OctoMed/OrzMath", octomed_rows, "train", 16_000, "coldstart", "C",
-           "Apache-2.0", "up to 5 traces of R1-0528 on orz_57k"),
+           "Apache-2.0", "R1, several a row", configs=("default",)),
+    Source("deepmath", "zwhe99/DeepMath-103K", deepmath_rows, "train", 103_110, "coldstart", "MIT",
+           "R1, three a row"),
+    Source("octomed_orz", "OctoMed/OrzMath", octomed_rows, "train", 16_000, "coldstart",
+           "Apache-2.0", "R1-0528, up to five a row, on orz_57k"),
     Source("mixture_of_thoughts", "open-r1/Mixture-of-Thoughts", chat_rows, "train", 349_317,
-           "coldstart", "C", "not stated", "R1; math 93,733, science 172,514, code 83,070",
-           configs=("all",)),
+           "coldstart", "not stated", "R1; half science, a quarter code", configs=("all",)),
     Source("openthoughts3", "open-thoughts/OpenThoughts3-1.2M", chat_rows, "train", 1_200_000,
-           "coldstart", "C", "Apache-2.0", "level is its difficulty"),
+           "coldstart", "Apache-2.0", "level is its difficulty"),
     Source("am_r1_distilled", "a-m-team/AM-DeepSeek-R1-Distilled-1.4M", chat_rows, "train",
-           1_400_000, "coldstart", "P", "not stated", ".jsonl.zst: `pip install zstandard` first"),
+           1_400_000, "coldstart", "not stated", "unsure; .jsonl.zst: `pip install zstandard`"),
     # pictures: the paper's
-    Source("geometry3k", "hiyouga/geometry3k", geometry3k_rows, "train", 2_101, "rl", "C", "MIT",
-           "free answers; MathVista and MathVerse draw on Geometry3K"),
-    Source("geoqa", "leonardPKU/GEOQA_R1V_Train_8K", geoqa_rows, "train", 8_031, "rl", "C",
-           "not stated",
-           "R1-V's, in English; MathVista and MathVerse draw on GeoQA; size from memory"),
-    Source("geos", "lmms-lab/LLaVA-OneVision-Data", llava_rows, "train", 186, "rl", "P",
-           "not stated", "or FineVision's geos(mathv360k); size of the original",
-           configs=("GEOS(MathV360K)",)),
-    Source("iconqa", "lmms-lab-encoder/ICON-QA", iconqa_rows, "val", 21_488, "rl", "C",
-           "CC BY-NC-SA 4.0",
-           "moved by lmms-eval; val and test, no train; questions with more than two pictures as "
-           "options go"),
-    Source("pixmo_count", "allenai/pixmo-count", pixmo_rows, "train", 36_916, "rl", "C",
-           "ODC-BY 1.0",
-           "the wording of the question is ours; the counts of train come from a detector",
+    Source("geometry3k", "hiyouga/geometry3k", geometry3k_rows, "train", 2_101, "rl", "MIT",
+           "MathVista and MathVerse draw on it"),
+    Source("geoqa", "leonardPKU/GEOQA_R1V_Train_8K", geoqa_rows, "train", 8_031, "rl",
+           "not stated", "MathVista and MathVerse draw on it"),
+    Source("geos", "lmms-lab/LLaVA-OneVision-Data", llava_rows, "train", 186, "rl", "not stated",
+           "unsure", configs=("GEOS(MathV360K)",)),
+    Source("iconqa", "lmms-lab-encoder/ICON-QA", iconqa_rows, "val", 21_488, "rl",
+           "CC BY-NC-SA 4.0", "val, for it has no train; more than two pictured options go"),
+    Source("pixmo_count", "allenai/pixmo-count", pixmo_rows, "train", 36_916, "rl", "ODC-BY 1.0",
+           "the wording is ours; counts come from a detector",
            local="the Hub has the addresses of its pictures only; fetch the image_url of each "
-           "row to DIR/images/<image_sha256> beside its parquet files, and give place=DIR"),
-    Source("chartqa", "HuggingFaceM4/ChartQA", chartqa_rows, "train", 28_299, "rl", "C", "GPL-3.0",
+           "row to DIR/images/<image_sha256> beside its parquet files, and give --place DIR"),
+    Source("chartqa", "HuggingFaceM4/ChartQA", chartqa_rows, "train", 28_299, "rl", "GPL-3.0",
            "matched without the benchmark's tolerance of 5 %"),
-    Source("puzzlevqa", "declare-lab/PuzzleVQA", puzzle_rows, "train", 2_000, "rl", "C", "MIT",
-           "or place=PuzzleVQA/data of its repository"),
-    Source("algopuzzlevqa", "declare-lab/AlgoPuzzleVQA", algopuzzle_rows, "data", 1_800, "rl", "C",
-           "Apache-2.0",
-           "three loaders read split data; the answer is an option's text; or "
-           "place=AlgoPuzzleVQA/data of its repository"),
-    Source("tqa", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "train", 6_501, "rl", "P",
-           "not stated",
-           "diagram questions; also OneVision's config MathV360K_TQA; size of the original",
-           configs=("tqa_train",)),
-    Source("scienceqa", "derek-thomas/ScienceQA", scienceqa_rows, "train", 12_726, "rl", "C",
+    Source("puzzlevqa", "declare-lab/PuzzleVQA", puzzle_rows, "train", 2_000, "rl", "MIT",
+           "or --place PuzzleVQA/data of its repository"),
+    Source("algopuzzlevqa", "declare-lab/AlgoPuzzleVQA", puzzle_rows, "data", 1_800, "rl",
+           "Apache-2.0", "or --place AlgoPuzzleVQA/data of its repository"),
+    Source("tqa", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "train", 6_501, "rl",
+           "not stated", "unsure: its size", configs=("tqa_train",)),
+    Source("scienceqa", "derek-thomas/ScienceQA", scienceqa_rows, "train", 12_726, "rl",
            "CC BY-NC-SA 4.0", "half of its rows have no picture; level is the school grade"),
-    Source("mmk12", "FanqingM/MMK12", mmk12_rows, "train", 15_616, "rl", "C", "Apache-2.0",
+    Source("mmk12", "FanqingM/MMK12", mmk12_rows, "train", 15_616, "rl", "Apache-2.0",
            "K12 of MM-Eureka; level is the subject; test is a benchmark"),
-    Source("atomthink", "Kun-Xiang/AMATH-SFT", atomthink_rows, "train", 124_000, "rl", "P",
-           "Apache-2.0",
-           "SMAT, formerly AMATH; how its solutions name the answer: from its evaluation code",
-           local=ZIP + " (and AMATH-SFT.json)"),
-    # pictures: others, ready for RL
-    Source("mmr1_rl", "MMR1/MMR1-RL", geometry3k_rows, "train", 14_996, "rl", "C", "not stated"),
-    Source("mmrl", "csfufu/mmrl", geometry3k_rows, "train", 30_937, "rl", "C", "not stated"),
-    Source("virl39k_embedded", "Kun-Xiang/ViRL39K", geometry3k_rows, "train", 38_870, "rl", "C",
-           "not stated", "ViRL39K with its pictures inside"),
-    Source("virl39k", "TIGER-Lab/ViRL39K", virl_rows, "train", 38_870, "rl", "C", "MIT",
-           "level is the category", local=ZIP),
-    Source("openmmreasoner", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "train", 74_000,
-           "rl", "C", "not stated", "without tqa_train",
-           configs=("virl39k", "thinklite_vl_hard", "wemath_standard", "mmk12", "wemath_pro",
-                    "algopuzzle")),
-    Source("mmpr_tiny", "OpenGVLab/MMPR-Tiny", verl_rows, "train", 70_000, "rl", "C", "not stated",
+    Source("atomthink", "Kun-Xiang/AMATH-SFT", atomthink_rows, "train", 124_000, "rl",
+           "Apache-2.0", "unsure: how its solutions name the answer",
            local=ZIP),
-    Source("vero", "zlab-princeton/Vero-600k", verl_rows, "train", 600_000, "rl", "P",
-           "not stated", "a config a source; fetched whole, split by split",
-           local="it has a config a source; `hf download` those that you want and give place=one "
-           "of their folders"),
-    Source("clevr_cogen", "leonardPKU/clevr_cogen_a_train", geoqa_rows, "train", 0, "rl", "C",
+    # pictures: others, ready for RL
+    Source("mmr1_rl", "MMR1/MMR1-RL", geometry3k_rows, "train", 14_996, "rl", "not stated"),
+    Source("mmrl", "csfufu/mmrl", geometry3k_rows, "train", 30_937, "rl", "not stated"),
+    Source("virl39k_embedded", "Kun-Xiang/ViRL39K", geometry3k_rows, "train", 38_870, "rl",
+           "not stated", "with its pictures inside"),
+    Source("virl39k", "TIGER-Lab/ViRL39K", virl_rows, "train", 38_870, "rl", "MIT", local=ZIP),
+    Source("openmmreasoner", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "train", 74_000,
+           "rl", "not stated", "without tqa_train", configs=OPENMMREASONER),
+    Source("mmpr_tiny", "OpenGVLab/MMPR-Tiny", verl_rows, "train", 70_000, "rl", "not stated",
+           local=ZIP),
+    Source("vero", "zlab-princeton/Vero-600k", verl_rows, "train", 600_000, "rl", "not stated",
+           "unsure", local="it has a config a source; `hf download` those that you want and give "
+           "--place one of their folders"),
+    Source("clevr_cogen", "leonardPKU/clevr_cogen_a_train", geoqa_rows, "train", 0, "rl",
            "not stated", "counting"),
     Source("multimodal_open_r1", "lmms-lab/multimodal-open-r1-8k-verified", geoqa_rows, "train",
-           8_000, "rl", "C", "not stated", "size by its name"),
+           8_000, "rl", "not stated"),
 )
 # fmt: on
 
 
 def table() -> str:
-    rows = [("set", "for", "sure", "rows", "split", "licence", "hub", "note")]
+    rows = [("set", "for", "rows", "split", "licence", "hub", "note")]
     for s in SOURCES:
-        hub = (s.hub or "-") + (f" ({len(s.configs)} configs)" if len(s.configs) > 1 else "")
-        size = f"{s.size:,}" if s.size else "?"
-        rows.append((s.name, s.used_for, s.certainty, size, s.split, s.license, hub, s.note))
+        rows.append((s.name, s.used_for, f"{s.size:,}", s.split, s.license, s.hub or "-", s.note))
     return sets.columns(rows)
 
 
@@ -427,15 +377,14 @@ class Config:
 
     set: str = ""  # its name in the table
     place: str = ""  # file or directory that holds it; empty: the Hub
-    split: str = ""  # empty: the one that the table names
     out: str = ""  # JSONL to write; pictures go to images/ beside it
     limit: int = 0  # stop after so many good rows; 0: all
 
     def __post_init__(self):
         if self.set and not self.out:
             raise ValueError(f"--set {self.set} needs --out, the file to write")
-        if self.limit < 0 or (not self.set and (self.out or self.place)):
-            raise ValueError("--limit must not be negative, --out and --place need a --set")
+        if not self.set and (self.out or self.place):
+            raise ValueError("--out and --place need a --set")
 
 
 def main(cfg: Config) -> None:
@@ -446,7 +395,7 @@ def main(cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     part, why = beside(out, "part"), beside(out, "dropped.jsonl")
     with part.open("w") as rows, why.open("w") as dropped:
-        for row in read(source, cfg.place, cfg.split, out.parent / "images", cfg.limit):
+        for row in read(source, cfg.place, out.parent / "images", cfg.limit):
             if isinstance(row, Dropped):
                 reasons[row.reason] += 1
                 dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")

@@ -9,7 +9,7 @@
 # losses, MODEL (the start of RL) what is never or always solved: without them that step is left out. BENCHMARKS are
 # files of test questions, COUNT the rows to draw; DISTIL, SCORE and PASSES further options of these steps.
 # A file that is there is not made again, so a command that was stopped is given again. Derived, not measured: traces of
-# 8k tokens for 1 M problems take 100 GPU-days of R1's distilled 32B, losses of 2 M rows by a model of 0.5 B 3 GPU-hours,
+# 8k tokens for 1 M problems take 100 GPU-days of R1's distilled 32B, losses of 2 M rows by a model of 0.5 B 8 GPU-hours,
 # 8 tries at 300 k problems the sampling of 290 steps of rl.py.
 set -euo pipefail
 what=${1:?sft or rl}; case $what in sft | rl) ;; *) echo "sft or rl, not $what"; exit 2 ;; esac

@@ -1,7 +1,5 @@
 """A stand-in for R1 behind an OpenAI-compatible address, which knows the answers.
 
-    python tests/teacher.py --rows problems.jsonl --port 8000
-
 It thinks in one set phrase, is wrong in a quarter of its tries and sometimes breaks off, so that
 what depends on a teacher can be run whole where there is none. What it writes teaches the form,
 and nothing else. Not a mock of a client: requests go over HTTP, replies are streamed.
@@ -9,13 +7,9 @@ and nothing else. Not a mock of a client: requests go over HTTP, replies are str
 
 import json
 import random
-import sys
 import zlib
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 NAME = "teacher"
 WRONG, CUT = 0.25, 0.05
@@ -23,14 +17,6 @@ THOUGHT = (
     "Let me look at every condition. If it were {other}, one of them would fail. So it has to be "
     "{value}. Let me check that once more: {value} fits."
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """A teacher for the problems of some files."""
-
-    rows: tuple[str, ...]  # JSONL files {"prompt", "answer", "choices"?}
-    port: int = 8000  # on this machine alone; 0: any that is free
 
 
 def answers(files) -> dict[str, tuple[str, list]]:
@@ -88,16 +74,8 @@ class Teacher(BaseHTTPRequestHandler):
         """Says nothing: one line a request would hide everything else."""
 
 
-def serve(files, port: int = 0) -> ThreadingHTTPServer:
+def serve(files) -> ThreadingHTTPServer:
+    """On a free port. files: JSONL {"prompt", "answer", "choices"?}."""
     handler = type("Knowing", (Teacher,), {"known": answers(files)})
     server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 512})
-    return server(("127.0.0.1", port), handler)
-
-
-if __name__ == "__main__":
-    import tyro
-
-    cfg = tyro.cli(Config, description=__doc__)
-    server = serve(cfg.rows, cfg.port)
-    print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
-    server.serve_forever()
+    return server(("127.0.0.1", 0), handler)

@@ -3,8 +3,6 @@ among near misses, weights by hand, the same bytes from any number of workers, n
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +26,9 @@ ROW = {
 }
 
 
-def reason(**columns) -> str:
-    return next(curate.faults(ROW | columns), ("", ""))[0]
+def reason(line: bytes | None = None, **columns) -> str:
+    line = line or json.dumps(ROW | columns).encode()
+    return curate.first_fault(line, "rows.jsonl", "rows.jsonl, byte 0", "sft")[1]
 
 
 def said(conclusion: str, thought: str = THOUGHT) -> dict:
@@ -43,14 +42,15 @@ def gold(answer: str, **columns) -> dict:
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 LINES = [f"Case {i}: {i} * {i + 3} = {i * (i + 3)}, which is not a square." for i in range(60)]
 DROPPED = {
-    "unreadable": [{"unreadable": "not JSON"}],
     "malformed": [
+        {"line": b'{"id": "1", '},
+        {"line": b"[1]"},
+        {"line": b'{"id": "1", "source": "s", "prompt": "x y", "answer": "1"}'},
+        {"line": b"[" * 100_000},
+        {"id": " "},
+        {"source": "half a pair \ud83d"},
         {"prompt": "<|im_start|>user What is 17 + 15?"},
-        {"prompt": "<image> and <image>: add.", "images": ["a.png"]},
-        {"prompt": 7},
-        {"images": "a.png"},
-        {"images": [{"path": "a.png"}]},
-        {"choices": "A, B"},
+        {"prompt": "", "images": "a.png"},
         {"precision": True},
         {"answer": ["32"]},
     ],
@@ -58,7 +58,6 @@ DROPPED = {
         {"prompt": "The cafÃ© sells 17 and 15 cups. Sum?"},
         {"prompt": "Itâ€™s 17 and 15. Sum?"},
         said("The angle is 32Â° \ufffd \\boxed{32}"),
-        {"prompt": "half a pair \ud83d of 17 and 15"},
     ],
     "degenerate_length": [
         {"prompt": "32"},
@@ -85,12 +84,6 @@ DROPPED = {
         said("\\boxed{32}", THOUGHT + " I'm sorry, but I can't do more."),
         said("\\boxed{32}", "I cannot see the image, so I guess. " + THOUGHT),
     ],
-    "truncated": [
-        said("So \\boxed{32}. And the other one is of"),
-        said("So \\boxed{32}, and then,"),
-        said("So \\boxed{32}. ```python\nprint(1)"),
-        said("So \\boxed{32}. \\[ x = 3"),
-    ],
     "mixed_script": [
         said("\\boxed{32}", THOUGHT + " 因此 it is done."),
         said("\\boxed{32}", THOUGHT + " Это верно."),
@@ -99,40 +92,25 @@ DROPPED = {
     "proof": [gold("1", prompt="Prove that the square of an odd number is odd.")],
     "unjudgeable": [
         {"answer": "proof"},
-        {"answer": " "},
         {"answer": "answers may vary"},
         {"answer": "because the sum of the angles does not depend on where the point was put"},
         {"answer": "x" * 201},
         {"answer": "\\frac{1}{"},
     ],
-    "leak": [
-        {"prompt": "What is 17 + 15? Answer: 32"},
-        {"prompt": "What is 17 + 15?\n(The answer is $32$.)\nExplain."},
-        {"prompt": "What is 17 + 15? \\boxed{32}"},
-        gold("\\frac{1}{2}", prompt="Halve one. Ans: \\frac{1} {2}"),
-    ],
     "wrong_box": [said("The sum is \\boxed{33}."), said("First \\boxed{32}. No: \\boxed{33}.")],
     "repetition": [
         said("\\boxed{32}", THOUGHT + " Wait, let me check again." * 60),
-        said("\\boxed{32}", "\n".join(LINES) + " no" * 2000),  # a loop at the end only
         said("\\boxed{32}", "\n".join(LINES * 4)),
     ],
-    "lost_picture": [{"images": ["nowhere.png"], "folder": "."}],
+    "lost_picture": [{"images": ["nowhere.png"]}],
 }
 KEPT = [
     {},
     {"response": f"\n <think>{THOUGHT}</think>\\boxed{{32}}\n"},
     {"prompt": "NÃO, «MAÇÃ»: São Paulo, Ângulo 32°, naïve œuvre — 17 and 15?"},
     {"prompt": "Answer yes or no: is 32 the sum? Enter your answer as \\boxed{}."},
-    {"prompt": "The answer is 32.5 if rounded up. What is it rounded down?"},
-    {"prompt": "If the answer is 32, what was asked of 17 and 15?"},
-    gold("yes", prompt="Is 17 + 15 even? Answer: yes or no"),
-    {"prompt": "There are 32 teeth. How many teeth are there?"},  # silly, but the matcher can judge
     said("So I'm sorry, I was wrong at first; we cannot divide by zero. \\boxed{32}"),
     said("**The sum is \\boxed{32}**"),
-    said(
-        "Hence\n\\[\n\\begin{aligned} a &= 1 \\\\[4pt] b &= 2 \\end{aligned}\n\\]\n\\boxed{32} cm"
-    ),
     said("\\boxed{32}", THOUGHT + " The group Ш, the cardinal ℵ, the angle αβγ and the letter Ж."),
     said("\\boxed{32}", "\n".join(LINES)),  # an honest enumeration
     said("\\boxed{32}", THOUGHT + " Wait, let me check again." * 3 + THOUGHT),
@@ -141,6 +119,8 @@ KEPT = [
     gold("(-\\infty, 2) \\cup [3, \\infty)"),
     gold("x^2 + 2x + 1"),
     gold("B", choices=["a very long option that goes on and on and on", "32"]),
+    {"answer": "B", "choices": ["blue", "red"]} | said("\\boxed{red}"),
+    {"answer": "3.15", "precision": 0.02} | said("\\boxed{3.14}"),
     {"answer": 32},
 ]
 
@@ -176,27 +156,13 @@ def babble(rng: random.Random, count: int) -> str:
     return " ".join("".join(rng.choices("abcdefghij", k=5)) for _ in range(count))
 
 
-def test_signatures_estimate_the_jaccard_similarity():
-    rng, errors = random.Random(0), []
-    for _ in range(150):
-        a = babble(rng, rng.randint(30, 200))
-        b = a[: 6 * rng.randint(0, 30)] + babble(rng, rng.randint(5, 60))
-        same = alike.signature(a.split()) == alike.signature(b.split())
-        errors.append(same.mean() - jaccard(a, b))
-    assert np.sqrt(np.mean(np.square(errors))) < 0.05  # sqrt(J (1 - J) / 128) is 0.044 at most
-    assert abs(np.mean(errors)) < 0.015  # and no bias
-
-
 @pytest.mark.parametrize(
     "a, b, same",
     [
         ("Find $\\dfrac12$ of \\left( x \\right).", "find \\frac{1}{2} of (x)", True),
-        ("3. What is it?", "What is it?", True),
         ("Problem 12: What is it?", "what is it", True),
         ("Compute 2 + 3", "Compute 2 - 3", False),
         ("Compute 2 − 3", "Compute 2-3", True),
-        ("Compute 6 × 3", "Compute 6 ÷ 3", False),
-        ("Compute 3!", "Compute 3", False),
         ("An eight-digit number", "an eight digit number", True),
         ("求三角形的面积", "求三角形的周长", False),
         ("A grid:\nS . #\n. . E", "A grid:\nS # .\n. . E", False),
@@ -211,13 +177,13 @@ def read(path: Path) -> list[dict]:
 
 
 def curated(tmp_path, rows: list[dict], **settings) -> tuple[list[str], dict[str, dict], dict]:
-    """(ids of rows kept, dropped ones by id, report)"""
+    """(ids of rows kept, dropped ones by id, {step: {source: counts}})"""
     (tmp_path / "old").mkdir(exist_ok=True, parents=True)
     source, out = write_rows(tmp_path / "old" / "rows.jsonl", rows), tmp_path / "new" / "rl.jsonl"
     curate.main(curate.Config(rows=(source,), **{"kind": "rl", "out": str(out)} | settings))
     dropped = {row["id"]: row for row in read(out.with_suffix(".dropped.jsonl"))}
-    report = json.loads(out.with_suffix(".report.json").read_text())
-    return [row["id"] for row in read(out)], dropped, report
+    steps = json.loads(out.with_suffix(".report.json").read_text())["steps"]
+    return [row["id"] for row in read(out)], dropped, steps
 
 
 def problem(name: str, prompt: str, answer: str = "5", **columns) -> dict:
@@ -261,7 +227,8 @@ def test_duplicates_are_found_and_near_misses_stay(tmp_path):
 def roots(rows: list[dict | str]) -> np.ndarray:
     facts = np.zeros(len(rows), curate.FACT)
     for row, fact in zip(rows, facts, strict=True):
-        curate.compare_by(row if isinstance(row, dict) else {"prompt": row}, fact)
+        row = row if isinstance(row, dict) else {"prompt": row, "images": [], "answer": ""}
+        curate.compare_by(row, fact)
     return alike.repeats(facts)
 
 
@@ -359,7 +326,6 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
     rows = [
         problem("quoted", f"Here is one from a contest. {LONG} Think step by step, then answer."),
         problem("varied", LONG.replace("12 apples", "19 apples").replace("today", "now")),
-        problem("excerpt", LONG[: LONG.index(" How many")] + " How many apples?"),
         problem("aime", f"The area of the smallest such triangle with whole sides {BOILERPLATE}"),
         problem("short", "how many primes are below FIFTY"),
         problem("short miss", "How many primes are below sixty?"),
@@ -371,25 +337,13 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
     kept, dropped, _ = curated(tmp_path, rows, benchmarks=(tests,))
     assert kept == ["aime", "short miss", "template", "words of a template"]
     assert {row["reason"] for row in dropped.values()} == {"contaminated"}
-    pairs = read(tmp_path / "new" / "rl.contaminated.jsonl")
-    assert {row["id"]: (row["benchmark_id"], row["kind"]) for row in pairs} == {
-        "quoted": ("t/long", "text"),
-        "varied": ("t/long", "text"),
-        "excerpt": ("t/long", "text"),
-        "short": ("t/short", "text"),
-        "copy": ("t/drawing", "image"),
-        "again": ("t/drawing", "image"),
+    assert {name: row["detail"].rpartition(" ")[0] for name, row in dropped.items()} == {
+        "quoted": "as t/long: text",
+        "varied": "as t/long: text",
+        "short": "as t/short: text",
+        "copy": "as t/drawing: image",
+        "again": "as t/drawing: image",
     }
-
-
-def test_containment_is_the_share_of_the_question_that_stands_in_the_prompt():
-    rng = random.Random(2)
-    question, other = babble(rng, 37).split(), babble(rng, 60)  # 30 runs of eight words
-    tests = alike.read_benchmarks([{"id": "t", "prompt": " ".join(question), "images": []}])
-    for shared, expected in ((37, 1.0), (25, 0.6), (24, None)):  # 30, 18, 17 runs
-        row = {"prompt": " ".join(question[:shared]) + " " + other}
-        found = [(name, score) for name, score, _ in alike.contaminations(row, tests)]
-        assert found == ([("t", expected)] if expected else [])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data beside the repository")
@@ -397,16 +351,13 @@ def test_real_benchmarks_overlap_where_they_are_known_to_and_nowhere_else():
     """MathVision has items of MATH500 (here two of its 304); no boilerplate of AIME is flagged."""
     names = ("math500", "mathvision_mini", "aime2024", "aime2025", "mmk12_eval", "bbh")
     rows = {name: read(REAL / name / f"{name}.jsonl") for name in names}
-    for row in sum(rows.values(), []):
-        row |= {"prompt": row["question"], "images": []}
     found = set()
     for name in names:
-        tests = alike.read_benchmarks(
-            row for other in names if other != name for row in rows[other]
-        )
-        found |= {
-            (row["id"], t) for row in rows[name] for t, _, _ in alike.contaminations(row, tests)
-        }
+        others = [row for other in names if other != name for row in rows[other]]
+        tests = alike.read_benchmarks([(row["id"], row["question"], []) for row in others])
+        for row in rows[name]:
+            asked = {"prompt": row["question"], "images": []}
+            found |= {(row["id"], t) for t, *_ in alike.contaminations(asked, tests)}
     known = {("math500_004", "mathvision_2665"), ("math500_301", "mathvision_2636")}
     assert found == known | {(b, a) for a, b in known}
 
@@ -436,12 +387,12 @@ def test_alpha_0_keeps_the_proportions_and_alpha_1_makes_strata_equal():
 
 def mixture(rng: random.Random, count: int) -> list[dict]:
     """Rows of three sources: good ones, each kind of bad one, copies."""
-    bad = [columns for group in list(DROPPED.values())[1:-1] for columns in group]
+    bad = [columns for group in list(DROPPED.values())[:-1] for columns in group]
     rows = []
     for i in range(count):
         row = ROW | {"prompt": f"What is it? {babble(rng, 40)}", "level": rng.choice([1, 2, None])}
         if rng.random() < 0.3:
-            row |= rng.choice(bad)
+            row |= {name: value for name, value in rng.choice(bad).items() if name != "line"}
         elif rows and rng.random() < 0.2:
             row["prompt"] = rng.choice(rows)["prompt"]
         rows.append(row | {"id": f"{i}", "source": rng.choice("abc")})
@@ -454,11 +405,11 @@ def test_any_number_of_workers_writes_the_same_bytes_and_loses_no_row(tmp_path, 
     tests = write_rows(tmp_path / "t.jsonl", [{"id": "t", "prompt": rows[5]["prompt"]}])
     settings = {"kind": "sft", "benchmarks": (tests,), "count": 60, "seed": 5}
     for workers in (1, 3):
-        kept, dropped, report = curated(tmp_path, rows, workers=workers, **settings)
+        kept, dropped, steps = curated(tmp_path, rows, workers=workers, **settings)
         assert not list((tmp_path / "new").glob("*.part"))
-        written.append({p.name: p.read_bytes() for p in (tmp_path / "new").glob("*.jsonl")})
-        written[-1]["report"] = {name: report[name] for name in ("steps", "strata", "output")}
-    assert written[0] == written[1] and len(written[0]) == 4
+        files = {p.name: p.read_bytes() for p in (tmp_path / "new").glob("*.jsonl")}
+        written.append((files, steps))
+    assert written[0] == written[1] and len(files) == 2
     order = [row["id"] for row in rows]
     assert sorted([*kept, *dropped], key=order.index) == order
     assert kept == sorted(kept, key=order.index)
@@ -466,11 +417,10 @@ def test_any_number_of_workers_writes_the_same_bytes_and_loses_no_row(tmp_path, 
     for source in "abc":
         left = sum(row["source"] == source for row in rows)
         for step in curate.STEPS:
-            of = report["steps"][step][source]
+            of = steps[step][source]
             assert of["in"] == left == of["kept"] + sum(of["reasons"].values())
             left = of["kept"]
         assert left == sum(row["source"] == source and row["id"] in kept for row in rows)
-    assert sum(of["kept"] for of in report["strata"].values()) == 60
     assert len(data.read_examples(tmp_path / "new" / "rl.jsonl")) == 60  # as stage 1 does
 
 
@@ -482,58 +432,30 @@ def test_another_seed_draws_other_rows_and_a_larger_count_adds_to_the_smaller(tm
     assert draws[0, 50] < draws[0, 80] and draws[0, 50] != draws[1, 50]
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("size", [1, 64, 10**6])
 def test_pieces_of_a_file_hold_each_line_once(tmp_path, size):
-    rng = random.Random(size)
-    rows = [{"id": str(i), "text": "ä" * rng.randrange(40)} for i in range(30)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows))  # no last newline
-    total = path.stat().st_size
-    found = [
-        row["id"]
-        for at in range(0, total, size)
-        for _, row in curate.rows_of(str(path), start=at, end=min(at + size, total))
-    ]
-    assert found == [row["id"] for row in rows]
+    rng, path = random.Random(size), tmp_path / "rows.jsonl"
+    lines = ["ä" * rng.randrange(1, 40) for _ in range(30)]
+    path.write_text("\n\n".join(lines))  # no last newline
+    pieces = [(str(path), at, at + size) for at in range(0, path.stat().st_size, size)]
+    found = [line.decode().strip() for piece in pieces for _, line in curate.lines_of(*piece)]
+    assert found == lines
 
 
-def test_lines_that_are_no_rows_are_dropped_rows_under_the_name_of_their_place(tmp_path):
-    lines = {
-        b'{"id": "1", "source": "s", "prompt": "x"}': "answer is None; the row has",
-        b'{"id": "1", ': "Expecting",
-        b"[1]": "not a row",
-        b'{"id": [1], "source": "s", "prompt": "x y", "answer": "1"}': "id is [1]",
-        b'{"id": " ", "source": "s", "prompt": "x y", "answer": "1"}': "id is ' '",
-        b'{"id": "1", "source": "s", "prompt": "\xff y", "answer": "1"}': "'utf-8' codec",
-        b"[" * 100_000: "maximum recursion",
-    }
-    good = [json.dumps(row).encode() for row in babbled(3)]
-    all_lines = [good[0], *lines, *good[1:]]
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(all_lines))
-    out = tmp_path / "new" / "rl.jsonl"
-    report = curate.main(curate.Config((str(tmp_path / "rows.jsonl"),), "rl", str(out)))
-    assert [row["id"] for row in read(out)] == ["0", "1", "2"]
-    places = [sum(len(line) + 1 for line in all_lines[: i + 1]) for i in range(len(lines))]
-    dropped = read(out.with_suffix(".dropped.jsonl"))
-    assert [row["id"] for row in dropped] == [f"rows.jsonl, byte {at}" for at in places]
-    for row, detail in zip(dropped, lines.values(), strict=True):
-        assert row["reason"] == "unreadable" and row["detail"].startswith(detail), row
-    of = report["steps"]["rules"]["rows.jsonl"]
-    assert of == {"in": len(lines), "kept": 0, "reasons": {"unreadable": len(lines)}}
+def test_a_line_that_is_no_row_is_a_dropped_row_under_the_name_of_its_place(tmp_path):
+    good = [json.dumps(row).encode() for row in babbled(2)]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "new" / "rl.jsonl"
+    source.write_bytes(b"\n".join([good[0], b'{"id": "\xff"', good[1]]))
+    curate.main(curate.Config((str(source),), "rl", str(out)))
+    assert [row["id"] for row in read(out)] == ["0", "1"]
+    (dropped,) = read(out.with_suffix(".dropped.jsonl"))
+    assert dropped["id"] == f"{source}, byte {len(good[0]) + 1}"
+    assert dropped["reason"] == "malformed" and "'utf-8' codec" in dropped["detail"]
 
 
 def test_a_file_of_which_nothing_stays_says_so_and_fails(tmp_path):
     with pytest.raises(SystemExit, match="no row stays of 1"):
         curated(tmp_path, [{"id": "1", "question": "no such column"}])
-
-
-def test_odd_text_in_any_column_does_not_stop_a_run(tmp_path):
-    rows, odd = babbled(4), "half \ud83d"
-    rows[0] |= {"source": odd, "level": odd}
-    rows[1] |= {"id": odd}
-    rows[2] |= {"origin": {"note": odd}}
-    kept, dropped, report = curated(tmp_path, rows)
-    assert len(kept) == 4 and not dropped and "half ?" in report["steps"]["rules"]
 
 
 # ---- scores
@@ -548,43 +470,36 @@ def test_abnormal_losses_go_by_the_median_and_mad_of_their_source(tmp_path):
     for source, centre in (("easy", 0.4), ("hard", 1.2)):
         rows += [row | {"id": source + row["id"]} for row in babbled(60, len(rows), source=source)]
         losses |= {f"{source}{i}": rng.gauss(centre, 0.05) for i in range(60)}
-    losses |= {"easy7": 1.2, "hard3": 9.0, "hard9": 0.1, "hard11": None}  # easy7: normal for "hard"
+    losses |= {"easy7": 1.2, "hard3": 9.0, "hard11": None}  # easy7: normal for "hard"
     for source in ("easy", "hard"):
         own = {i: v for i, v in losses.items() if i.startswith(source) and v is not None}
         median = float(np.median([*own.values()]))
         spread = 1.4826 * float(np.median([abs(v - median) for v in own.values()]))
-        naive |= {i: "loss_high" for i, v in own.items() if v > median + 5 * spread}
-        naive |= {i: "loss_low" for i, v in own.items() if v < median - 5 * spread}
+        naive |= {i: "abnormal_loss" for i, v in own.items() if v > median + 5 * spread}
     file = scored(tmp_path / "l.jsonl", "loss", losses)
-    _, dropped, report = curated(tmp_path, rows, losses=(file,))
-    assert {i: row["reason"] for i, row in dropped.items()} == naive and len(naive) == 4
-    low, high = report["losses"]["hard"]
-    assert 0.1 < low < 1.2 < high < 9 and set(report["losses"]) == {"easy", "hard"}
+    _, dropped, _ = curated(tmp_path, rows, losses=(file,))
+    assert {i: row["reason"] for i, row in dropped.items()} == naive and len(naive) == 3
 
 
 def test_few_rows_are_judged_by_the_losses_of_all_and_equal_losses_have_some_spread():
     normal = np.random.default_rng(0).normal(1, 0.1, 200)
     losses, reason = np.concatenate([normal, [1.1, 5.0, 5.1]]), np.full(203, "", object)
     sources = np.array(["many"] * 200 + ["few"] * 3, object)
-    low, high = curate.drop_abnormal(reason, losses, sources, 5)["few"]
-    assert 0.3 < low < 0.7 and 1.3 < high < 1.7
-    assert reason[200:].tolist() == ["", "loss_high", "loss_high"]
-    same = curate.drop_abnormal(np.full(100, "", object), np.full(100, 0.5), sources[:100], 5)
-    assert same == {"many": pytest.approx([0.4, 0.6])}
+    curate.drop_abnormal(reason, losses, sources, 5)
+    assert reason[200:].tolist() == ["", "abnormal_loss", "abnormal_loss"]
+    alike, reason = np.array([0.5] * 98 + [0.59, 0.61]), np.full(100, "", object)
+    curate.drop_abnormal(reason, alike, sources[:100], 5)
+    assert reason[97:].tolist() == ["", "", "abnormal_loss"]
 
 
-def test_problems_that_are_solved_never_or_always_go_and_the_others_are_strata(tmp_path):
-    passes = {f"{i}": i % 5 for i in range(24)} | {"23": None}
+def test_problems_that_are_solved_never_or_always_go_and_thirds_of_the_rates_are_strata(tmp_path):
+    passes = {f"{i}": 1 + (i < 3) for i in range(100)}
+    passes |= {"97": None, "98": 0, "99": 4}
     file = scored(tmp_path / "p.jsonl", "passes", passes, samples=4)
-    _, dropped, report = curated(tmp_path, babbled(24), passes=(file,))
-    reasons = {0: "never_solved", 4: "always_solved", None: "not_tried"}
-    assert {i: row["reason"] for i, row in dropped.items()} == {
-        i: reasons[v] for i, v in passes.items() if v in reasons
-    }
-    names = {1: "hard", 2: "medium", 3: "easy"}
-    assert {label.split(" / ")[-1]: of["in"] for label, of in report["strata"].items()} == {
-        name: [*passes.values()].count(v) for v, name in names.items()
-    }
+    kept, dropped, _ = curated(tmp_path, babbled(100), passes=(file,), count=10, alpha=3)
+    reasons = {row["id"]: row["reason"] for row in dropped.values() if row["step"] == "passes"}
+    assert reasons == {"97": "not_tried", "98": "never_solved", "99": "always_solved"}
+    assert kept[:3] == ["0", "1", "2"]  # of their third, they weigh 30,000 times as much as others
 
 
 def test_a_row_without_a_score_stops_the_run_unless_an_earlier_step_dropped_it(tmp_path):
@@ -599,40 +514,15 @@ def test_a_row_without_a_score_stops_the_run_unless_an_earlier_step_dropped_it(t
         curated(tmp_path, rows, losses=(file,))
 
 
-@pytest.mark.parametrize(
-    "expected, answers",
-    {
-        "number": ["-3.5", "$1,024$", "3/4", 7, "30^\\circ"],
-        "expression": ["\\frac{1}{2}", "2x + 1", "(1, 2)"],
-        "words": ["Anna, Boris", "yes"],
-    }.items(),
-)
-def test_the_format_of_an_answer_is_part_of_its_stratum(expected, answers):
-    for answer in answers:
-        row = {"source": "s", "level": 2, "answer": answer}
-        assert curate.stratum_of(row) == ("s", "2", expected)
-        assert curate.stratum_of(row | {"choices": ["1", "2"]}) == ("s", "2", "choice")
-    assert curate.stratum_of({"source": "s"}) == ("s", "", "")
-
-
-def test_settings_that_cannot_be_meant_are_refused(tmp_path):
+def test_an_input_that_is_missing_or_would_be_overwritten_is_refused(tmp_path):
     a = write_rows(tmp_path / "a.jsonl", [])
     with pytest.raises(ValueError, match="would be overwritten"):
         curate.Config((a,), "rl", f"{tmp_path}/./a.jsonl")
-    with pytest.raises(ValueError, match="workers"):
-        curate.Config((a,), "rl", "b.jsonl", workers=0)
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
-        curate.Config((a,), "rl", "b.jsonl", benchmarks=(f"{tmp_path}/gone.jsonl",))
+        curate.Config((a,), "rl", "b.jsonl", passes=(f"{tmp_path}/gone.jsonl",))
 
 
 def test_a_broken_test_question_stops_the_run(tmp_path):
-    for i, (line, message) in enumerate([({"id": "t"}, "t: no prompt"), ({}, "id is None")]):
-        tests = write_rows(tmp_path / f"{i}.jsonl", [line])
-        with pytest.raises(ValueError, match=f"benchmark .*{i}.jsonl, .*{message}"):
-            curated(tmp_path, babbled(1), benchmarks=(tests,))
-
-
-def test_curation_does_not_load_torch():
-    code = "import sys; from curation import curate; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    tests = write_rows(tmp_path / "t.jsonl", [{"id": "t"}])
+    with pytest.raises(ValueError, match="t.jsonl, line 1: column 'prompt' is missing"):
+        curated(tmp_path, babbled(1), benchmarks=(tests,))

@@ -1,6 +1,6 @@
-"""score.py: its figures against naive loops, its bytes against kills, ranks and chunks.
+"""score.py: its figures against naive loops, its bytes against kills and ranks.
 
-    pytest tests/test_score.py       # starts itself under torchrun, twice
+    pytest tests/test_score.py       # starts itself under torchrun
 
 The plain model is a Qwen2 of random weights and a byte-level BPE of a few merges, so that tokens
 would grow over the boundary of prompt and response if they could.
@@ -8,10 +8,7 @@ would grow over the boundary of prompt and response if they could.
 
 import faulthandler
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -29,8 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from common import data, distributed, records
-from common.log import beside, fingerprint
+from common import data, distributed
+from common.log import beside
 from curation import score
 from model import load_model
 from reward import grade
@@ -87,13 +84,13 @@ def loss_config(plain, out: Path, **changed) -> score.Config:
     if not rows.exists():
         rows.parent.mkdir(exist_ok=True)
         write_rows(rows, text_rows())
-    small = dict(rows=str(rows), kind="loss", model=plain, out=str(out), tokens=30, pack_tokens=70)
-    return score.Config(**small | dict(chunk=5, threads=1) | changed)
+    small = dict(rows=str(rows), kind="loss", model=plain, out=str(out), tokens=30, chunk=5)
+    return score.Config(**small | changed)
 
 
 def passes_config(mini, out: Path, **changed) -> score.Config:
     small = dict(rows=mini.train, kind="passes", model=mini.model, out=str(out), samples=5)
-    small |= dict(max_tokens=10, prompt_tokens=64, sampler_batch=15, chunk=5, seed=3, threads=1)
+    small |= dict(max_tokens=10, prompt_tokens=64, sampler_batch=15, chunk=5, seed=3)
     return score.Config(**small | changed)
 
 
@@ -129,15 +126,16 @@ def passes(mini, tmp_path_factory) -> score.Config:
 
 
 @torch.no_grad()
-def test_the_loss_is_the_mean_over_the_response_row_by_row_and_unpadded(plain, losses):
+def test_the_loss_is_the_mean_over_the_response_cut_into_tokens_apart(plain, losses):
     tokenizer = AutoTokenizer.from_pretrained(plain)
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    found, cut = records_of(losses.out), 0
+    found, cut, shared = records_of(losses.out), 0, 0
     rows = records_of(losses.rows)
     assert [r["id"] for r in found] == [r["id"] for r in rows]
     for row, record in zip(rows, found, strict=True):
         prompt = tokenizer.encode(row["prompt"] + "\n\n")
         ids = prompt + tokenizer.encode(row["response"], add_special_tokens=False)
+        shared += len(tokenizer.encode(row["prompt"] + "\n\n" + row["response"])) < len(ids)
         cut += len(ids) > losses.tokens
         ids = ids[: losses.tokens]
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -150,64 +148,33 @@ def test_the_loss_is_the_mean_over_the_response_row_by_row_and_unpadded(plain, l
     nulls = sum(r["loss"] is None for r in found)
     assert cut > nulls > 0  # both were met
     assert len({r["loss"] for r in found}) > 15
+    assert shared  # a token would stand in both if they were cut together
 
 
-def test_no_token_holds_an_end_of_the_prompt_and_a_beginning_of_the_response(plain):
+def test_a_model_that_overflows_gives_null_and_says_so(plain):
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model.lm_head.weight.data.fill_(float("nan"))
+    tools = AutoTokenizer.from_pretrained(plain), model
+    record = score.loss_record(data.Example("x", "the sum", "five"), *tools, 99)
+    assert record["loss"] is None and record["why"] == "the loss is not finite"
+
+
+@torch.no_grad()
+def test_the_softmax_of_a_model_in_bfloat16_is_in_float32(plain):
     tokenizer = AutoTokenizer.from_pretrained(plain)
-    joined = tokenizer.encode("the sum\n\n\n\nis five")
-    example = data.Example("x", "the sum", "\n\nis five")
-    prompt_ids, response_ids = score.plain_text(example, tokenizer, 99)
-    assert len(prompt_ids + response_ids) > len(joined)  # together they would share a token
-    assert tokenizer.decode(prompt_ids) == "<s>the sum\n\n"
-    assert tokenizer.decode(response_ids) == "\n\nis five"
-
-
-@pytest.mark.parametrize("pack_tokens", [30, 10_000])
-@pytest.mark.parametrize("chunk", [1, 100])
-def test_batches_do_not_change_a_loss(plain, losses, tmp_path, pack_tokens, chunk):
-    cfg = replace(losses, out=str(tmp_path / "o.jsonl"), pack_tokens=pack_tokens, chunk=chunk)
-    score.main(cfg)
-    for one, other in zip(records_of(cfg.out), records_of(losses.out), strict=True):
-        assert one == other | {"loss": one["loss"]}
-        assert one["loss"] == pytest.approx(other["loss"], abs=2e-6)
-
-
-def test_a_batch_holds_no_more_than_its_tokens_and_softmax_is_in_float32():
-    torch.manual_seed(0)
-    batches, vocabulary = [], 4 * torch.randn(7)
-
-    class Model:
-        device = torch.device("cpu")
-
-        def __call__(self, input_ids, attention_mask, use_cache):
-            batches.append(attention_mask.sum(1).tolist())
-            assert input_ids.numel() <= 20
-            logits = vocabulary.expand(*input_ids.shape, 7).bfloat16()
-            return type("Output", (), {"logits": logits})
-
-    sizes = [3, 9, 4, 9, 2, 5, 10]
-    found = score.response_logps([([1], [2] * (size - 1)) for size in sizes], Model(), 20)
-    assert batches == [[10, 9], [9, 5], [4, 3, 2]]  # the longest come first
-    expected = vocabulary.bfloat16().double().log_softmax(-1)[2].item()
-    for logps, size in zip(found, sizes, strict=True):
-        assert logps.tolist() == pytest.approx([expected] * (size - 1), abs=1e-5)
-
-
-def test_a_chunk_of_which_nothing_can_be_scored_gives_nulls(plain, losses, tmp_path):
-    short = replace(losses, out=str(tmp_path / "short.jsonl"), tokens=1)
-    score.main(short)
-    assert {(r["loss"], r["tokens"]) for r in records_of(short.out)} == {(None, 0)}
-
-
-def test_a_model_that_overflows_gives_null_and_says_so():
-    record = score.loss_record("x", ([1], [2, 3]), torch.tensor([-1.0, float("nan")]), 9)
-    assert record == {"id": "x", "loss": None, "tokens": 2, "why": "the loss is not finite"}
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    record = score.loss_record(data.Example("x", "the sum", "is five"), tokenizer, model, 99)
+    ids = tokenizer.encode("the sum\n\n")
+    first = len(ids)
+    ids += tokenizer.encode("is five", add_special_tokens=False)
+    logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    nats = [-logps[t - 1, ids[t]].item() for t in range(first, len(ids))]
+    assert record["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-5)
 
 
 def test_a_model_that_reads_fewer_tokens_is_refused(plain, tmp_path):
-    cfg = loss_config(plain, tmp_path / "o.jsonl", tokens=600, pack_tokens=600)
     with pytest.raises(ValueError, match="--tokens 512"):
-        score.main(cfg)
+        score.main(loss_config(plain, tmp_path / "o.jsonl", tokens=600))
 
 
 # ------------------------------------------------------------------ passes
@@ -274,14 +241,9 @@ def test_a_prompt_that_is_too_long_is_not_tried_and_says_so(mini, passes, tmp_pa
 # ------------------------------------------------------------------ what came out
 
 
-def test_the_report_says_what_was_measured_of_what_and_how(losses, capsys):
+def test_each_source_is_summed_up_in_print_and_report(losses, capsys):
     score.main(losses)
     report = json.loads(beside(losses.out, "report.json").read_text())
-    protocol = json.loads(beside(losses.out, "protocol.json").read_text())
-    assert report["protocol"] == protocol and protocol["dtype"] == "float32"
-    assert protocol["weights"] == fingerprint(losses.model)
-    assert list(report["inputs"].values()) == [fingerprint(losses.rows)] == [protocol["rows"]]
-    assert report["output"] == {Path(losses.out).name: fingerprint(losses.out)}
     printed = capsys.readouterr().out
     sources = {row["id"]: row["source"] for row in records_of(losses.rows)}
     for source in ("a", "b"):
@@ -296,32 +258,28 @@ def test_the_report_says_what_was_measured_of_what_and_how(losses, capsys):
 # ------------------------------------------------------------------ kills, ranks, refusals
 
 
-@pytest.mark.parametrize("kept", [(0, 0), (5, 0), (7, 3), (15, 7), (23, 0), (4, 19)])
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_run_that_was_cut_off_ends_with_the_same_bytes(losses, tmp_path, kept, torn):
-    """Lines of two ranks, the first from the beginning, the second from the end."""
-    lines = Path(losses.out).read_text().splitlines(keepends=True)
-    first, last = kept
-    rest = lines[first][:17] if torn and first < 23 else ""
-    texts = {0: "".join(lines[:first]) + rest, 3: "".join(lines[23 - last :])}
+@pytest.mark.parametrize("first, last", [(0, 0), (5, 0), (7, 3), (15, 7), (23, 0), (4, 19)])
+def test_a_run_that_was_cut_off_measures_what_is_missing_and_ends_with_the_same_bytes(
+    losses, tmp_path, monkeypatch, first, last
+):
+    """Lines of two ranks, the first from the beginning, its last one torn, the second from the
+    end."""
+    lines, measured = Path(losses.out).read_text().splitlines(keepends=True), []
+    texts = {0: "".join(lines[:first]) + "".join(lines[first : first + 1])[:17]}
+    texts[3] = "".join(lines[23 - last :])
+    measure = score.loss_record
+
+    def noted(example, *tools):
+        measured.append(example.id)
+        return measure(example, *tools)
+
+    monkeypatch.setattr(score, "loss_record", noted)
     cfg = begun(tmp_path, losses, texts)
     score.main(cfg)
     assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
+    assert measured == [f"r{i}" for i in range(first, 23 - last)]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"o.jsonl", "o.protocol.json", "o.report.json"}
-
-
-def test_only_chunks_that_lack_a_row_are_measured_and_as_a_whole(losses, tmp_path, monkeypatch):
-    lines = Path(losses.out).read_text().splitlines(keepends=True)
-    measured, measure = [], score.losses
-
-    def noted(examples, **options):
-        measured.append([example.id for example in examples])
-        return measure(examples, **options)
-
-    monkeypatch.setattr(score, "losses", noted)
-    score.main(begun(tmp_path, losses, {0: "".join(lines[:12])}))
-    assert measured == [[f"r{i}" for i in range(k, min(k + 5, 23))] for k in (10, 15, 20)]
 
 
 def test_a_complete_run_loads_no_model(losses, monkeypatch):
@@ -335,43 +293,19 @@ def test_a_complete_run_loads_no_model(losses, monkeypatch):
     assert report.exists() and not part.exists()
 
 
-@pytest.mark.parametrize(
-    "kind, changed",
-    [("losses", dict(tokens=25))]
-    + [("passes", {name: 4}) for name in ("samples", "max_tokens", "prompt_tokens", "seed")]
-    + [("passes", dict(temperature=0.5)), ("passes", dict(dtype="bfloat16"))],
-)
-def test_another_protocol_is_refused_by_name(request, kind, changed, monkeypatch):
-    cfg = request.getfixturevalue(kind)
-    ((name, value),) = changed.items()
-    before = json.loads(beside(cfg.out, "protocol.json").read_text())[name]
-    if name == "dtype":  # without a process group, which bfloat16 would have
-        world = distributed.World(0, 1, torch.device("cpu"), torch.bfloat16)
-        monkeypatch.setattr(distributed, "start", lambda *_: world)
-    with pytest.raises(ValueError, match=f"another protocol \\({name} {before!r} -> {value!r}\\)"):
-        score.main(replace(cfg, **changed))
-
-
-def test_a_restart_on_changed_rows_weights_or_a_foreign_file_is_refused(plain, tmp_path):
-    cfg = loss_config(plain, tmp_path / "o.jsonl")
-    write_rows(Path(cfg.out), [{"id": "r0", "loss": 1.0, "tokens": 1}])
-    with pytest.raises(ValueError, match="another protocol \\(kind None -> 'loss'"):
-        score.main(cfg)
-    Path(cfg.out).unlink()
-    score.main(cfg)
-    note = beside(cfg.out, "protocol.json")
+def test_records_of_another_setting_other_rows_or_weights_are_not_mixed(losses, passes):
+    for cfg, changed in ((losses, {"tokens": 25}), (passes, {"seed": 4})):
+        ((name, value),) = changed.items()
+        match = f"another protocol \\({name} {getattr(cfg, name)!r} -> {value!r}\\)"
+        with pytest.raises(ValueError, match=match):
+            score.main(replace(cfg, **changed))
+    note = beside(losses.out, "protocol.json")
     protocol = json.loads(note.read_text())
     for name in ("rows", "weights"):  # the hashes of both
         note.write_text(json.dumps(protocol | {name: "sha256 of what it was before"}))
         with pytest.raises(ValueError, match=f"another protocol \\({name} 'sha256 of .*'sha256 "):
-            score.main(cfg)
-
-
-def test_a_broken_row_is_named_before_a_model_is_loaded(tmp_path):
-    cfg = loss_config("no model", tmp_path / "o.jsonl")
-    write_rows(Path(cfg.rows), [text_rows()[0], {"id": "r1", "prompt": "?"}])
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: column 'response' is missing"):
-        score.main(cfg)
+            score.main(losses)
+    note.write_text(json.dumps(protocol))
 
 
 @pytest.mark.parametrize(
@@ -379,8 +313,6 @@ def test_a_broken_row_is_named_before_a_model_is_loaded(tmp_path):
     [
         (dict(out="o.json"), "o.json must be a .jsonl"),
         (dict(out="x/../r.jsonl"), "would be overwritten"),
-        (dict(tokens=9000), "tokens 9000 must be in 1 to pack_tokens 8192"),
-        (dict(samples=0), "must be positive"),
         (dict(temperature=0.0), "8 greedy tries"),
     ],
 )
@@ -390,33 +322,16 @@ def test_a_setting_that_makes_no_sense_is_refused(changed, message):
         score.Config(**base | changed)
 
 
-class Killed(records.Appender):
-    """Writes a line and a half, and the process is killed -9."""
-
-    rows = 0
-
-    def add(self, row):
-        self.rows += 1
-        if self.rows == 2:
-            self.file.write(json.dumps(row).encode()[:20])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().add(row)
-
-
 def every_other(world, count: int, key: str, dynamic: bool):
     """distributed.my_problems of which each rank surely gets some."""
     return range(world.rank, count, world.size)
 
 
-def worker(job: str, folder: Path):
+def worker(folder: Path):
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
-    cfgs = [score.Config(**given) for given in json.loads((folder / f"{job}.json").read_text())]
+    cfgs = [score.Config(**given) for given in json.loads((folder / "cfgs.json").read_text())]
     world, finish = distributed.start(), distributed.finish
     distributed.finish = lambda world: None  # the next run uses the group again
-    if job == "kill":
-        distributed.my_problems = every_other  # so that rank 1 comes to its second chunk
-        score.Appender = Killed if world.rank == 1 else score.Appender
     for cfg in cfgs:
         score.main(cfg)
         distributed.my_problems = every_other  # the first by the counter, which may deal all to one
@@ -424,36 +339,18 @@ def worker(job: str, folder: Path):
     finish(world)
 
 
-def torchrun(job: str, folder: Path, configs: list[score.Config]) -> list[str]:
-    (folder / f"{job}.json").write_text(json.dumps([asdict(cfg) for cfg in configs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*command, "--nproc-per-node=2", __file__, job, str(folder)]
-
-
-OURS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def test_two_ranks_and_those_who_go_on_for_one_give_its_bytes(losses, passes, tmp_path):
     lines = Path(passes.out).read_text().splitlines(keepends=True)
     cfgs = [begun(tmp_path / "begun", passes, {0: "".join(lines[:6]) + lines[6][:20]})]
     cfgs += [begun(tmp_path / str(n), whole, {}) for n, whole in enumerate((losses, passes))]
-    finished(torchrun("all", tmp_path, cfgs), tmp_path, OURS, LIMIT)
+    (tmp_path / "cfgs.json").write_text(json.dumps([asdict(cfg) for cfg in cfgs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", __file__, str(tmp_path)]
+    finished(command, tmp_path, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, LIMIT)
     for cfg, whole in zip(cfgs, (passes, losses, passes), strict=True):
         assert Path(cfg.out).read_bytes() == Path(whole.out).read_bytes()
         assert not list(Path(cfg.out).parent.glob("*.part.jsonl"))
 
 
-def test_two_ranks_are_killed_and_one_goes_on_to_the_same_bytes(losses, tmp_path):
-    cfg = replace(losses, out=str(tmp_path / "o.jsonl"))
-    options = dict(cwd=tmp_path, env=os.environ | OURS, capture_output=True, timeout=LIMIT)
-    dead = subprocess.run(torchrun("kill", tmp_path, [cfg]), **options)
-    assert dead.returncode != 0 and "Signal 9 (SIGKILL)" in dead.stderr.decode()
-    assert not Path(cfg.out).exists()
-    assert beside(cfg.out, "rank1.part.jsonl").read_text()[-1] != "\n"
-    score.main(cfg)
-    assert Path(cfg.out).read_bytes() == Path(losses.out).read_bytes()
-    assert not list(tmp_path.glob("*.part.jsonl"))
-
-
 if __name__ == "__main__":
-    worker(sys.argv[1], Path(sys.argv[2]))
+    worker(Path(sys.argv[1]))

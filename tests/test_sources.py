@@ -2,14 +2,10 @@
 
 import io
 import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +17,7 @@ from PIL import Image
 from common import data, sets
 from common.sets import Dropped
 from curation import sources
-from curation.sources import SOURCES, last_box, named, read
+from curation.sources import SOURCES, named, read
 from reward import grade
 
 
@@ -93,18 +89,19 @@ PIXMO = {"image_url": "https://x/y.jpg", "image_sha256": DIGEST, "count": 3, "la
 CHART = {"image": cell(7), "query": "What is the value?", "label": ["0.57"]}
 PUZZLE = {"image": "images/c/c_0.png", "question": "Which colour?", "options": ["red", "blue"],
           "answer": "blue"}
-ALGO = {"image": "images/k/k_0.jpg", "question": "Which day?", "answer": "Sunday"}
+ALGO = {"image": "images/k/k_0.jpg", "question": "Which day?", "options": ["Sunday", "Monday"],
+        "answer": "Sunday"}
 VERL = {"prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "T?"}],
         "images": [cell(10)], "reward_model": {"ground_truth": "B", "style": "rule"}}
 VERO = {"prompt": {"content": "T?", "role": "user"}, "image": cell(10),
         "reward_model": {"ground_truth": "7"}, "reward_type": "numeric"}
 VIRL = {"question": "<image><image>Which?", "answer": "\\boxed{A}", "qid": "q1",
         "image": ["images/a.png", "images/b.png"], "category": "geometry"}
-DEEP = {"question": "2 + 2?", "final_answer": "4", "r1_solution_1": BARE, "r1_solution_2": "",
-        "r1_solution_3": TRACE}
 AM = turns(CHAT, "2 + 2?", TRACE)
 AM[0]["info"] = {"reference_answer": "4.0"}
 AM[1]["info"] = {"reference_answer": None, "answer_content": "It is 4."}
+DEEP = {"question": "2 + 2?", "final_answer": "4", "r1_solution_1": BARE, "r1_solution_2": "",
+        "r1_solution_3": TRACE}
 SCIENCE = {"image": cell(11), "question": "Which is an animal?", "choices": ["moss", "hen"],
            "answer": 1, "hint": "", "grade": "grade2", "lecture": "", "solution": ""}
 MMK12 = {"id": "k1", "question": "<image>Find $$a$$ and $$b$$.", "answer": "$$1$$ $$2$$",
@@ -119,11 +116,11 @@ SHARED_CHATS = [
 ]
 
 PAIRS = ({"orz_math_57k_collected.json": json.dumps(ORZ).encode()}, ["33", "\\frac12"], [])
+ANGLES = ({TRAIN: [GEOQA]}, ["145°"], [])
 FREE_GEOMETRY = (
     {TRAIN: [GEOMETRY, GEOMETRY | {"answer": "12"}],
      "data/test-00000-of-00001.parquet": [GEOMETRY | {"problem": "<image>test"}]},
     ["5 \\sqrt { 3 }", "12"], [])
-ANGLES = ({TRAIN: [GEOQA]}, ["145°"], [])
 MADE = {
     "math": ({f"{subject}/{split}-0.parquet": [MATH | {"problem": split}]
               for subject in sources.SUBJECTS for split in ("train", "test")},
@@ -148,23 +145,23 @@ MADE = {
     "puzzlevqa": ({"color_grid.json": lines([PUZZLE]),  # JSON lines, whatever the name says
                    "venn.json": lines([PUZZLE | {"answer": "red"}]), "images/c/c_0.png": png(8)},
                   ["B", "A"], []),
-    "algopuzzlevqa": ({"calendar.json": lines([ALGO, ALGO | {"options": ["Sunday", "Monday"]}]),
-                       "images/k/k_0.jpg": png(9, kind="JPEG")}, ["Sunday", "A"], []),
+    "algopuzzlevqa": ({"calendar.json": lines([ALGO]),
+                       "images/k/k_0.jpg": png(9, kind="JPEG")}, ["A"], []),
     "tqa": ({"tqa_train/train-0.parquet": [VERL]}, ["B"], []),
-    "mmpr_tiny": ({"train-0.parquet": [VERL]}, ["B"], []),
     "openmmreasoner": ({f"{config}/train-0.parquet": [VERL] for config in
                         named("openmmreasoner").configs}, ["B"] * 6, []),
+    "mmpr_tiny": ({"train-0.parquet": [VERL]}, ["B"], []),
     "vero": ({"train-0.parquet": [VERO, VERO | {"reward_type": "llm_judge"}]}, ["7"],
              ["graded otherwise"]),
     "virl39k": ({"39Krelease.parquet": [VIRL], "images/a.png": png(97), "images/b.png": png(98)},
                 ["A"], []),
-    "geos": ({"GEOS(MathV360K)/train-0.parquet": [GEOS]}, ["12"], []),
-    "deepmath": ({TRAIN: [DEEP]}, ["4", "4"], ["no trace"]),
     "octomed_orz": ({TRAIN: [{"question": "2 + 2?", "answer": "4", "responses": [TRACE, "4"]}]},
                     ["4"], ["trace without <think>"]),
+    "am_r1_distilled": ({"train.jsonl": lines([{"messages": AM}])}, ["4.0"], []),
+    "geos": ({"GEOS(MathV360K)/train-0.parquet": [GEOS]}, ["12"], []),
+    "deepmath": ({TRAIN: [DEEP]}, ["4", "4"], ["no trace"]),
     "mixture_of_thoughts": ({TRAIN: [{"messages": turns(CHAT, "2 + 2?", TRACE)}]}, ["4"], []),
     "openthoughts3": ({"train.jsonl": lines(SHARED_CHATS)}, ["4", None], []),
-    "am_r1_distilled": ({"train.jsonl": lines([{"messages": AM}])}, ["4.0"], []),
     "scienceqa": ({"data/train-00000-of-00001-1028f23e353fbe3e.parquet":
                    [SCIENCE, SCIENCE | {"image": None, "hint": "Read this.", "answer": 0}]},
                   ["B", "A"], []),
@@ -188,9 +185,9 @@ def make(name: str, place: Path) -> Path:
     return place
 
 
-def collect(name, place, tmp_path, split="", limit=0) -> tuple[list[dict], list[Dropped]]:
+def collect(name, place, tmp_path, limit=0) -> tuple[list[dict], list[Dropped]]:
     source = named(name) if isinstance(name, str) else name
-    rows = [*read(source, str(place), split, tmp_path / "out" / "images", limit)]
+    rows = [*read(source, str(place), tmp_path / "out" / "images", limit)]
     drops = [row for row in rows if isinstance(row, Dropped)]
     return [row for row in rows if not isinstance(row, Dropped)], drops
 
@@ -234,7 +231,6 @@ PROMPTS = {
         "<image>How many?",
         "<image>How many?\nChoices:\n(A) <image>\n(B) <image>",
     ],
-    "vero": ["<image>T?"],
     "scienceqa": [
         "<image>Which is an animal?\nChoices:\n(A) moss\n(B) hen",
         "Read this.\nWhich is an animal?\nChoices:\n(A) moss\n(B) hen",
@@ -274,9 +270,9 @@ def test_a_hub_out_of_reach_is_said_at_once_with_what_to_do(tmp_path, monkeypatc
         collect("geometry3k", "", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["orz_13k_hard", "vero", "pixmo_count", "atomthink"])
+@pytest.mark.parametrize("name", [source.name for source in SOURCES if source.local])
 def test_a_set_that_the_hub_cannot_give_says_so_at_once(name, tmp_path):
-    with pytest.raises(ValueError, match=f"set {name}: .*place="):
+    with pytest.raises(ValueError, match=f"set {name}: .*--place"):
         collect(name, "", tmp_path)
 
 
@@ -300,17 +296,15 @@ def test_a_set_of_which_nothing_can_be_used_fails(tmp_path):
     place = jsonl(tmp_path, [MATH | {"solution": ""}])
     with pytest.raises(SystemExit, match="no row of math can be used"):
         sources.main(sources.Config("math", str(place), out=str(tmp_path / "o.jsonl")))
-    with pytest.raises(ValueError, match="needs --out"):
-        sources.Config("math")
-    with pytest.raises(ValueError, match="need a --set"):
-        sources.Config(out="x.jsonl")
+    for wrong, message in (({"set": "math"}, "needs --out"), ({"out": "x.jsonl"}, "need a --set")):
+        with pytest.raises(ValueError, match=message):
+            sources.Config(**wrong)
 
 
 def test_the_table_prints_a_line_for_each_set(capsys):
     sources.main(sources.Config())
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == len(SOURCES) + 1
-    assert all(re.search(rf"^{s.name} .* {s.certainty} ", printed, re.M) for s in SOURCES)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:]] == [s.name for s in SOURCES]
 
 
 # ---- what is wrong with a set
@@ -331,13 +325,9 @@ def test_a_missing_column_names_the_set_the_place_and_what_is_there(tmp_path):
     match = r"geometry3k, .*set: no column 'problem'; there are \['answer', 'image', 'question'\]"
     with pytest.raises(ValueError, match=match):
         collect("geometry3k", tmp_path / "set", tmp_path)
-    with pytest.raises(ValueError, match=match):
-        collect(replace(named("geometry3k"), hub=str(tmp_path / "set")), "", tmp_path)
-    with pytest.raises(ValueError, match="rows.jsonl: no column 'options'"):
-        collect("puzzlevqa", jsonl(tmp_path, [row | {"image": "a.png"}]), tmp_path)
+    row = {name: VERL[name] for name in ("prompt", "reward_model")}
     with pytest.raises(ValueError, match="no column 'image'"):  # and no text problem
-        row = {name: VERL[name] for name in ("prompt", "reward_model")}
-        collect("mmpr_tiny", jsonl(tmp_path, [row]), tmp_path)
+        collect("tqa", jsonl(tmp_path, [row]), tmp_path)
 
 
 def test_a_place_without_the_set_or_with_half_of_its_folders_is_refused(tmp_path):
@@ -348,6 +338,9 @@ def test_a_place_without_the_set_or_with_half_of_its_folders_is_refused(tmp_path
         collect("math", tmp_path / "math", tmp_path)
     with pytest.raises(ValueError, match="none is called 'mathh'; there are math, "):
         named("mathh")
+    (tmp_path / "orz.json").write_text(json.dumps(ORZ)[:-20])  # an error and not a short set
+    with pytest.raises(ValueError, match="orz.json: not valid JSON"):
+        collect("orz_57k", tmp_path / "orz.json", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -357,10 +350,8 @@ def test_a_place_without_the_set_or_with_half_of_its_folders_is_refused(tmp_path
         ("data/test-0.parquet data/testmini-0.parquet", "test", "data/test-0.parquet"),
         ("val.parquet test.parquet", "validation", "val.parquet"),
         ("sample1-0.parquet sample10-0.parquet", "sample_variant1", "sample1-0.parquet"),
-        ("sample1-0.parquet sample10-0.parquet", "sample_variant7", ""),
         ("image-0.parquet non_image-0.parquet", "image", "image-0.parquet"),
         ("one.json two.json", "train", "one.json two.json"),
-        ("train-0.json deeper/train-1.json", "train", "train-0.json"),
         ("deeper/train-1.json", "train", "deeper/train-1.json"),
         ("dataset_infos.json rows.parquet", "train", "rows.parquet"),
         ("test.parquet rows.parquet", "train", ""),
@@ -379,13 +370,6 @@ def test_files_of_a_split_are_those_that_name_it_or_all_where_none_names_one(
             sets.files_of(tmp_path, split)
 
 
-def test_a_list_of_json_that_breaks_off_is_an_error_and_not_a_short_set(tmp_path):
-    path = tmp_path / "orz.json"
-    path.write_text(json.dumps(ORZ)[:-20])
-    with pytest.raises(ValueError, match="orz.json: not valid JSON"):
-        collect("orz_57k", path, tmp_path)
-
-
 # ---- what is wrong with a row
 
 
@@ -399,21 +383,14 @@ BAD = [
     ("answer not among the options", puzzle(answer="z")),
     ("bad options", puzzle(options=["y", "y"])),
     ("no prompt", puzzle(question="  ")),
-    ("no prompt", puzzle(question="<image>")),
-    ("prompt too long", puzzle(question="why " * 6_000)),
     ("answer too long", puzzle(answer="1" * 10_001)),
     ("chat markup", puzzle(question="Which?<|im_end|>")),
     ("markers and pictures differ", puzzle(question="<image> or <image>?")),
     ("malformed row", puzzle(question=["a", "list"])),
     ("malformed row", puzzle(question="half a \ud835 character")),
-    ("malformed row", puzzle(options=7)),
-    ("bad options", puzzle(id={"a": 1}, options={}, answer=[])),
     ("no picture", puzzle(image=None)),
     ("no picture", puzzle(image="missing.png")),
-    ("no picture", puzzle(image="iVBORw0KGgo" * 400)),  # base64 where a path should be
-    ("no picture", puzzle(image={"bytes": "iVBORw0KGgo", "path": None})),
     ("picture outside the set", puzzle(image="../a.png")),
-    ("picture outside the set", puzzle(image="/a.png")),
     ("picture cannot be opened", puzzle(image="cut.png")),
     ("picture cannot be opened", puzzle(image="bomb.png")),
     ("picture too narrow", puzzle(image="narrow.png")),
@@ -433,10 +410,10 @@ def test_a_bad_row_is_dropped_with_its_reason_and_its_neighbours_stay(reason, ro
 
 def test_a_line_that_is_no_json_and_a_row_that_lacks_a_column_are_dropped(tmp_path):
     path = jsonl(tmp_path, [puzzle()])
-    path.write_bytes(path.read_bytes() + b'{"image": \n[]\n7\n{"question": "Which?"}\n')
+    path.write_bytes(path.read_bytes() + b'{"image": \n[]\n{"question": "Which?"}\n')
     rows, drops = collect("puzzlevqa", path, tmp_path)
-    assert len(rows) == 1 and [d.reason for d in drops] == ["malformed row"] * 4
-    assert [d.id for d in drops] == [f"puzzlevqa/{k}" for k in (1, 2, 3, 4)]
+    assert len(rows) == 1 and [d.reason for d in drops] == ["malformed row"] * 3
+    assert [d.id for d in drops] == [f"puzzlevqa/{k}" for k in (1, 2, 3)]
 
 
 def test_an_id_that_the_set_gives_twice_is_used_once_and_a_dropped_row_does_not_use_it_up(tmp_path):
@@ -456,12 +433,7 @@ def test_a_picture_that_is_not_what_its_hash_says_is_dropped(tmp_path):
     assert not rows and drops[0].reason == "picture has changed"
 
 
-def test_pictures_that_are_missing_as_a_whole_are_no_text_problem(tmp_path):
-    rows, drops = collect("geometry3k", jsonl(tmp_path, [GEOMETRY | {"images": None}]), tmp_path)
-    assert not rows and drops[0].reason == "no picture"
-
-
-# ---- pictures, limits, memory
+# ---- pictures, limits, options
 
 
 def test_a_picture_is_written_once_as_it_came_and_shared(tmp_path):
@@ -474,63 +446,12 @@ def test_a_picture_is_written_once_as_it_came_and_shared(tmp_path):
     first, last = (sha256(content).hexdigest()[:16] for content in (png(1), jpeg))
     assert files == {f"{first}.png": png(1), f"{last}.jpeg": jpeg}
     assert rows[0]["images"] == rows[1]["images"] != rows[2]["images"]
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "images").iterdir()}
-    assert collect("puzzlevqa", path, tmp_path)[0] == rows
-    assert before == {p: p.stat().st_mtime_ns for p in before}, "a second run writes nothing"
 
 
 def test_the_limit_counts_good_rows(tmp_path):
     path = jsonl(tmp_path, [puzzle(answer="z"), *[puzzle()] * 5])
     rows, drops = collect("puzzlevqa", path, tmp_path, limit=3)
     assert len(rows) == 3 and len(drops) == 1
-
-
-def test_another_split_has_other_ids(tmp_path):
-    rows, _ = collect("geometry3k", make("geometry3k", tmp_path / "set"), tmp_path, "test")
-    assert [row["id"] for row in rows] == ["geometry3k/test-0"]
-    assert rows[0]["origin"]["split"] == "test" and rows[0]["prompt"] == "<image>test"
-
-
-def test_memory_is_bounded_by_a_batch_and_not_by_the_set(tmp_path):
-    """A file of 40 MB takes less than 20 MB, of which 1 MB a picture column is read ahead."""
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (183, 183, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    rows = [GEOMETRY | {"images": [{"bytes": file.getvalue(), "path": None}]}] * 400
-    options = {"compression": "none", "use_dictionary": False, "row_group_size": 20}  # the Hub's
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-0.parquet", **options)
-    code = (
-        "import sys, tracemalloc, pyarrow as pa\n"
-        "from pathlib import Path\n"
-        "from curation.sources import named, read\n"
-        "tracemalloc.start(); n = 0\n"
-        "for row in read(named('geometry3k'), sys.argv[1], '', Path(sys.argv[2])): n += 1\n"
-        "print(n, tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory())"
-    )
-    command = [sys.executable, "-c", code, tmp_path, tmp_path / "images"]
-    root = Path(sources.__file__).parents[1]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    count, peak = map(int, run.stdout.split())
-    size = (tmp_path / "train-0.parquet").stat().st_size
-    assert count == 400 and size > 35e6 and peak < size / 2, f"{peak / 1e6:.0f} of {size / 1e6} MB"
-
-
-# ---- pieces
-
-
-@pytest.mark.parametrize(
-    "text, box",
-    [
-        ("\\boxed{1} then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{1} and an open \\boxed{2", "1"),
-        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-        ("\\fbox{3}", "3"),
-        ("so $\\boxed 5$.", "5"),
-        ("none", None),
-    ],
-)
-def test_the_last_closed_box_of_a_solution_is_its_answer(text, box):
-    assert last_box(text) == box
 
 
 @pytest.mark.parametrize(

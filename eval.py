@@ -39,7 +39,7 @@ import torch
 from PIL import Image
 
 from common import data, distributed
-from common.client import Endpoint, Failure, Reply, ask_for_all, user_message
+from common.client import Endpoint, Reply, ask_for_all, user_message
 from common.log import fingerprint, progress, run_main, write_json
 from common.records import Appender, claim, read_rows, write_rows
 from evaluation import behaviors, benchmarks, extract, gallery, metrics
@@ -279,9 +279,7 @@ def ask_server(run: Run, missing: list[tuple], write: Callable) -> None:
         message = user_message(problem.prompt, problem.images)
         return sampling | {"messages": [message], "seed": address((cfg.seed,), problem.id, n)}
 
-    def keep(job: int, reply: Reply | Failure) -> None:
-        if isinstance(reply, Failure):
-            return
+    def keep(job: int, reply: Reply) -> None:
         came.add(job)
         problem, n = missing[job]
         thought = "" if reply.thought is None else f"<think>\n{reply.thought}\n</think>\n\n"

@@ -681,25 +681,22 @@ def save_weights(
     directory: Folder,
     dtype: torch.dtype,
     like: Folder | None = None,
-    group: dist.ProcessGroup | None = None,
 ):
     """A directory that transformers and vLLM open, the weights in one file; older ones go first.
 
     like: a model directory whose tokenizer, template and image settings are copied along. All ranks
-    of `group` (None: all) call this. Each writes its own rows of sharded weights, the first joins
-    their files and returns last. No weight is sent, so a thread with a group of its own may write
-    copies while the training goes on.
+    call this: each writes its own rows of sharded weights, the first joins their files.
     """
     directory = Path(directory)
-    several = dist.is_initialized() and dist.get_world_size(group) > 1
-    first = not several or dist.get_rank(group) == 0
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    first = not several or dist.get_rank() == 0
     if first:  # the others do not write before they have met it in dcp.save
         shutil.rmtree(directory / "sharded", ignore_errors=True)
         for old in directory.glob("*.safetensors*"):
             old.unlink()
     weights = {name: weight.detach().to(dtype) for name, weight in weights.items()}
     writer = hf_storage.HuggingFaceStorageWriter(str(directory), None, 1, several, several)
-    dcp.save(weights, storage_writer=writer, process_group=group, no_dist=not several)
+    dcp.save(weights, storage_writer=writer, no_dist=not several)
     if not first:
         return
     shutil.rmtree(directory / "sharded", ignore_errors=True)  # the parts of all ranks

@@ -3,12 +3,13 @@ r"""Replies of a model behind any OpenAI-compatible address: a vLLM of one's own
     ask_for_all(Endpoint("http://127.0.0.1:8000/v1", "deepseek-r1"), jobs, request, write)
 
     request(job) -> {"messages": [user_message(prompt)], "temperature": 0.6}, None: nothing is left
-    write(job, outcome)                           # a Reply or a Failure, put on disk
+    write(job, reply)                             # puts the Reply on disk
 
 The `openai` package asks, waits and tries again what fails before a reply begins. A reply takes
 many minutes: it is streamed, so that silence for `stall` seconds tells a dead server from a slow
-one, and a stream that breaks off or holds garbage is asked for again here. An error of one request
-is data, a Failure; one that all share (a wrong key, an unknown model, a dead server) is Unusable.
+one, and a stream that breaks off or holds garbage is asked for again here. A request that fails all
+the same is counted, printed, and asked again by the next run; what all requests share (a wrong key,
+an unknown model, a dead server) ends the run.
 """
 
 import asyncio
@@ -33,6 +34,10 @@ CURE = "check the key, the account, the model's name, --concurrency, and the url
 # None and vLLM's, OpenRouter's and DeepSeek's words for a reply that their machines did not finish
 UNFINISHED = (None, "abort", "error", "insufficient_system_resource")
 BROKEN = (openai.APIError, ValueError, TypeError, AttributeError)  # cut, stalled, or no completion
+
+
+class Failed(RuntimeError):
+    """One request has no reply, after all tries; the message says why."""
 
 
 class Unusable(RuntimeError):
@@ -73,14 +78,6 @@ class Reply:
     completion_tokens: int | None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a request came to that has no reply."""
-
-    error: str  # "status 400", "APITimeoutError", ...
-    message: str
-
-
 def user_message(prompt: str, pictures: Sequence[str | Path] = ()) -> dict:
     """The prompt with pictures where <image> stands, or before it where it stands nowhere."""
     if not pictures:
@@ -107,18 +104,18 @@ def picture_type(path: str | Path) -> str:
 def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Callable) -> None:
     """Asks for every job until request(job) is None, `concurrency` jobs at a time. A job is pulled
     when there is a place for it, so that millions take no memory. A reply is on disk before its job
-    asks for more; a Failure ends its job, as all tries were used. Where nothing more is to be had,
-    and at Ctrl-C, it stops with the command that goes on; what request or write raise ends it."""
+    asks for more; one that fails ends its job, as all tries were used. Where nothing more is to be
+    had, and at Ctrl-C, it stops with the command that goes on; what request or write raise ends it.
+    """
     asker, shared, failures, stopped = Asker(endpoint), iter(jobs), Counter(), None
 
     async def worker():
         for job in shared:
-            outcome = None
-            while not isinstance(outcome, Failure) and (body := request(job)):
-                outcome = await asker.ask(body)
-                write(job, outcome)
-            if isinstance(outcome, Failure):
-                failures[f"{outcome.error}: {outcome.message}"] += 1
+            try:
+                while body := request(job):
+                    write(job, await asker.ask(body))
+            except Failed as why:
+                failures[str(why)] += 1
 
     async def workers():
         async with asker.client, asyncio.TaskGroup() as group:
@@ -149,7 +146,7 @@ class Asker:
         settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
         self.client = openai.AsyncOpenAI(base_url=endpoint.url, **settings)
 
-    async def ask(self, body: dict) -> Reply | Failure:
+    async def ask(self, body: dict) -> Reply:
         """body: of a chat completion, as {"messages": [...], "temperature": 0.6}; one choice."""
         body = {"model": self.endpoint.model, "stream": True} | body
         body["stream_options"] = {"include_usage": True}
@@ -161,7 +158,7 @@ class Asker:
                 if type(error) is openai.APIConnectionError:  # a timeout is a kind of it
                     why = f"{self.endpoint.url}: {error.__cause__}; does it run?"
                     raise Unusable(why) from error
-                return self.failed(error)
+                raise self.failed(error) from error
             try:
                 reply = await collect(stream)
             except BROKEN as error:
@@ -169,16 +166,16 @@ class Asker:
             else:
                 self.failures = 0
                 return reply
-        return self.failed(broken)
+        raise self.failed(broken) from broken
 
-    def failed(self, error: Exception) -> Failure:
+    def failed(self, error: Exception) -> RuntimeError:
         status = getattr(error, "status_code", None)
         message = str(error).replace(self.endpoint.key(), "KEY")  # some servers repeat it
         self.failures += 1
         if status in SAME_FOR_ALL or self.failures >= IN_A_ROW:
             same = f"{self.failures} failures and no reply since: {message}"
-            raise Unusable(f"{self.endpoint.url}, model {self.endpoint.model}, {same}; {CURE}")
-        return Failure(f"status {status}" if status else type(error).__name__, message)
+            return Unusable(f"{self.endpoint.url}, model {self.endpoint.model}, {same}; {CURE}")
+        return Failed(f"{f'status {status}' if status else type(error).__name__}: {message}")
 
 
 async def collect(stream: openai.AsyncStream) -> Reply:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import data
-from common.client import Endpoint, Failure, Reply, Unusable, ask_for_all, user_message
+from common.client import Endpoint, Reply, Unusable, ask_for_all, user_message
 from common.log import beside, progress, run_main, write_report
 from common.records import Appender, claim, places_and_rows, write_rows
 from curation.curate import text_faults, unjudgeable
@@ -148,11 +148,9 @@ class Replies:
         if problem and record["asked"] == prompt_hash(problem):
             self.verdicts[problem.id].append(Verdict(place, judge(problem, record)))
 
-    def add(self, problem: data.Problem, outcome: Reply | Failure) -> None:
-        if isinstance(outcome, Failure):
-            return  # it is not kept: the next run asks again
+    def add(self, problem: data.Problem, reply: Reply) -> None:
         record = {"id": problem.id, "sample": len(self.verdicts[problem.id])}
-        record |= {"asked": prompt_hash(problem)} | asdict(outcome)
+        record |= {"asked": prompt_hash(problem)} | asdict(reply)
         self.remember(self.file.add(record), record)
 
     def request(self, problem: data.Problem) -> dict | None:

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from common.client import Endpoint, Failure, Reply, ask_for_all, user_message
+from common.client import Endpoint, Reply, ask_for_all, user_message
 from common.log import progress, run_main
 from common.records import Appender, read_rows, write_rows
 from evaluation import behaviors
@@ -157,11 +157,9 @@ class Cache:
         message = user_message(question.prompt)
         return {"messages": [message], "temperature": 0, "max_tokens": self.cfg.max_tokens}
 
-    def write(self, question: Question, outcome: Reply | Failure) -> None:
-        if isinstance(outcome, Failure):
-            return  # it is not kept: the next run asks again
-        self.file.add({"hash": self.key(question)} | asdict(outcome))
-        self.texts[self.key(question)] = outcome.text
+    def write(self, question: Question, reply: Reply) -> None:
+        self.file.add({"hash": self.key(question)} | asdict(reply))
+        self.texts[self.key(question)] = reply.text
 
 
 def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:

@@ -34,13 +34,11 @@ from common import checkpoint, data, distributed
 from common.log import RunLog, progress, run_main
 from common.packs import pack_alone
 from miniature import world
-from miniature.world import DIGITS, ITEMS, LINES, Bill
+from miniature.world import ITEMS, LINES
 from model import Config as ModelConfig
 from model import Qwen25VL, VisionConfig, load_model, save_model
 
 GATES = dict.fromkeys("digit faint total smudge countdown sum".split(), 0.95)  # ours
-SPEAKING = ("again", "at", "maybe", "unclear", "=", "+")  # they say what comes next
-NOISE = [word for word in (*world.FILLERS, *world.WORDS) if word not in SPEAKING]
 
 
 @dataclass(frozen=True)
@@ -76,78 +74,6 @@ def model_config(vocabulary: int) -> ModelConfig:
         max_position_embeddings=4096,
         **{f"{name}_token_id": world.SPECIAL.index(token) for name, token in ids.items()},
     )
-
-
-# ------------------------------------------------------------------ what it learns from
-
-
-def busy_bill(rng: random.Random) -> Bill:
-    """Any of its items may be smudged, and its total may be any: all of it has to be read."""
-    digits = world.random_bill(rng, "train", 0).digits
-    shown = [tuple(rng.sample(DIGITS, 2)) if rng.random() < 0.5 else (d,) for d in digits]
-    return Bill(digits, rng.choice((sum(digits), rng.choice(world.TOTALS))), tuple(shown))
-
-
-def description(bill: Bill, rng: random.Random) -> str:
-    """The lines in any order, some twice, most often with noise in between; at times what is left
-    of the total, and a sum at the end, both of the digits that were said last.
-
-    So it learns to read a line after anything at all: a model that reads only within tidy lists
-    stops to see when the cold start gives it new things to say. A smudged item is `maybe` its
-    strong digit, and `again at` it there is the faint one.
-    """
-    lines, said = [*bill.shown, (bill.total,)], [looks[0] for looks in bill.shown]
-    order = rng.sample(range(5), 5) + rng.choices(range(5), k=3)
-    counted = rng.choice((4, 5, 6, 7) + 5 * (None,))  # before which line; mostly never
-    noise, words = 0.6 * (rng.random() < 0.7), []
-    for place, line in enumerate(order):
-        if place == counted and bill.total - sum(said) >= -4:  # there are no words below
-            words.append(f". {world.countdown(bill.total, said)} .")
-        strong, *faint = lines[line]
-        again = rng.random() < 0.5
-        if again:
-            words += ["again at", LINES[line], f"~{faint[0]}" if faint else str(strong)]
-        else:
-            words += ["at"] * (rng.random() < 0.5) + [LINES[line]] + ["maybe"] * len(faint)
-            words.append(str(strong))
-        if line < len(said):
-            said[line] = faint[0] if again and faint else strong
-        if rng.random() < noise:
-            words += rng.choices(NOISE, k=rng.randint(1, 4))
-    if bill.smudged:
-        unclear = f"unclear {' '.join(ITEMS[item] for item in bill.smudged)} ,"
-        words.insert(rng.choice((0, len(words))), unclear)
-    if rng.random() < 0.8:
-        words.append(f". {world.summed(rng.sample(range(len(ITEMS)), 2), said)}")
-    return " ".join(words)
-
-
-def countdowns(rng: random.Random) -> str:
-    """Three times four digits taken from a total, which is their sum or off by a few."""
-    bills = []
-    for _ in range(3):
-        digits = rng.choices(DIGITS, k=len(ITEMS))
-        off = rng.choice((0, 0, 0, -4, -3, -2, -1, 1, 2, 3, 4))
-        bills.append(world.countdown(min(max(sum(digits) + off, 4), 20), digits))
-    return " . ".join(bills)
-
-
-def example(rng: random.Random, answers: bool = True) -> data.Example:
-    """The skills of a base model: 20 % taking away, 60 % reading, 20 % answers at a look."""
-    kind = rng.random() * (1.0 if answers else 0.8)
-    if kind < 0.2:
-        return data.Example("countdown", "list each", countdowns(rng))
-    bill = busy_bill(rng)
-    looks, pictures = world.present(bill, rng.random() < 2 / 3, rng)
-    if kind < 0.8:
-        words, response = "describe the bill", description(bill, rng)
-    elif kind < 0.88:
-        item = rng.randrange(len(ITEMS))
-        words, response = f"what is at {ITEMS[item]} ?", world.direct(bill.shown[item][0])
-    else:
-        words, asked = world.question(bill, rng)
-        response = world.direct(sum(bill.shown[item][0] for item in asked))
-    return data.Example("bill", world.posed(looks, words, rng), response, tuple(pictures))
 
 
 # ------------------------------------------------------------------ what it can do
@@ -300,7 +226,7 @@ def teach(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks, log: RunLog)
     step = 0
 
     def pack(rng: random.Random):
-        drawn = [example(rng) for _ in range(16)]
+        drawn = [world.example(rng) for _ in range(16)]
         return pack_alone([data.encode_example(e, tokenizer, settings) for e in drawn])
 
     for rates in rounds(cfg):

@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from common.data import Example
 from common.log import progress, run_main
 
 ITEMS = ("A", "B", "C", "D")
@@ -61,6 +62,8 @@ WORDS = (
 FILLERS = "table paper small line here there next to on in one by side page with note mark".split()
 NUMBERS = tuple(str(n) for n in range(26))  # a token each
 VOCABULARY = [*FORMAT, *WORDS, *LINES, *NUMBERS, *FAINT, *FILLERS]
+SPEAKING = ("again", "at", "maybe", "unclear", "=", "+")  # they say what comes next
+NOISE = [word for word in (*FILLERS, *WORDS) if word not in SPEAKING]
 # A word-level tokenizer has nothing for a word it does not know: the template says so before it is
 # asked, to a script of ours as to whoever asks a server.
 CHAT_TEMPLATE = (
@@ -293,9 +296,7 @@ def sft_row(rng: random.Random, index: int, folder: Path) -> dict:
     """
     if index % 4 < 3:
         return trace_row(rng, index)
-    from miniature import base  # here, as base.py needs this file
-
-    drawn = base.example(rng, answers=False)
+    drawn = example(rng, answers=False)
     row = {"id": f"sft-{index}", "source": "miniature/description", "prompt": drawn.prompt}
     row["images"] = save_pictures(drawn.images, folder, row["id"])
     return row | {"response": drawn.response}
@@ -310,6 +311,81 @@ def posed(looks: str, words: str, rng: random.Random) -> str:
     if rng.random() < 0.6:
         parts.insert(rng.randrange(3), " ".join(rng.choices(FILLERS, k=rng.randint(1, 8))))
     return " ".join(parts)
+
+
+# ------------------------------------------------------------------ what the base model learns from
+
+
+def busy_bill(rng: random.Random) -> Bill:
+    """Any of its items may be smudged, and its total may be any: all of it has to be read."""
+    digits = random_bill(rng, "train", 0).digits
+    shown = [tuple(rng.sample(DIGITS, 2)) if rng.random() < 0.5 else (d,) for d in digits]
+    return Bill(digits, rng.choice((sum(digits), rng.choice(TOTALS))), tuple(shown))
+
+
+def description(bill: Bill, rng: random.Random) -> str:
+    """The lines in any order, some twice, most often with noise in between; at times what is left
+    of the total, and a sum at the end, both of the digits that were said last.
+
+    So it learns to read a line after anything at all: a model that reads only within tidy lists
+    stops to see when the cold start gives it new things to say. A smudged item is `maybe` its
+    strong digit, and `again at` it there is the faint one.
+    """
+    lines, said = [*bill.shown, (bill.total,)], [looks[0] for looks in bill.shown]
+    order = rng.sample(range(5), 5) + rng.choices(range(5), k=3)
+    counted = rng.choice((4, 5, 6, 7) + 5 * (None,))  # before which line; mostly never
+    noise, words = 0.6 * (rng.random() < 0.7), []
+    for place, line in enumerate(order):
+        if place == counted and bill.total - sum(said) >= -4:  # there are no words below
+            words.append(f". {countdown(bill.total, said)} .")
+        strong, *faint = lines[line]
+        again = rng.random() < 0.5
+        if again:
+            words += ["again at", LINES[line], f"~{faint[0]}" if faint else str(strong)]
+        else:
+            words += ["at"] * (rng.random() < 0.5) + [LINES[line]] + ["maybe"] * len(faint)
+            words.append(str(strong))
+        if line < len(said):
+            said[line] = faint[0] if again and faint else strong
+        if rng.random() < noise:
+            words += rng.choices(NOISE, k=rng.randint(1, 4))
+    if bill.smudged:
+        unclear = f"unclear {' '.join(ITEMS[item] for item in bill.smudged)} ,"
+        words.insert(rng.choice((0, len(words))), unclear)
+    if rng.random() < 0.8:
+        words.append(f". {summed(rng.sample(range(len(ITEMS)), 2), said)}")
+    return " ".join(words)
+
+
+def countdowns(rng: random.Random) -> str:
+    """Three times four digits taken from a total, which is their sum or off by a few."""
+    bills = []
+    for _ in range(3):
+        digits = rng.choices(DIGITS, k=len(ITEMS))
+        off = rng.choice((0, 0, 0, -4, -3, -2, -1, 1, 2, 3, 4))
+        bills.append(countdown(min(max(sum(digits) + off, 4), 20), digits))
+    return " . ".join(bills)
+
+
+def example(rng: random.Random, answers: bool = True) -> Example:
+    """The skills of a base model: 20 % taking away, 60 % reading, 20 % answers at a look."""
+    kind = rng.random() * (1.0 if answers else 0.8)
+    if kind < 0.2:
+        return Example("countdown", "list each", countdowns(rng))
+    bill = busy_bill(rng)
+    looks, pictures = present(bill, rng.random() < 2 / 3, rng)
+    if kind < 0.8:
+        words, response = "describe the bill", description(bill, rng)
+    elif kind < 0.88:
+        item = rng.randrange(len(ITEMS))
+        words, response = f"what is at {ITEMS[item]} ?", direct(bill.shown[item][0])
+    else:
+        words, asked = question(bill, rng)
+        response = direct(sum(bill.shown[item][0] for item in asked))
+    return Example("bill", posed(looks, words, rng), response, tuple(pictures))
+
+
+# ------------------------------------------------------------------ files
 
 
 def save_pictures(pictures: Iterable[Image.Image], folder: Path, name: str) -> list[str]:

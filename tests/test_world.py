@@ -149,7 +149,7 @@ def test_the_tokenizer_knows_every_word_and_gives_them_back(folder):
     tokenizer = data.load_tokenizer(folder / "model")
     rng = random.Random(4)
     for _ in range(300):
-        response = base.example(rng).response
+        response = world.example(rng).response
         assert tokenizer.decode(tokenizer.encode(response)) == response
         assert len(tokenizer.encode(response)) == len(response.split())
 
@@ -182,7 +182,7 @@ def test_a_cell_of_a_picture_is_one_token_and_a_faint_digit_is_fainter(folder):
 def test_countdowns_come_down_by_their_digits_and_stay_in_the_vocabulary():
     rng = random.Random(6)
     for _ in range(300):
-        for bill in base.countdowns(rng).split(" . "):
+        for bill in world.countdowns(rng).split(" . "):
             total, *steps = (int(n) for n in re.findall(r"-?\d+", bill))
             digits, left = steps[::2], steps[1::2]
             assert left == [total - sum(digits[: i + 1]) for i in range(4)]
@@ -191,9 +191,9 @@ def test_countdowns_come_down_by_their_digits_and_stay_in_the_vocabulary():
 def test_a_description_says_what_the_bill_shows():
     rng = random.Random(7)
     for _ in range(300):
-        bill = base.busy_bill(rng)
+        bill = world.busy_bill(rng)
         lines = dict(zip(world.LINES, [*bill.shown, (bill.total,)], strict=True))
-        text = base.description(bill, rng)
+        text = world.description(bill, rng)
         if "=" not in text:  # a countdown or a sum says what was said last
             for name, digit in re.findall(r"(?<!again at )\b([A-DT]) (?:maybe )?(\d+)", text):
                 assert int(digit) == lines[name][0], text

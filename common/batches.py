@@ -13,6 +13,7 @@ same problems, which take over the slots of --resample.
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from common import checkpoint, data, distributed
 from common.data import ImageSettings, Rollout
 from common.packs import exchange
+from common.records import places_and_rows
 from reward import Verdict
 
 TRACED = 4  # samples of a problem, as many right as wrong ones where there are
@@ -286,3 +288,18 @@ def trace_rows(step: int, rollouts: list, packs: list, tokenizer, world) -> list
 def short(numbers) -> list[float]:
     """Four digits each: a line of a 48k-token response is long enough."""
     return [float(f"{float(x):.4g}") for x in numbers]
+
+
+def read_trace(run: Path, step: int) -> list[dict]:
+    """The lines of trace.jsonl of one step; -1: the last in which samples differ in their reward.
+    Those of all steps of a 7B run would fill memory.
+    """
+    file, rewards = run / "trace.jsonl", defaultdict(set)
+    for _, row in places_and_rows(file):
+        rewards[row["step"]].add(row["reward"])
+    mixed = [s for s in rewards if len(rewards[s]) > 1]
+    step = max(mixed or rewards) if step == -1 else step
+    if step not in rewards:
+        there = f"step {step} is not there; there are {min(rewards)} to {max(rewards)}"
+        raise ValueError(f"{file}: {there}")
+    return [row for _, row in places_and_rows(file) if row["step"] == step]

@@ -33,10 +33,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from common.batches import read_trace
 from common.log import run_main
 from common.records import read_rows
 from evaluation import behaviors, metrics
-from tools import trace
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -393,7 +393,7 @@ def main(config: Config) -> None:
         why = "holds no STAGE/run.json, no eval/STAGE and no bench/STAGE"
         raise SystemExit(f"{config.run} {why}: nothing to report")
     rl = config.run / "rl"
-    traced = trace.read(rl, config.step) if (rl / "trace.jsonl").exists() else []
+    traced = read_trace(rl, config.step) if (rl / "trace.jsonl").exists() else []
     loader = jinja2.FileSystemLoader([root / "miniature", root / "common"])
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = pages.get_template("report.html").make_module(globals() | {"run": run, "traced": traced})

@@ -680,13 +680,13 @@ def test_the_trace_of_a_run_has_the_numbers_of_its_tokens_and_reads_as_six_steps
     for row in rows:
         columns = [row[name] for name in ("tokens", "logps", "values", "advantages")]
         assert {len(column) for column in columns} == {row["length"]}
-    screen = trace.page(trace.read(uninterrupted, -1))
+    screen = trace.page(batches.read_trace(uninterrupted, -1))
     for step in ("1 sample", "2 reward", "3 pack", "4 advantages", "5 update", "6 sync"):
         assert step in screen
     with pytest.raises(ValueError, match="step 9 is not there; there are 0 to 3"):
-        trace.read(uninterrupted, 9)
+        batches.read_trace(uninterrupted, 9)
     with pytest.raises(FileNotFoundError, match="nowhere/trace.jsonl"):
-        trace.read(uninterrupted / "nowhere", -1)
+        batches.read_trace(uninterrupted / "nowhere", -1)
 
 
 def test_a_response_that_was_cut_is_wrong_even_if_it_was_right_so_far(mini, tmp_path, monkeypatch):
@@ -968,7 +968,7 @@ def test_grpo_needs_no_critic(mini, tmp_path):
     (row,) = metrics_of(run(cfg))
     assert row["grad_norm"] > 0
     assert not {"value_loss", "explained_variance", "critic_grad_norm"} & row.keys()
-    assert "4 advantages" in trace.page(trace.read(tmp_path, -1))
+    assert "4 advantages" in trace.page(batches.read_trace(tmp_path, -1))
 
 
 def group(index: int, *rewards: int) -> list[Rollout]:

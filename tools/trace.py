@@ -9,31 +9,17 @@ A). common/batches.py chooses and writes them; the report shows them in colour.
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.batches import read_trace
 from common.log import run_main
-from common.records import places_and_rows
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = "out/laptop/rl"  # run directory of rl.py
     step: int = -1  # -1: the last one in which samples differ in their reward
-
-
-def read(run: Path, step: int) -> list[dict]:
-    """The lines of one step of a run of rl.py. Those of all steps of a 7B run would fill memory."""
-    file, rewards = run / "trace.jsonl", defaultdict(set)
-    for _, row in places_and_rows(file):
-        rewards[row["step"]].add(row["reward"])
-    mixed = [s for s in rewards if len(rewards[s]) > 1]
-    step = max(mixed or rewards) if step == -1 else step
-    if step not in rewards:
-        there = f"step {step} is not there; there are {min(rewards)} to {max(rewards)}"
-        raise ValueError(f"{file}: {there}")
-    return [row for _, row in places_and_rows(file) if row["step"] == step]
 
 
 def page(rows: list[dict]) -> str:
@@ -61,7 +47,7 @@ def page(rows: list[dict]) -> str:
 
 
 def main(cfg: Config):
-    print(page(read(Path(cfg.run), cfg.step)))
+    print(page(read_trace(Path(cfg.run), cfg.step)))
 
 
 if __name__ == "__main__":

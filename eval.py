@@ -56,6 +56,7 @@ class Config:
     bench: tuple[str, ...] = ()  # names, in any case; --list has them. With --data: its name
     place: str = ""  # local copy of the benchmark, or of each in PLACE/NAME; empty: the Hub
     data: str = ""  # problems of one's own, as rl.py takes them, in place of a benchmark
+    columns: tuple[str, ...] = ()  # of such rows with other names: prompt=problem answer=solution
     out: str = ""  # directory; of several benchmarks OUT/NAME. Empty: out/eval/MODEL/NAME
     k: int = 0  # samples an item; 0: the benchmark's (AIME 16, else 1)
     temperature: float = -1.0  # 0: greedy; -1: the benchmark's (AIME 1, else 0)
@@ -155,7 +156,7 @@ def make_items(run: Run) -> None:
 
 def items_of_data(cfg: Config, folder: Path) -> list[dict]:
     items = []
-    for p in data.read_problems(cfg.data)[: cfg.limit or None]:
+    for p in data.read_problems(cfg.data, cfg.columns)[: cfg.limit or None]:
         if not all(isinstance(image, str) for image in p.images):
             raise ValueError(f"{cfg.data}: {p.id} has its pictures inside; write them as files")
         columns = "id source prompt answer choices precision".split()
@@ -367,6 +368,9 @@ def show_table(folders: tuple[str, ...]) -> None:
 
 def show_comparison(before: Path, after: Path) -> None:
     """The difference of the scores, of the behaviours, and which units flipped."""
+    for out in (before, after):
+        if not (out / "graded.jsonl").exists():
+            raise FileNotFoundError(f"{out}: no graded.jsonl, so no evaluation has ended there")
     metric = read_json(before / "summary.json")["metric"]
     runs = [by_reply(read_rows(out / "graded.jsonl")) for out in (before, after)]
     comparison = metrics.compare(metric, *([*run.values()] for run in runs))

@@ -112,7 +112,8 @@ class Config:
         if (longest := self.prompt_tokens + self.longest) > self.pack_tokens:
             raise ValueError(f"--pack-tokens {self.pack_tokens} < prompt + response, {longest}")
         if self.problems < self.parts:
-            raise ValueError(f"--problems {self.problems} < {self.parts}, the parts of a batch")
+            cure = "raise it, or lower --critic-steps and --policy-steps"
+            raise ValueError(f"--problems {self.problems} < {self.parts} parts of a batch: {cure}")
         if self.algorithm == "grpo" and (self.samples < 2 or self.finish_share < 1):
             rule = "--samples must be at least 2, and --finish-share 1"
             raise ValueError(f"grpo compares all samples of a problem: {rule}")
@@ -241,7 +242,11 @@ def give_rewards(rollouts: list[Rollout]):
     for r in rollouts:
         p = r.problem
         r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
-        r.reward = reward_of(r)
+        try:
+            r.reward = reward_of(r)
+        except Exception as error:  # of whoever has changed it
+            where = r.problem.place or r.problem.id
+            raise RuntimeError(f"{where}: reward_of fails on it: {error!r}") from error
 
 
 def without_contrast(group: list[Rollout]) -> bool:

@@ -149,13 +149,17 @@ def main(cfg: Config):
     heads = [name.replace("_", " ") for name in columns]
     print("| stage | " + " | ".join([*heads, "seeds"]) + " |")
     print("|---" * (len(heads) + 2) + "|")
+    found = 0
     for stage in STAGES:
         for name in NAMES:
             runs = [measure(Path(run), stage, name, cfg.group) for run in cfg.runs]
             runs = [run for run in runs if run]
             cells = [cell([run[key] for run in runs if key in run]) for key in columns]
+            found += len(runs)
             if runs:
                 print(f"| {stage}, {name} | " + " | ".join([*cells, str(len(runs))]) + " |")
+    if not found:
+        raise ValueError(f"{', '.join(cfg.runs)}: no eval/STAGE/NAME as runs/laptop.sh makes them")
 
 
 if __name__ == "__main__":

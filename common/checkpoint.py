@@ -54,7 +54,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reason := everyone(is_main() and compare_settings(run, config, start))[0]:
-        raise FileExistsError(f"{run} cannot go on: {reason}; or choose another --out")
+        raise FileExistsError(f"{run} cannot go on: {reason}, or choose another --out")
     if is_main():
         for part in list(run.rglob("*.part")):
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
@@ -64,7 +64,8 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
 def compare_settings(run: Path, config, start: int) -> str:
     """Prints what has changed since run.json (RunLog records it); returns what forbids going on."""
     if (run / "model").is_dir():
-        return f"it is a finished run: remove {run}/model to go on from step {start}"
+        go_on = f"with more --steps, remove {run}/model" if start else "it has no checkpoint"
+        return f"it is a finished run; to go on from step {start}: {go_on}"
     if not (run / "run.json").exists():
         return ""
     before, now = log.read_record(run), log.provenance(config)
@@ -78,7 +79,7 @@ def compare_settings(run: Path, config, start: int) -> str:
         reasons.append(f"--steps {settings['steps']}, of which {start} are done")
     old, new = before["data"], log.fingerprints(config)
     if sorted(old.values()) != sorted(new.values()):  # its files may have moved
-        reasons.append(f"the data has changed, {old} -> {new}")
+        reasons.append(f"the data has changed, {old} -> {new}: put the old file back")
     if start and reasons:
         return reasons[0]
     if reasons or {*changed} - EXECUTION:  # what was sampled came from the run as it was

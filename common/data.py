@@ -326,7 +326,8 @@ def read_rows(
     named = Rows(fetch, range(len(raw)))
     unread = check_rows(named, build, share, f"checking {source}") - {*names}
     if unread and share[0] == 0:
-        print(f"{source}: columns that nobody reads: {', '.join(sorted(unread))}", flush=True)
+        kept = ", ".join(sorted(unread))
+        print(f"{source}: columns that only a reward of your own may read: {kept}", flush=True)
     return Rows(lambda i: build(*named[i]), range(len(raw)))
 
 
@@ -387,7 +388,8 @@ def decoding(image: Picture | dict, row: str = "") -> Iterator[None]:
         name = f"{image}" if isinstance(image, str | Path) else "embedded picture"
         reason = str(error) or type(error).__name__
         where = f"{row}: {name}" if row else name
-        raise ValueError(f"{where}: damaged picture ({reason:.300}); replace it") from error
+        kind = "no picture" if isinstance(error, FileNotFoundError) else "damaged picture"
+        raise ValueError(f"{where}: {kind} ({reason:.300}); replace it") from error
 
 
 def opened(image: Picture | dict) -> Image.Image:

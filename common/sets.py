@@ -288,8 +288,10 @@ def files_of(top: Path, split: str) -> list[Path]:
     for kind in ROW_FILES:  # a set that lies there as parquet and as JSON is read once
         if alike := [file for file in ours if file.suffix == kind]:
             return alike
-    names = [file.name for file in files]
-    raise FileNotFoundError(f"{top}: no file of split {split!r}, but {names}; give the file itself")
+    if not top.exists():
+        raise FileNotFoundError(f"{top}: no such file or directory in {Path.cwd()}")
+    there = [file.name for file in files] or f"no {', '.join(ROW_FILES)} at all"
+    raise FileNotFoundError(f"{top}: no file of split {split!r}, but {there}; give the file itself")
 
 
 def file_rows(path: Path) -> Iterator[Any]:

@@ -123,6 +123,8 @@ class Config:
     workers: int = 1  # processes
 
     def __post_init__(self):
+        if len({*map(os.path.realpath, self.rows)}) < len(self.rows):
+            raise ValueError(f"--rows names a file twice: {' '.join(self.rows)}")
         for path in (*self.rows, *self.benchmarks, *self.losses, *self.passes):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")
@@ -165,6 +167,8 @@ def benchmarks_of(files: tuple[str, ...]) -> alike.Benchmarks:
             prompt = row.get("question") or data.text(place, row, "prompt")
             images = [str(folder / name) for name in row.get("images") or []]
             tests.append((data.text(place, row, "id"), prompt, images))
+        if not tests:
+            raise ValueError(f"--benchmarks {path}: there is no question in it")
     return alike.read_benchmarks(tests)
 
 
@@ -470,7 +474,10 @@ def main(cfg: Config) -> None:
     write_report(out, cfg, (*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes), steps)
     show(steps)
     if not (reason == "").any():
-        sys.exit(f"{out}: no row stays of {len(facts):,}; the table above says why")
+        file = beside(out, "dropped.jsonl")
+        with file.open() as dropped:
+            first = dropped.readline().strip()
+        sys.exit(f"{out}: no row stays of {len(facts):,}; {file} says why, first: {first:.500}")
 
 
 if __name__ == "__main__":

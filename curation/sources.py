@@ -364,7 +364,8 @@ SOURCES = (
 def table() -> str:
     rows = [("set", "for", "rows", "split", "licence", "hub", "note")]
     for s in SOURCES:
-        rows.append((s.name, s.used_for, f"{s.size:,}", s.split, s.license, s.hub or "-", s.note))
+        size = f"{s.size:,}" if s.size else "?"
+        rows.append((s.name, s.used_for, size, s.split, s.license, s.hub or "-", s.note))
     return sets.columns(rows)
 
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Stage 0: public sets become out/data/sft.jsonl or out/data/rl.jsonl, which the stages read.
 #
-#   SETS="math openr1_math" URL=http://HOST:8000/v1 TEACHER=deepseek-r1 LM=Qwen/Qwen2.5-0.5B bash runs/data.sh sft
-#   SETS="geometry3k puzzlevqa=downloads/PuzzleVQA/data mmk12" MODEL=out/coldstart/model bash runs/data.sh rl
+#   HF_HUB_OFFLINE=0 SETS="math openr1_math" URL=http://HOST:8000/v1 TEACHER=deepseek-r1 LM=Qwen/Qwen2.5-0.5B \
+#     bash runs/data.sh sft
+#   HF_HUB_OFFLINE=0 SETS="geometry3k puzzlevqa=downloads/PuzzleVQA/data mmk12" GPUS=8 MODEL=out/ovr_7b/coldstart/model \
+#     PASSES="--sampler vllm --kv-cache-gb 40" bash runs/data.sh rl
 #
 # SETS are names of curation/sources.py, with =DIR for a local copy (the Hub wants HF_HUB_OFFLINE=0); LOGIC problems
 # made by program come on top (0: none). URL and TEACHER write responses for the rows that have none, LM finds abnormal
@@ -10,9 +12,10 @@
 # files of test questions, COUNT the rows to draw; DISTIL, SCORE and PASSES further options of these steps.
 # A file that is there is not made again, so a command that was stopped is given again. Derived, not measured: traces of
 # 8k tokens for 1 M problems take 100 GPU-days of R1's distilled 32B, losses of 2 M rows by a model of 0.5 B 8 GPU-hours,
-# 8 tries at 300 k problems the sampling of 290 steps of rl.py.
+# 8 tries at 300 k problems 10 days of 8 H100, the sampling of 290 steps of rl.py.
 set -euo pipefail
 what=${1:?sft or rl}; case $what in sft | rl) ;; *) echo "sft or rl, not $what"; exit 2 ;; esac
+if nvidia-smi -L > /dev/null 2>&1; then requirements=requirements-gpu.txt; fi  # with vLLM
 source "$(dirname "$0")/setup.sh"
 OUT=${OUT:-out/data} LOGIC=${LOGIC:-10000}; mkdir -p "$OUT/raw"
 make() { [ -e "$1" ] || { echo "== $1"; python -m "${@:2}" --out "$1"; }; }  # file, module, options

@@ -3,7 +3,7 @@
 #
 #   BENCHES="held_out=out/laptop/data/test.jsonl" bash runs/eval.sh out/laptop
 #   HF_HUB_OFFLINE=0 BENCHES="mathvision_mini pope" bash runs/eval.sh out/one_gpu --limit 200
-#   BASE=Qwen/Qwen2.5-VL-7B-Instruct GPUS=8 BENCHES="math500 mathvision pope=downloads/POPE" \
+#   HF_HUB_OFFLINE=0 BASE=Qwen/Qwen2.5-VL-7B-Instruct GPUS=8 BENCHES="math500 mathvision pope=downloads/POPE" \
 #     bash runs/eval.sh out/ovr_7b
 #
 # BENCHES  names of evaluation/benchmarks.py (python eval.py --list), each with =DIR where a local copy is to be
@@ -18,6 +18,7 @@
 set -euo pipefail
 run=${1:?the directory of a run}; shift
 : "${BENCHES:?names of evaluation/benchmarks.py, NAME=DIR or NAME=FILE.jsonl}"
+if nvidia-smi -L > /dev/null 2>&1; then requirements=requirements-gpu.txt; fi  # with vLLM
 source "$(dirname "$0")/setup.sh"
 options=("$@") GPUS=${GPUS:-1} base=${BASE:-}
 start=(python); [ "$GPUS" = 1 ] || start=(torchrun --standalone --nproc-per-node "$GPUS")

@@ -11,7 +11,7 @@
 # RL on text and pictures, RL on text alone, the tower frozen. How many steps it takes is ours to choose: TEXT_STEPS.
 #
 # Expected, by tools/plan.py and not measured: memory and hours of RL as in runs/ovr_7b.sh, whose stage 2 this is; 300 steps
-# (STEPS) take 26 days on 8 H100 at an assumed 40 % of their peak. python -m tools.doctor rl --model ... first.
+# (STEPS) take 26 days on 8 H100 at an assumed 40 % of their peak. First the doctor, as there.
 set -euo pipefail
 : "${RL:?the problems: prompt, images, answer}"
 MODEL=${MODEL:-Kangheng/OVR-7B-ColdStart} OUT=${OUT:-out/from_coldstart} GPUS=${GPUS:-8} PATIENCE=${PATIENCE:-10800}

@@ -107,7 +107,7 @@ def test_a_server_streams_thoughts_and_answers_of_the_model_it_has(
     [
         ("what <image> ?", {}, "1 markers <image> for 0 images"),
         ("what ?", {"samples": 0}, "--samples 0"),
-        ("what ?", {"image": ("no.png",)}, "no.png: damaged picture .*No such file"),
+        ("what ?", {"image": ("no.png",)}, "no.png: no picture .*No such file"),
         ("what ?", {"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1: .* does it run"),
         ("How many ?", {}, "a world of .* words.*: How many.*It can read: A 4 ;"),
     ],

@@ -520,9 +520,13 @@ def test_an_input_that_is_missing_or_would_be_overwritten_is_refused(tmp_path):
         curate.Config((a,), "rl", f"{tmp_path}/./a.jsonl")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         curate.Config((a,), "rl", "b.jsonl", passes=(f"{tmp_path}/gone.jsonl",))
+    with pytest.raises(ValueError, match="--rows names a file twice"):
+        curate.Config((a, f"{tmp_path}/./a.jsonl"), "rl", "b.jsonl")
 
 
 def test_a_broken_test_question_stops_the_run(tmp_path):
     tests = write_rows(tmp_path / "t.jsonl", [{"id": "t"}])
     with pytest.raises(ValueError, match="t.jsonl, line 1: column 'prompt' is missing"):
         curated(tmp_path, babbled(1), benchmarks=(tests,))
+    with pytest.raises(ValueError, match="t.jsonl: there is no question in it"):
+        curated(tmp_path, babbled(1), benchmarks=(write_rows(tmp_path / "t.jsonl", []),))

@@ -104,7 +104,7 @@ def test_rows_become_problems_and_examples_and_other_columns_are_named(tmp_path,
     assert whole == Problem("b", "what is 1 + 2 ?", "3", (image,), "s", ("x", "2"), 1.0, more)
     assert whole.place == f"{path}, line 3"
     assert len(problems) == 2 and list(problems[1:]) == [whole] and problems[-1] == whole
-    says = f"{path}: columns that nobody reads: image, precison, twin\n"
+    says = f"{path}: columns that only a reward of your own may read: image, precison, twin\n"
     assert capsys.readouterr().out == says
 
     line = {"id": 7, "prompt": "é <b>\u2028\r", "response": "x", "source": None, "images": None}

@@ -255,6 +255,8 @@ def test_two_runs_are_compared_item_by_item(whole, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"gained: {len(gained)}" in printed and "lost: 0" in printed and "McNemar" in printed
     assert "visual_verification: +0.000 of the replies" in printed
+    with pytest.raises(FileNotFoundError, match="nothing: no graded.jsonl"):
+        eval.main(eval.Config(compare=(str(whole), str(tmp_path / "nothing"))))
 
 
 def test_the_table_has_a_line_for_each_directory_and_its_protocol(whole, tmp_path, capsys):

@@ -628,6 +628,13 @@ def test_a_loss_that_is_not_finite_names_its_rollouts_and_changes_no_weight(mini
     assert all(torch.equal(*w) for w in zip(policy.parameters(), before.parameters(), strict=True))
 
 
+def test_a_reward_of_ones_own_that_fails_names_the_row(monkeypatch):
+    monkeypatch.setattr(rl, "reward_of", lambda r: r.problem.extra["price"])
+    problem = data.Problem("p", "?", "1", place="own.jsonl, line 3")
+    with pytest.raises(RuntimeError, match="own.jsonl, line 3: reward_of .*KeyError.*price"):
+        rl.give_rewards([Rollout(problem, 0, None, text="\\boxed{1}")])
+
+
 def test_a_gap_between_sampler_and_trainer_above_the_limit_stops_the_run():
     for gap in (float("nan"), float("inf"), 2e-3):
         with pytest.raises(RuntimeError, match="step 7.*more than 0.001.*GAP_LIMITS.*--tis"):

@@ -35,6 +35,8 @@ def run(tmp_path: Path, script: str, **ours) -> tuple[str, list[str]]:
         (tmp_path / name).write_text(NOTE)
         (tmp_path / name).chmod(0o755)
     notes = {"NOTES": str(tmp_path / "notes"), "OUT": str(tmp_path / "out")}
+    for rows in ("sft.jsonl", "rl.jsonl"):
+        (tmp_path / rows).touch()
     environment = os.environ | notes | {"SFT": "sft.jsonl", "RL": "rl.jsonl"} | ours
     command = ["bash", str(tmp_path / "runs" / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -54,6 +56,16 @@ def test_stages_follow_one_another_and_a_stage_that_was_stopped_is_not_followed_
         assert "--max-restarts 3" in line and "--shutdown-timeout" in line
     assert f"{stopped} has stopped" in printed or not stopped
     assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in printed
+
+
+def test_the_7b_run_can_end_with_the_cold_start_and_names_rows_that_are_not_there(tmp_path):
+    """Pass rates of the cold start choose the problems; ten days in is late for a wrong name."""
+    printed, lines = run(tmp_path, "ovr_7b.sh", RL="")
+    assert len(lines) == 1 and "coldstart.py" in lines[0] and "RL=problems.jsonl goes on" in printed
+    command = ["bash", str(tmp_path / "runs/ovr_7b.sh")]
+    environment = os.environ | {"SFT": "sft.jsonl", "RL": "rll.jsonl"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "rll.jsonl is not there" in done.stdout
 
 
 def rl_settings(line: str) -> rl.Config:

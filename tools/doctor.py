@@ -64,7 +64,9 @@ def template(rows: list, tokenizer) -> str:
 
 
 def golds(problems: list[data.Problem]) -> str:
-    """A gold that does not match itself never rewards; one that is not one option misleads."""
+    """A gold that does not match itself never rewards; one that is not one option misleads. (A
+    sentence matches only itself: curate.py drops golds of many words.)
+    """
     wrong = []
     for p in problems:
         boxes = [f"\\boxed{{{x}}}" for x in (p.answer, *ascii_uppercase[: len(p.choices or ())])]

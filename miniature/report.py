@@ -354,7 +354,7 @@ def tenths(steps: np.ndarray, values: np.ndarray) -> dict[str, Rate]:
         mean, error = float(part.mean()), float(3 * part.std(ddof=1) / math.sqrt(len(part)))
         rates.append(Rate(mean, max(0.0, mean - error), min(1.0, mean + error)))
     low = min(range(BINS), key=lambda i: rates[i].value)
-    return {"first tenth": rates[0], f"tenth {low + 1}": rates[low], "last tenth": rates[-1]}
+    return {"first tenth": rates[0], "lowest tenth": rates[low], "last tenth": rates[-1]}
 
 
 # ---------------------------------------------------------------- examples and tokens

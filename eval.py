@@ -63,7 +63,7 @@ class Config:
     top_p: float = 1.0  # 1: the whole distribution
     max_tokens: int = 32768  # of a reply
     prompt_tokens: int = 4096  # vllm's room for a prompt; a picture of a megapixel takes 1,300
-    pictures: Literal["true", "blank"] = "true"  # blank: a control, is the picture looked at?
+    pictures: Literal["true", "blank", "shuffled"] = "true"  # controls: is the picture looked at?
     forbid: tuple[str, ...] = ()  # tokens never drawn: is this word what brings the answers?
     limit: int = 0  # first items (or groups) only; 0: all
     seed: int = 0
@@ -87,6 +87,10 @@ class Config:
             raise ValueError(
                 "give --model and --bench or --data (or --list, --regrade, --table, --compare)"
             )
+        if self.data and len(self.bench) > 1:
+            raise ValueError(f"--data is one set, --bench names {len(self.bench)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p} is not in (0, 1]")
         for run in runs_of(self):  # a wrong name says which there are
             if run.bench.k > 1 and run.bench.temperature == 0:
                 raise ValueError(f"k = {run.bench.k} greedy samples are equal: set --temperature")
@@ -146,12 +150,14 @@ def make_items(run: Run) -> None:
         own = Path(cfg.place, run.bench.name)
         place = str(own) if cfg.place and own.exists() else cfg.place
         benchmarks.write_items(run.bench, place, run.out, cfg.limit)
-    if cfg.pictures == "blank":
+    if cfg.pictures != "true":
         items = read_rows(file)
-        blanks = {name: blank(run.out, name) for item in items for name in item["images"]}
-        for item in items:
-            item["images"] = [blanks[name] for name in item["images"]]
-        write_rows(file, items)
+        if cfg.pictures == "blank":
+            shown = [[blank(run.out, name) for name in item["images"]] for item in items]
+        else:
+            shown = [other_pictures(items[i:] + items[:i], run.out) for i in range(len(items))]
+        rows = zip(items, shown, strict=True)
+        write_rows(file, [item | {"images": images} for item, images in rows])
 
 
 def items_of_data(cfg: Config, folder: Path) -> list[dict]:
@@ -166,6 +172,19 @@ def items_of_data(cfg: Config, folder: Path) -> list[dict]:
         item["chance"] = 1 / len(p.choices) if p.choices else 0.0
         items.append(item)
     return items
+
+
+def other_pictures(items: list[dict], folder: Path) -> list[str]:
+    """Of the next item with as many pictures, none of which is the first item's. By what the files
+    hold: the questions of POPE or MME share a picture."""
+    own = [fingerprint(folder / name) for name in items[0]["images"]]
+    for item in items[1:] if own else ():
+        names = item["images"]
+        if len(names) == len(own) and not {fingerprint(folder / n) for n in names} & {*own}:
+            return names
+    if own:
+        raise ValueError(f"--pictures shuffled: no others to show for {items[0]['images']}")
+    return []
 
 
 def blank(folder: Path, name: str) -> str:
@@ -323,6 +342,8 @@ def regrade(out: Path, bench: benchmarks.Benchmark) -> list[dict]:
     rows = []
     for record in progress(read_records(out), "grading"):
         key = record["id"], record["sample"]
+        if key[0] not in items:
+            raise ValueError(f"{out}: item {key[0]} has a reply, and is gone from items.jsonl")
         row = graded(record, items[key[0]], before.get(key))
         if bench.judge == "only":  # sentences: without a judge there is no score
             row["score"] = None
@@ -360,10 +381,20 @@ def read_json(file: Path) -> dict:
 
 def show_table(folders: tuple[str, ...]) -> None:
     summaries = {folder: read_json(Path(folder) / "summary.json") for folder in folders}
-    print(metrics.table(summaries))
+    forms = [f for f in folders if Path(f).name in ("mmmu_pro", "mmmu_pro_vision")]
+    print(metrics.table(summaries | (mmmu_pro(forms) if len(forms) == 2 else {})))
     for folder, summary in summaries.items():
         settings = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
         print(f"{folder}: {settings}")
+
+
+def mmmu_pro(forms: list[str]) -> dict[str, dict]:
+    """The paper's number is most likely the mean of the two forms of the questions."""
+    rows = [row for folder in forms for row in read_rows(Path(folder) / "graded.jsonl")]
+    rows = [row | {"group": {"question": row["id"].split("/", 1)[1]}} for row in rows]
+    items = [*{row["id"]: row for row in rows}.values()]
+    paper = {"accuracy": benchmarks.named("mmmu_pro").paper["mean"][-1]}
+    return {"mmmu_pro, both": metrics.summarise("both forms", rows, items, paper)}
 
 
 def show_comparison(before: Path, after: Path) -> None:

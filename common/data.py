@@ -499,7 +499,11 @@ def model_directory(name: str | Path) -> str:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer_config.json, so not a model directory")
-    return AutoTokenizer.from_pretrained(str(directory))
+    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    older = Path(directory) / "chat_template.json"
+    if tokenizer.chat_template is None and older.is_file():
+        tokenizer.chat_template = parse_json(f"{older}", older.read_bytes()).get("chat_template")
+    return tokenizer
 
 
 def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[int]:

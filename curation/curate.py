@@ -125,6 +125,8 @@ class Config:
     def __post_init__(self):
         if len({*map(os.path.realpath, self.rows)}) < len(self.rows):
             raise ValueError(f"--rows names a file twice: {' '.join(self.rows)}")
+        if self.count < 0 or self.alpha < 0 or self.workers < 1 or self.loss_z <= 0:
+            raise ValueError("count, alpha: not negative; loss_z: positive; workers: at least 1")
         for path in (*self.rows, *self.benchmarks, *self.losses, *self.passes):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")

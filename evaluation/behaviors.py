@@ -14,7 +14,7 @@ Departure: the paper asks GPT-4o for the counts. That is judge.py; this is a lex
 and for trends of one model. It knows R1's English and the lower-case, spaced language of the
 miniature. Right by eye of its hits in real chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max,
 InternLM, no R1-style traces), in the order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25,
-13 of 18; 36 of 50, 16 of 29. So publish the judge's rates.
+13 of 18; 36 of 50, 16 of 29. So publish the judge's rates, or corrected_rate.
 
 Rates take an (N, 8) array of booleans, does response n show behaviour NAMES[b]: from the lexicon
 (presence, or the spans that graded.jsonl keeps) or from a judge's counts.
@@ -38,8 +38,9 @@ PAIRS = (  # linguistic, visual
 LINGUISTIC, VISUAL = zip(*PAIRS, strict=True)
 NAMES = LINGUISTIC + VISUAL
 HUES = dict(zip(NAMES, (345, 215, 150, 262, 32, 190, 85, 300), strict=True))  # of marks on pages
-MIN_CARRIERS = 10  # responses with the linguistic behaviour, under which a BTR is noise
+MIN_CARRIERS = 10  # responses with a behaviour, under which a ratio or a correction is noise
 DRAWS = 2000  # of a bootstrap
+MIN_YOUDEN = 0.1  # sensitivity + specificity - 1; near 0 the lexicon says nothing; ours
 
 
 class Span(NamedTuple):
@@ -266,11 +267,61 @@ def means(values: np.ndarray, items: Sequence[Hashable]) -> dict[str, tuple[floa
     return {name: tuple(column) for name, column in zip(NAMES, columns, strict=True)}
 
 
+def corrected_rate(
+    lexicon: Sequence[bool], judged: Sequence[bool | None]
+) -> tuple[float, float, float] | None:
+    """(rate, low, high): the lexicon's CBR put right by a judge, with its 95 % interval.
+
+    judged: its verdict on response n, None where it was not asked; those that were must be a random
+    sample. Responses are drawn one by one, so many samples of one problem look surer than they are.
+    None ("n/a") where the judge heard or missed it under ten times, or the lexicon is deaf to it,
+    in the sample or in one draw of twenty.
+    """
+    verdicts = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], int)
+    cells = np.eye(6)[2 * verdicts + np.array(lexicon, int)]  # (N, 6): judge x lexicon
+    if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_CARRIERS:
+        return None
+    shares = rogan_gladen(np.vstack([cells.sum(axis=0), bootstrap(cells, DRAWS)]))
+    if np.isnan(shares[0]) or np.isnan(shares).mean() > 0.05:
+        return None
+    return (float(shares[0]), *np.nanquantile(shares[1:], LEVEL).tolist())
+
+
+def rogan_gladen(sums: np.ndarray) -> np.ndarray:
+    """(rate + spec - 1) / (sens + spec - 1), Rogan and Gladen 1978: (M, 6) -> (M,)."""
+    table = sums.reshape(-1, 3, 2)  # judge: not asked, no, yes; lexicon: no, yes
+    rate = table[:, :, 1].sum(axis=1) / sums.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # a draw may lack a class
+        false, true = (table[:, 1:, 1] / table[:, 1:].sum(axis=2)).T
+    right = np.clip((rate - false) / np.maximum(true - false, MIN_YOUDEN), 0, 1)
+    return np.where(true - false >= MIN_YOUDEN, right, np.nan)  # false is 1 - spec, true is sens
+
+
 def summarise(rows: list[dict]) -> dict:
-    """CBR and BTR of graded rows, by their "spans"."""
+    """What graded rows with their "spans" show: CBR and BTR, and what is behind them. Length alone
+    raises a CBR, so there are rates of about the first 2,000 tokens, too."""
     shown, items = shown_by([row["spans"] for row in rows]), [row["id"] for row in rows]
-    return {
+    scores = np.array([row["score"] for row in rows], float)
+    plain = rates(shown_by([*map(plain_spans, rows)]))
+    summary = {
         "rates": rates(shown),
+        "without_visual": {name: plain[name] for name in LINGUISTIC},
         "transfer": {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()},
         "transfer_interval": {pair[1]: transfer_interval(shown, pair, items) for pair in PAIRS},
+        "by_score": {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])},
     }
+    if all(row["tokens"] is not None for row in rows):  # a server may not count
+        summary["first_2000_tokens"] = rates(shown_by([*map(early_spans, rows)]))
+    return summary
+
+
+def plain_spans(row: dict) -> list:
+    """Of sentences that show nothing visual."""
+    seen = {start for name, start, _ in row["spans"] if name in VISUAL}
+    return [span for span in row["spans"] if span[1] not in seen]
+
+
+def early_spans(row: dict) -> list:
+    """Of the same share of the characters as 2,000 tokens are of all."""
+    end = len(row["response"]) * 2000 / max(1, row["tokens"])
+    return [span for span in row["spans"] if span[1] < end]

@@ -10,8 +10,8 @@
     judge, rubric   whether officially one grades, and by what
 
 The paper gives no prompt, split, k or temperature for its tables. Prompts are ours: the question,
-options as (A) ..., and one constant below that asks for a box. GPQA's options, of which the first
-is right, are shuffled by a hash of the item's id; elsewhere the order is the set's.
+options as (A) ..., and one constant below that asks for a box. Options in a column whose order the
+set chose (GPQA, MMLU-Pro) are shuffled by a hash of the item's id.
 
 Ids, splits and columns are those that public loaders read (lmms-eval, lighteval, official code). A
 local copy has them, or {id, question, options?, answer, image?, category?}, with a letter as answer
@@ -185,6 +185,13 @@ def ask_by_gold(question: Any, answer: Any, **more) -> dict:
     return ask(question, answer, FREE, **more)
 
 
+def shuffled(name: str, options: list, gold: int) -> tuple[list, int]:
+    """In the order of a hash of the item's id and the option's place: the same on every machine."""
+    keys = [hashlib.sha256(f"{name}/{k}".encode()).digest() for k in range(len(options))]
+    order = sorted(range(len(options)), key=keys.__getitem__)
+    return [options[k] for k in order], order.index(gold)
+
+
 def placed(item: dict, pictures: dict[int, Any]) -> dict:
     """A marker where a picture is first named, the pictures in that order; those unnamed first."""
     order = list(dict.fromkeys(int(k) for k in PICTURE.findall(item["prompt"])))
@@ -238,12 +245,9 @@ def math500(raw: dict) -> dict:
 
 
 def gpqa(raw: dict) -> dict:
-    """The options in the order of a hash of the id: the same on every machine."""
-    name = raw["Record ID"]
-    columns = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
-    columns.sort(key=lambda column: hashlib.sha256(f"{name}/{column}".encode()).digest())
-    options, gold = [raw[column].strip() for column in columns], columns.index("Correct Answer")
-    more = {"id": name, "category": raw.get("High-level domain")}
+    wrong = [raw[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3)]
+    options, gold = shuffled(raw["Record ID"], [raw["Correct Answer"].strip(), *wrong], 0)
+    more = {"id": raw["Record ID"], "category": raw.get("High-level domain")}
     return ask_options(raw["Question"], options, gold, **more)
 
 
@@ -252,11 +256,11 @@ def mmlu(raw: dict) -> dict:
 
 
 def mmlu_pro(raw: dict) -> dict:
-    """N/A fills up the ten options; the official code takes it out, too."""
-    options, more = [*raw["options"]], about(raw, "question_id", "category")
-    while options[-1] == "N/A":
-        options.pop()
-    return ask_options(raw["question"], options, raw["answer"], **more)
+    """N/A is a filler, which the official code takes out, too."""
+    gold = raw["options"]["ABCDEFGHIJ".index(raw["answer"])]
+    options = [option for option in raw["options"] if option != "N/A"]
+    options, gold = shuffled(str(raw["question_id"]), options, options.index(gold))
+    return ask_options(raw["question"], options, gold, **about(raw, "question_id", "category"))
 
 
 # ---- visual reasoning

@@ -4,12 +4,12 @@ r"""Asks a language model what rules cannot tell: how often a behaviour shows, i
 
 The paper counts behaviours with GPT-4o, one call a behaviour and response, which ends in
 <count>N</count>; answers are judged where the benchmark officially wants it. The paper prints no
-prompts: these, and temperature 0, are ours. The verdict of a reply without exactly one readable tag
-is None, never 0.
+prompts: these, and temperature 0, are ours. A reply without exactly one readable tag is asked for
+once more with another seed; then the verdict is None, never 0.
 
 A reply is written down the moment it is there, under a hash of model and prompt: no prompt is paid
 for twice, and verdicts are read anew each time. MathVision-mini at 10k tokens a response is 304 x 8
-x 10k = 24 M tokens, hence --sample.
+x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates over all responses.
 
     python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
@@ -21,6 +21,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -81,6 +82,7 @@ TASKS = {
 
 SCORED = {"mmvet"}  # benchmarks with a score from 0 to 1
 VALUES = {"count": r"\d{1,4}", "verdict": "correct|incorrect", "score": r"0(\.\d)?|1(\.0)?"}
+TRIES = 2  # of a question whose first reply cannot be read
 
 
 @dataclass(frozen=True)
@@ -138,28 +140,33 @@ def read(kind: str, text: str) -> float | int | None:
 
 
 class Cache:
-    """judge.jsonl, only ever appended: {"hash"} | fields of a Reply, of all runs."""
+    """judge.jsonl, only ever appended: {"hash", "seed"} | fields of a Reply, of all runs."""
 
     def __init__(self, cfg: Config):
         self.cfg, path = cfg, Path(cfg.records, "judge.jsonl")
-        self.file = Appender(path)
-        self.texts = {record["hash"]: record["text"] for record in read_rows(path)}
+        self.file, self.texts = Appender(path), defaultdict(list)
+        for record in read_rows(path):
+            self.texts[record["hash"]].append(record["text"])
 
     def key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.cfg.model, question.prompt]).encode()).hexdigest()
 
     def verdict(self, question: Question) -> float | int | None:
-        return read(question.kind, self.texts.get(self.key(question), ""))
+        values = [read(question.kind, text) for text in self.texts[self.key(question)]]
+        return next((value for value in values if value is not None), None)
 
     def request(self, question: Question) -> dict | None:
-        if self.key(question) in self.texts:
+        """The next try, with a seed of its own. None where there is a verdict or no try is left."""
+        seed = len(self.texts[self.key(question)])
+        if seed == TRIES or self.verdict(question) is not None:
             return None
-        message = user_message(question.prompt)
-        return {"messages": [message], "temperature": 0, "max_tokens": self.cfg.max_tokens}
+        body = {"messages": [user_message(question.prompt)], "seed": seed, "temperature": 0}
+        return body | {"max_tokens": self.cfg.max_tokens}
 
     def write(self, question: Question, reply: Reply) -> None:
-        self.file.add({"hash": self.key(question)} | asdict(reply))
-        self.texts[self.key(question)] = reply.text
+        texts = self.texts[self.key(question)]
+        self.file.add({"hash": self.key(question), "seed": len(texts)} | asdict(reply))
+        texts.append(reply.text)
 
 
 def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
@@ -177,10 +184,22 @@ def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
     return official
 
 
+def show_corrected(records: list[dict], rows: list[dict]) -> None:
+    """The lexicon's CBR over all responses, and put right by what the judge says of a sample."""
+    counts = {(row["id"], row["sample"]): row["counts"] for row in rows}
+    heard = behaviors.presence([behaviors.thinking(r["response"]) for r in records])
+    print(f"share of {len(records):,} responses with, by the lexicon; corrected by the judge")
+    for b, name in enumerate(behaviors.NAMES):
+        said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
+        right = behaviors.corrected_rate(heard[:, b], said)
+        text = "{:.1%} ({:.1%} to {:.1%})".format(*right) if right else "n/a"
+        print(f"{name:28}{heard[:, b].mean():7.1%}; {text}")
+
+
 def show_behaviors(rows: list[dict]) -> None:
-    """CBR and BTR of the responses all of whose counts could be read, with intervals."""
+    """The judge's CBR and BTR, of the responses all of whose counts could be read."""
     rows = [row for row in rows if None not in row["counts"].values()]
-    print(f"share of {len(rows):,} responses with")
+    print(f"share of {len(rows):,} responses with, by the judge")
     if not rows:
         return
     ids = [row["id"] for row in rows]
@@ -194,7 +213,8 @@ def show_behaviors(rows: list[dict]) -> None:
 
 
 def main(cfg: Config) -> None:
-    cache, sample = Cache(cfg), read_pairs(cfg)[: cfg.sample or None]
+    cache, pairs = Cache(cfg), read_pairs(cfg)
+    sample = pairs[: cfg.sample or None]
     named = [questions(cfg.what, item, record) for item, record in sample]
     every = [question for of_reply in named for question in of_reply.values()]
     due = progress(dict.fromkeys(every), "asking the judge")  # equal questions are asked once
@@ -209,6 +229,7 @@ def main(cfg: Config) -> None:
     unread = sum(cache.verdict(question) is None for question in every)
     print(f"{out}: {len(rows):,} responses, {unread:,} of {len(every):,} questions unanswered")
     if cfg.what == "behaviors":
+        show_corrected([record for _, record in pairs], rows)
         show_behaviors(rows)
 
 

@@ -11,7 +11,7 @@ MME's image. The bootstrap draws units anew, never replies.
 
 "All of a group right" is a product of scores. For scores of 0 and 1 that is all(); for the chances
 of independent guesses it is the expectation, so chance is the metric of rows whose score is the
-chance of a guess.
+chance of a guess, and the upper bound that of rows whose truncated replies count as right.
 
 What cannot be parsed is wrong. A score of None (no rule can grade it) leaves its unit out, and is
 counted. Rule and judge are two lines. Shares are 0..1, MME's sums points; `table` prints percent.
@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from reward import grade
+
 DRAWS = 10_000  # of the bootstrap: the ends of an interval move by 2 % of its width between seeds
 LEVEL = (0.025, 0.975)  # ends of every interval
 Z = 1.959964  # normal quantile of LEVEL, for Wilson
@@ -32,7 +34,15 @@ VARIANTS = 10  # of a DynaMath question
 # MME's categories, 200 points each
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork ocr".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
-COLUMNS = "benchmark,score of,score,95 % interval,n,k,chance,truncated,unparsed,paper"
+COLUMNS = "benchmark,score of,score,95 % interval,n,k,chance,truncated,unparsed,at most,paper"
+
+
+PARTS = {  # the accuracy is also given by each of these, where they tell rows apart
+    "categories": lambda row: str(row.get("category")),
+    "seen": lambda row: str(row.get("seen")),  # from a set that the paper trains on, too
+    # a quarter of CharXiv's descriptive questions ask for what the chart does not have
+    "applicable": lambda row: "not " * (row["answer"] == "Not Applicable") + "applicable",
+}
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], Hashable]) -> dict[Hashable, list[dict]]:
@@ -123,16 +133,37 @@ def mme_sums(points: dict) -> dict:
     return sums
 
 
-def pass_at(rows: list[dict]) -> dict:
-    """pass@1, 2, 4, ... k; here the rows are all k samples of an item."""
-    k, right = len(rows), [row["score"] for row in rows].count(1.0)
+def of_samples(rows: list[dict]) -> dict:
+    """pass@1, 2, 4, ... k and maj@k; here the rows are all k samples of an item."""
+    scores, k = [row["score"] for row in rows], len(rows)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k})
-    return {f"pass@{size}": (pass_at_k(k, right, size), 1) for size in sizes}
+    terms = {f"pass@{size}": (pass_at_k(k, scores.count(1.0), size), 1) for size in sizes}
+    return terms | {f"maj@{k}": (majority([row["extracted"] for row in rows], scores), 1)}
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that one of k of the n samples is right, unbiased (Chen et al. 2021, eq. 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def same(a: str, b: str) -> bool:
+    """Are two extracted answers one? 1/2 and 0.5 are."""
+    return a == b or grade(a, f"\\boxed{{{b}}}", digits=6).score == 1
+
+
+def majority(answers: list[str | None], scores: list[float]) -> float:
+    """Expected score of the most frequent answer, ties broken by lot. None (unparsed) never wins.
+
+    An answer is compared with the first of each kind.
+    """
+    kinds = {}  # first answer -> scores of all that equal it
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            first = next((known for known in kinds if same(known, answer)), answer)
+            kinds.setdefault(first, []).append(score)
+    votes = max(map(len, kinds.values()), default=0)
+    winners = [sum(kind) / votes for kind in kinds.values() if len(kind) == votes]
+    return sum(winners) / len(winners) if winners else 0.0
 
 
 class Metric(NamedTuple):
@@ -153,7 +184,8 @@ METRICS = {
     "hallusion": Metric(hallusion, ("mean", "aAcc", "fAcc", "qAcc"), "set", mean_of_three),
     "f1": Metric(f1, ("f1", "accuracy")),
     "mme sum": Metric(mme, ("perception", "cognition"), "image", mme_sums, scale=1),
-    "pass@k": Metric(pass_at),
+    "both forms": Metric(accuracy, unit="question"),  # MMMU-Pro's, of which the paper has the mean
+    "samples": Metric(of_samples),
 }
 
 
@@ -243,6 +275,12 @@ def chance(metric: str, items: list[dict]) -> dict[str, float]:
     return point(metric, [item | guess | {"score": item["chance"]} for item in items])
 
 
+def at_most(metric: str, rows: list[dict]) -> dict[str, float]:
+    """{name: score if every truncated reply had been right}."""
+    right = {"score": 1.0}
+    return point(metric, [row | right if row["status"] == "truncated" else row for row in rows])
+
+
 def scored(metric: str, rows: list[dict]) -> list[dict]:
     """Without the units of which a reply has no score: what is left of them is not like the rest,
     and a group with a gap measures something else."""
@@ -288,13 +326,17 @@ def score_all(metric: str, rows: list[dict], items: list[dict]) -> dict:
     headline = [name for name in METRICS[metric].headline if name in scores]
     summary |= {"headline": {name: scores.pop(name) for name in headline}, "details": scores}
     summary["chance"] = chance(metric, [item for item in items if item["id"] in ids])
-    # `seen`: from a set that the paper trains on, too
-    for part, column in (("categories", "category"), ("seen", "seen")):
-        groups = grouped(graded, lambda row, column=column: str(row.get(column)))
+    if metric == "worst of variants":
+        units = {row["id"]: unit_of(metric, row) for row in graded}
+        summary["missing_variants"] = VARIANTS * len({*units.values()}) - len(units)
+    if status["truncated"]:
+        summary["at_most"] = at_most(metric, graded)
+    for part, part_of in PARTS.items():
+        groups = grouped(graded, part_of)
         if len(groups) > 1:
             summary[part] = {name: estimate("accuracy", groups[name]) for name in sorted(groups)}
     if k > 1:
-        summary["samples"] = estimate("pass@k", [row | {"sample": 0} for row in graded])
+        summary["samples"] = estimate("samples", [row | {"sample": 0} for row in graded])
     return summary
 
 
@@ -358,6 +400,8 @@ def table(summaries: dict[str, dict]) -> str:
             lines += [[benchmark, *cells(scores, name, by)] for name in scores["headline"]]
             if scores["left_out"]:
                 notes.append(f"{benchmark}{by}: {scores['left_out']:,} left out: cannot be graded")
+            if missing := scores.get("missing_variants"):
+                notes.append(f"{benchmark}{by}: {missing:,} missing variants, counted as wrong")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for i, line in enumerate(lines):
         text = [f"{cell:{'<' if j < 2 else '>'}{widths[j]}}" for j, cell in enumerate(line)]
@@ -373,4 +417,6 @@ def cells(summary: dict, name: str, by: str) -> list[str]:
     label = f"avg@{k}" if name == "accuracy" and k > 1 else name
     line = [label + by, point, f"{low} .. {high}", f"{summary['n']:,}", str(k), chance]
     line += [f"{summary[share]:.1%}" for share in ("truncated", "unparsed")]
+    most = summary.get("at_most", {}).get(name)
+    line.append("–" if most is None else f"{most * summary['scale']:.1f}")
     return [*line, "–" if paper is None else f"{paper:,}"]

@@ -119,7 +119,10 @@ CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is
 
 def test_rates_are_shares_of_responses_and_transfer_is_visual_over_linguistic():
     texts = [f"{BACK} {BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 10
-    rows = [{"id": i, "spans": behaviors.find(text)} for i, text in enumerate(texts)]
+    rows = [
+        {"id": i, "spans": behaviors.find(text), "score": 1.0, "tokens": None}
+        for i, text in enumerate(texts)
+    ]
     found, few = behaviors.summarise(rows), behaviors.summarise(rows[1:])
     assert (found["rates"]["backtracking"], found["rates"]["visual_reflection"]) == (0.5, 0.2)
     assert found["transfer"]["visual_reflection"] == pytest.approx(0.4)
@@ -160,6 +163,68 @@ def test_a_rows_own_patterns_are_watched():
     patterns = {"check": r"let me check", "idle": r"look at [A-C]\d again"}
     assert behaviors.watched("let me check B2", patterns) == {"check": True, "idle": False}
     assert behaviors.watched("x", {}) == {}
+
+
+def graded(response, score=1.0, **more) -> dict:
+    spans = behaviors.find_in_thought(f"{response}</think>", "")
+    row = {"id": response, "response": response, "score": score, "spans": spans, "tokens": 500}
+    return row | more
+
+
+def test_graded_rows_tell_rates_by_score_by_length_and_without_the_visual_sentences():
+    both = "Let me check this against the picture."
+    rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded("nothing", 0.4)]
+    rows += [graded(both, None), graded("nothing")]
+    found = behaviors.summarise(rows)
+    assert found["rates"]["verification"] == 0.6 and found["rates"]["visual_verification"] == 0.2
+    assert found["without_visual"]["verification"] == 0.4
+    assert found["by_score"]["right"]["verification"] == 0.5
+    assert found["by_score"]["wrong"]["verification"] == 0.5
+    assert found["transfer"]["visual_verification"] is None
+    late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
+    assert behaviors.summarise([late])["rates"]["verification"] == 1
+    assert behaviors.summarise([late])["first_2000_tokens"]["verification"] == 0
+    assert set(behaviors.summarise([])["rates"].values()) == {0.0}
+    found = behaviors.summarise([graded(f"{BACK} {LOOK}")] * 4 + [graded(BACK)] * 6)
+    low, high = found["transfer_interval"]["visual_reflection"]
+    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4) and low < 0.4 < high
+
+
+def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
+    true = rng.random(responses) < rate
+    found = np.where(true, rng.random(responses) < sens, rng.random(responses) < 1 - spec)
+    return found, [bool(t) if i < judged else None for i, t in enumerate(true)]
+
+
+def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
+    rng, corrected, heard = np.random.default_rng(0), [], []
+    for _ in range(100):
+        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.95, responses=1500, judged=300)
+        corrected.append(behaviors.corrected_rate(found, said))
+        heard.append(found.mean())
+    rate, low, high = np.array(corrected).T
+    assert np.mean(heard) == pytest.approx(0.245, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.05
+    assert rate.mean() == pytest.approx(0.3, abs=0.01)
+    assert ((low <= 0.3) & (0.3 <= high)).sum() >= 88
+
+
+def test_the_correction_is_the_formula_on_a_table_done_by_hand():
+    # judged: 40 yes (30 heard), 60 no (12 heard); 100 not judged, 38 heard: rate 80 / 200
+    found = [1] * 30 + [0] * 10 + [1] * 12 + [0] * 48 + [1] * 38 + [0] * 62
+    said = [1] * 40 + [0] * 60 + [None] * 100
+    sens, spec = 30 / 40, 48 / 60
+    rate, low, high = behaviors.corrected_rate(found, said)
+    assert rate == pytest.approx((0.4 + spec - 1) / (sens + spec - 1))
+    assert 0 <= low < rate < high <= 1
+    assert behaviors.corrected_rate(found, [3 * s if s else s for s in said])[0] == rate  # counts
+
+
+def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
+    rng = np.random.default_rng(1)
+    few = lexicon_and_judge(rng, 0.5, 0.8, 0.8, responses=400, judged=12)
+    deaf = lexicon_and_judge(rng, 0.5, 0.5, 0.5, responses=4000, judged=2000)
+    for found, said in (few, deaf, ([True] * 50, [None] * 50), ([], [])):
+        assert behaviors.corrected_rate(found, said) is None
 
 
 def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():

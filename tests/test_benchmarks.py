@@ -92,9 +92,10 @@ MADE = {
     "aime2025": ({"train.jsonl": [{"problem": "Find n.", "answer": "70"}]}, ["70"], []),
     "math500": ({"test.jsonl": [MATH]}, ["\\frac{1}{2}"], []),
     "gpqa_diamond": ({"train.jsonl": [GPQA | {"Record ID": f"rec{k}"} for k in (1, 2, 5)]},
-                     ["A", "D", "D"], []),
+                     ["A", "A", "C"], []),
     "mmlu": (parquet("all/test", MMLU), ["C"], []),
-    "mmlu_pro": (parquet("data/test", MMLU_PRO), ["C"], []),
+    "mmlu_pro": (parquet("data/test", *(MMLU_PRO | {"question_id": k} for k in (70, 71))),
+                 ["C", "A"], []),
     "mathvista": (
         parquet("data/testmini",
                 MATHVISTA | {"pid": "1", "answer": "1.2", "answer_type": "float", "precision": 1.0},
@@ -280,6 +281,13 @@ def test_every_numbered_question_of_charxiv_can_be_asked_of_every_kind_of_plot(t
     assert items[40]["prompt"].startswith("<image>For the inner plot, what is the title?")
 
 
+def test_a_filler_is_no_option_of_mmlu_pro_and_the_gold_follows():
+    raw = MMLU_PRO | {"question_id": 5, "options": ["N/A", "q", "N/A", "s"], "answer": "D"}
+    item = benchmarks.mmlu_pro(raw)
+    assert sorted(item["choices"]) == ["q", "s"]
+    assert item["choices"]["AB".index(item["answer"])] == "s"
+
+
 def test_the_right_option_of_gpqa_stands_anywhere_by_its_id_alone():
     counts = Counter()
     for k in range(2_000):
@@ -319,7 +327,7 @@ def test_a_limit_counts_items_or_whole_groups(name, count, tmp_path):
     "name, change, reason",
     [
         ("mmlu", {"answer": 4}, "answer not among the options"),
-        ("mmlu_pro", {"answer": "D"}, "answer not among the options"),
+        ("mmlu_pro", {"answer": "X"}, "malformed row"),
         ("wemath", {"option": "3 or 4"}, "bad options"),
         ("mmmu_pro", {"question": "<image 3>?"}, "no picture"),
         ("phyx", {"image": "abc"}, "malformed row"),

@@ -351,6 +351,10 @@ def test_a_written_response_ends_in_a_stop_token_and_the_template_has_to_show_pi
     assert document.response_ids == tokenizer.convert_tokens_to_ids(words)
     prompt = data.encode_prompt("what", [], tokenizer, None)
     assert document.ids == prompt.ids + document.response_ids and len(document) == len(document.ids)
+    (tmp_path / "chat_template.jinja").unlink()  # older model directories have it elsewhere
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.encode_prompt("what", [], loaded, None) == prompt
     loaded.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
         data.encode_prompt("x", [picture(56, 56)], loaded, SETTINGS)

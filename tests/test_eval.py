@@ -176,6 +176,21 @@ def test_the_control_shows_white_pictures_and_asks_the_same(mini, whole, tmp_pat
     assert sum(len(item["images"]) for item in items) == 5
 
 
+def test_shuffled_pictures_are_never_the_items_own_though_items_share_them(tmp_path):
+    colors = {"a": "red", "b": "red", "c": "blue", "d": "green"}  # a and b are one picture
+    for name, color in colors.items():
+        Image.new("RGB", (4, 4), color).save(tmp_path / name, "png")
+    items = [{"images": [*names]} for names in ["a", "a", "b", "c", "cd", "ad", "d", "", "c", "ac"]]
+    with pytest.raises(ValueError, match="no others to show for .'c', 'd'"):
+        eval.other_pictures(items[4:5] + items[6:] + items[:4], tmp_path)
+    items = [item for item in items if len(item["images"]) < 2]
+    for i, item in enumerate(items):
+        others = eval.other_pictures(items[i:] + items[:i], tmp_path)
+        assert len(others) == len(item["images"])
+        for own, other in zip(item["images"], others, strict=True):
+            assert colors[own] != colors[other]
+
+
 def test_several_benchmarks_in_any_case_go_into_folders_of_model_and_benchmark(
     mini, tmp_path, monkeypatch
 ):
@@ -259,6 +274,21 @@ def test_two_runs_are_compared_item_by_item(whole, tmp_path, capsys):
         eval.main(eval.Config(compare=(str(whole), str(tmp_path / "nothing"))))
 
 
+def test_mmmu_pro_is_the_mean_of_its_two_forms_and_draws_a_question_in_both(tmp_path, capsys):
+    reply = {"sample": 0, "status": "ok", "answer": "A", "chance": 0.1}
+    forms = {"mmmu_pro": [1.0] * 180 + [0.0] * 120, "mmmu_pro_vision": [1.0] * 120 + [0.0] * 180}
+    for name, scores in forms.items():
+        rows = [reply | {"id": f"{name}/q{i}", "score": score} for i, score in enumerate(scores)]
+        summary = eval.metrics.summarise("accuracy", rows, rows) | {"protocol": {}}
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "graded.jsonl", rows)
+        write_rows(tmp_path / name / "summary.json", [summary])
+    eval.main(eval.Config(table=tuple(f"{tmp_path / name}" for name in forms)))
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("mmmu_pro, both"))
+    score, low, _, high = line.split("accuracy")[1].split()[:4]
+    assert score == "50.0" and 45 <= float(low) < 50 < float(high) <= 55  # 300 questions, 600 rows
+
+
 def test_the_table_has_a_line_for_each_directory_and_its_protocol(whole, tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -285,6 +315,8 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name():
         (dict(data="d", model="m", k=4), "--temperature"),
         (dict(bench=("mathvizta",), model="m"), "there are aime2024"),
         (dict(compare=("a",)), "two directories"),
+        (dict(data="d", model="m", top_p=0.0), "--top-p 0.0 is not in"),
+        (dict(data="d", model="m", bench=("a", "b")), "--data is one set"),
         (dict(data="d", model="m", url="http://h/v1", forbid=("wait",)), "--forbid is for a model"),
     ):
         with pytest.raises(ValueError, match=message):

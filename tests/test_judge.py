@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import bad_server
@@ -19,10 +20,11 @@ class Scripted(bad_server.Server):
 
     async def answer(self, body: dict, writer):
         prompt = body["messages"][0]["content"]
-        self.requests.append((prompt, body))
+        self.requests.append((prompt, body["seed"], body))
         name = re.search(r"in the reasoning: (\w+)\.", prompt)
         said = re.search(rf"\b{name[1] if name else 'judge'}=(\S+)", prompt)
-        word = said[1] if said else "0"
+        words = said[1].split(":") if said else ["0"]  # "none:2": the second time it says 2
+        word = words[min(body["seed"], len(words) - 1)]
         if word == "400":
             return await send(writer, *bad_server.plain("400"), last=True)
         tag = "count" if name else "score" if "<score>" in prompt else "verdict"
@@ -74,16 +76,25 @@ def test_only_one_whole_tag_is_a_verdict(kind):
 
 
 def test_each_behaviour_is_asked_once_a_response_at_temperature_0(server, tmp_path):
-    said = ["verification=3 backtracking=1 subgoal_setting=1|2", "<think> a </think>"]
+    said = ["verification=3 backtracking=1", "<think> a </think>"]
     first, second = judged(server, tmp_path, said)
-    wanted = {"verification": 3, "backtracking": 1, "subgoal_setting": None}  # no count: never 0
-    assert first == dict.fromkeys(NAMES, 0) | wanted
+    assert first == dict.fromkeys(NAMES, 0) | {"verification": 3, "backtracking": 1}
     assert second == dict.fromkeys(NAMES, 0)
-    assert len(server.requests) == 16 and len({prompt for prompt, _ in server.requests}) == 16
-    for prompt, body in server.requests:
-        assert (body["temperature"], body["model"]) == (0, "m")
+    assert len(server.requests) == 16 and len({prompt for prompt, *_ in server.requests}) == 16
+    for prompt, seed, body in server.requests:
+        assert (seed, body["temperature"], body["model"]) == (0, 0, "m")
         assert "Problem" in prompt and "<count>N</count>" in prompt and "</think>" not in prompt
     assert judge.DEFINITIONS.keys() == set(NAMES)
+
+
+def test_a_missing_count_is_asked_for_once_more_and_is_then_none_and_never_0(server, tmp_path):
+    found = judged(server, tmp_path, ["verification=none:2 backtracking=none subgoal_setting=1|2"])
+    assert found[0]["verification"] == 2
+    assert found[0]["backtracking"] is found[0]["subgoal_setting"] is None
+    asked = Counter(seed for _, seed, _ in server.requests)
+    assert asked == {0: 8, 1: 3}
+    judged(server, tmp_path, ["verification=none:2 backtracking=none subgoal_setting=1|2"])
+    assert len(server.requests) == 11  # both tries are made
 
 
 def test_no_question_is_asked_twice(server, tmp_path):
@@ -157,6 +168,18 @@ def test_the_judges_rates_have_intervals_over_problems_and_leave_out_what_was_no
     assert share == 40 and (low, high) == pytest.approx((40 - 100 * error, 40 + 100 * error), abs=2)
     assert numbers(printed, "visual_verification / verification: ")[0] == 25
     judge.show_behaviors([])
+
+
+def test_the_lexicon_is_put_right_by_a_judged_sample(capsys):
+    """It hears 300 of 600 responses; of 200 that are judged it hears 80 of 100, and 20 of none."""
+    hears = [1] * 80 + [0] * 20 + [1] * 20 + [0] * 80 + [1] * 200 + [0] * 200
+    texts = ["let me check that ." if heard else "nothing ." for heard in hears]
+    records = [{"id": i, "sample": 0, "response": text} for i, text in enumerate(texts)]
+    counts = [dict.fromkeys(NAMES, 0) | {"verification": int(i < 100)} for i in range(200)]
+    rows = [{"id": i, "sample": 0, "counts": of} for i, of in enumerate(counts)]
+    judge.show_corrected(records, rows)
+    heard, right, low, high = numbers(capsys.readouterr().out, "verification ")
+    assert (heard, right) == (50, 50) and low < 50 < high  # (.5 + .8 - 1) / (.8 + .8 - 1)
 
 
 def numbers(printed: str, start: str) -> list[float]:

@@ -19,7 +19,7 @@ approx = pytest.approx
 
 def row(name, score, sample=0, **more):
     """A graded reply, which is its own item. Its status is ok, or what `more` says."""
-    own = {"id": str(name), "sample": sample, "score": score, "status": "ok"}
+    own = {"id": str(name), "sample": sample, "score": score, "status": "ok", "extracted": "7"}
     return own | {"answer": "7", "chance": 0.0} | more
 
 
@@ -76,16 +76,30 @@ def test_wilson_gives_the_intervals_at_the_papers_numbers():
         assert score["score"] == score["low"] == 0 and score["high"] == approx(0.1135, abs=1e-3)
 
 
+def test_the_majority_is_the_mean_over_all_ways_to_break_the_tie_and_unparsed_never_wins():
+    rng = random.Random(5)
+    for _ in range(200):
+        answers = [rng.choice(["a", "b", "c", None]) for _ in range(rng.randint(0, 7))]
+        right = [float(answer == "a") for answer in answers]
+        count = Counter(answer for answer in answers if answer is not None)
+        top = [answer for answer, n in count.items() if n == max(count.values())]
+        expected = sum(answer == "a" for answer in top) / len(top) if top else 0
+        assert metrics.majority(answers, right) == approx(expected)
+    assert metrics.majority(["\\frac{1}{2}", "0.5", "3", "3"], [1.0, 1.0, 0.0, 0.0]) == 0.5
+    assert metrics.majority(["1/2", "0.5", "3"], [1.0, 1.0, 0.0]) == 1  # one answer, written twice
+
+
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     for n in range(1, 8):
         for right, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
             share = sum(map(any, subsets)) / len(subsets)
             assert metrics.pass_at_k(n, right, k) == approx(share, abs=1e-12)
-    rows = [row("a", float(i < 2), i) for i in range(4)]
-    rows += [row("b", float(i < 3), i) for i in range(4)]
+    rows = [row("a", float(i < 2), i, extracted="xy"[i < 2]) for i in range(4)]
+    rows += [row("b", float(i < 3), i, extracted="xy"[i < 3]) for i in range(4)]
     scores = {name: of["score"] for name, of in summary("avg@k", rows)["samples"].items()}
-    assert scores == approx({"pass@1": 5 / 8, "pass@2": (1 - 1 / 6 + 1) / 2, "pass@4": 1})
+    expected = {"pass@1": 5 / 8, "pass@2": (1 - 1 / 6 + 1) / 2, "pass@4": 1, "maj@4": 0.75}
+    assert scores == approx(expected)
 
 
 # --- the metrics ----------------------------------------------------------------------------------
@@ -250,6 +264,17 @@ def test_chance_is_the_mean_score_over_all_outcomes_of_independent_guesses(metri
 # --- what stands beside the score -----------------------------------------------------------------
 
 
+def test_the_upper_bound_counts_what_was_truncated_as_right():
+    cut = [row(f"t{i}", 0.0, status="truncated", extracted=None) for i in range(10)]
+    whole = summary("accuracy", rows_of([1] * 50 + [0] * 40) + cut)
+    assert whole["truncated"] == 0.1 and whole["at_most"] == {"accuracy": 0.6}
+    assert whole["status"] == {"ok": 90, "truncated": 10}
+    assert "at_most" not in summary("accuracy", rows_of([1, 0]))
+    rows = yes_no([("yes", "yes"), ("no", "yes"), ("yes", None), ("no", None)])
+    rows = [r | {"status": "truncated"} if r["extracted"] is None else r for r in rows]
+    assert metrics.at_most("f1", rows)["f1"] == approx(2 * 2 / (2 * 2 + 1))
+
+
 def test_what_no_rule_can_grade_is_left_out_with_its_samples_and_its_group_and_said_so():
     rows = rows_of([1, 1, 0], chance=0.5) + [row(f"j{i}", None) for i in range(4)]
     whole = summary("accuracy", rows)
@@ -285,6 +310,13 @@ def test_rule_and_judge_stand_side_by_side_and_are_never_mixed():
     assert "accuracy, judge" in text and "mathverse, judge: 1 left out" in text
     assert [line.split()[-1] for line in text.splitlines()[1:3]] == ["54.6", "54.6"]
     assert summary("accuracy", rows_of([1, 0]))["judge"] is None
+
+
+def test_questions_whose_answer_the_chart_does_not_have_are_told_apart():
+    rows = [row(0, 1.0), row(1, 0.0), row(2, 1.0), row(3, 1.0, answer="Not Applicable")]
+    parts = summary("accuracy", rows)["applicable"]
+    assert parts["not applicable"]["accuracy"]["score"] == 1
+    assert parts["applicable"]["accuracy"]["score"] == approx(2 / 3)
 
 
 def test_categories_and_what_the_paper_trains_on_are_told_apart():

@@ -123,7 +123,7 @@ def test_answers_are_right_wrong_or_not_known(server, tmp_path):
     replies += ["<think> judge=incorrect </think> judge=correct"]
     rubric = {"item": {"rubric": "Right if it is the same term."}}
     assert judged(server, tmp_path, replies, "answers", **rubric) == [1.0, 0.0, None, 1.0]
-    prompt, _ = server.requests[0]
+    prompt, *_ = server.requests[0]
     assert "REFERENCE: 7" in prompt and "<think>" not in prompt
     assert "Right if it is the same term." in prompt
     scored = {"item": {"source": "mmvet"}}

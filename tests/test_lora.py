@@ -213,3 +213,16 @@ def test_the_adapters_alone_are_peft_files_that_add_up_to_the_exported_model(who
     merged = dict(Official.from_pretrained(whole / "model").named_parameters())
     for name, weight in theirs.named_parameters():
         torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=1e-6)
+
+
+def test_peft_opens_the_adapters(whole, mini):
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        theirs = Official.from_pretrained(mini.model)
+        base = theirs(input_ids=ids).logits
+        theirs = peft.PeftModel.from_pretrained(theirs, whole / "adapter")
+        merged = Official.from_pretrained(whole / "model")(input_ids=ids).logits
+        ours = theirs(input_ids=ids).logits
+    torch.testing.assert_close(ours, merged, atol=1e-4, rtol=1e-4)
+    assert (ours - base).abs().max() > 1e-3

@@ -5,21 +5,20 @@
     sampler.sync(weights)    # (hub name, tensor) pairs of the policy after its update
 
 TorchSampler is plain torch, for laptops and tests: below some tens of millions of parameters it
-outruns vLLM. VllmSampler is for real runs: one vLLM engine in the process of each rank, beside the
-model that trains. Each is checked against the other.
+outruns vLLM. VllmSampler is for real runs: one engine in the process of each rank, beside the model
+that trains. Each is checked against the other.
 
 Token ids and log-probs go on to the loss, text only to the reward and the log. Log-probs are those
 of the unmasked distribution at temperature 1, as the trainer's are, whatever temperature samples.
-The random numbers of a rollout follow from (seed, problem id, sample): it does not depend on what
-else is in the batch, nor on the rank (with vLLM up to rounding, which may flip a close draw).
+A rollout's random numbers follow from (seed, problem id, sample), not from its batch or rank (with
+vLLM up to rounding, which may flip a close draw).
 
 Dimensions: P problems, n samples each, N = P n rows, V vocabulary. Nothing to run here: see rl.py.
 """
 
 import os
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -37,9 +36,8 @@ from model import Config, Inputs, KVCache, Qwen25VL, load_model, read_config
 from reward import grade
 
 CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
-# On GPUs vLLM runs what no test on a CPU does. If sampler and trainer disagree there alone, set one
-# after the other: VLLM_USE_V2_MODEL_RUNNER=0 (the runner of the tests), OVR_VLLM_ASYNC=0,
-# OVR_VLLM_SLEEP=1 (keeps the weights in host memory; 2 drops them, and has spoilt vision models).
+# On GPUs vLLM runs what no test on a CPU does. Where sampler and trainer disagree there alone,
+# docs/at-scale.md says what to set one after the other: these, and vLLM's older runner.
 ASYNC_SCHEDULING = False if os.environ.get("OVR_VLLM_ASYNC") == "0" else None  # None: vLLM decides
 SLEEP_LEVEL = int(os.environ.get("OVR_VLLM_SLEEP", "2"))
 
@@ -48,9 +46,9 @@ SLEEP_LEVEL = int(os.environ.get("OVR_VLLM_SLEEP", "2"))
 
 
 def forbidden_ids(config: Config, tokenizer, words: Iterable[str] = ()) -> list[int]:
-    """Never sampled: tokens that stand for pictures, as no picture is behind a sampled one, and
-    untrained rows of the vocabulary, which are no token (7B: 152,064 rows for 151,665 tokens); and
-    the tokens that are `words`, space and case included: " wait" is another than "wait".
+    """Never sampled: tokens that stand for pictures, as no picture is behind a sampled one; rows of
+    the vocabulary that are no token (7B: 152,064 rows for 151,665 tokens); and the tokens that are
+    `words`, space and case included: " wait" is another than "wait".
     """
     ids = sorted(tokenizer.get_vocab().values())
     forbidden = {*range(config.vocab_size)} - {*ids} | {*config.vision_token_ids}
@@ -63,9 +61,7 @@ def forbidden_ids(config: Config, tokenizer, words: Iterable[str] = ()) -> list[
 
 
 def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) -> int:
-    """The seed of one rollout: the same in any batch, on any rank. twin: places behind the first of
-    an equal id in the batch; without it such problems would get copies.
-    """
+    """The seed of one rollout. twin: places behind the first of an equal id, or it were a copy."""
     key = "/".join(map(str, (*seed, problem_id, sample))) + (f"\n{twin}" if twin else "")
     return zlib.crc32(key.encode())  # torch uses 32 bits of a seed
 
@@ -103,22 +99,19 @@ class Sampler:
         temperature: float = 1.0,  # 0: greedy
         seed: tuple[int, ...] = (0,),
         indices: Iterable[int] | None = None,
-        unfinished: Iterable[Rollout] = (),
+        unfinished: Sequence[Rollout] = (),
         enough: Callable[[int, int], bool] | None = None,
     ) -> list[Rollout]:
         """n rollouts a problem, in the order of `indices`: sample 0, sample 1, ... of each.
 
         indices: problems to sample, None for all; each is taken when there is room for it, so that
-        ranks can share a counter. unfinished: rollouts of an earlier call; their problems are not
-        sampled anew, these go on. enough(ended, of): whether the rest is put aside, now that so
-        many of so many responses have ended: of a batch (torch), or of a rank (vLLM), whose other
-        problems have all been taken by then. None: every rollout goes on to its end.
+        ranks can share a counter. unfinished: rollouts of an earlier call, which go on; their
+        problems are not sampled anew. enough(ended, of): whether the rest is put aside, now that so
+        many of so many have ended: of a batch (torch), or of a rank, all taken by then (vLLM).
         """
         problems = problems if isinstance(problems, dict) else dict(enumerate(problems))
         first = {p.id: index for index, p in reversed(problems.items())}
-        begun, rollouts = defaultdict(list), []
-        for r in unfinished:
-            begun[r.index].append(r)
+        rollouts = []
 
         def groups() -> Iterator[list[Rollout]]:
             for index in problems if indices is None else indices:
@@ -127,7 +120,8 @@ class Sampler:
                 twin = index - first[p.id]
                 seeds = [address(seed, p.id, n, twin) for n in range(samples)]
                 new = [Rollout(p, n, prompt, index, seed=s) for n, s in enumerate(seeds)]
-                for group in [[go_on(r, p, prompt)] for r in begun[index]] or [new]:
+                begun = [[go_on(r, p, prompt)] for r in unfinished if r.index == index]
+                for group in begun or [new]:
                     rollouts.extend(group)
                     yield group
 
@@ -178,18 +172,13 @@ class TorchSampler(Sampler):
     """
 
     def __init__(
-        self,
-        model: Qwen25VL,
-        tokenizer,
-        settings: ImageSettings,
-        batch: int = 256,
-        forbid: Iterable[str] = (),
+        self, model: Qwen25VL, tokenizer, settings: ImageSettings, batch: int = 256, forbid=()
     ):
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.batch, self.device = batch, next(model.parameters()).device
         self.stops = {*model.config.stop_ids, tokenizer.eos_token_id}
-        forbidden = forbidden_ids(model.config, tokenizer, forbid)
-        self.forbidden = torch.tensor(forbidden, device=self.device)
+        ids = forbidden_ids(model.config, tokenizer, forbid)
+        self.forbidden = torch.tensor(ids, device=self.device)
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
@@ -202,19 +191,16 @@ class TorchSampler(Sampler):
         """Nothing to give back: the model is small."""
 
     def _run(self, groups, samples, max_tokens, temperature, enough) -> Iterator[Rollout]:
-        while batch := self._next_batch(groups, samples):
+        while True:
+            batch = []  # as many groups as have room, of up to `samples` rollouts each
+            while not batch or sum(map(len, batch)) + samples <= self.batch:
+                if (group := next(groups, None)) is None:
+                    break
+                batch.append(group)
+            if not batch:
+                return
             self._fill(batch, max_tokens, temperature, enough)
             yield from sum(batch, [])
-
-    def _next_batch(self, groups: Iterator[list[Rollout]], samples: int) -> list[list[Rollout]]:
-        """As many groups as have room, of up to `samples` rollouts each."""
-        batch, rows = [], 0
-        while not batch or rows + samples <= self.batch:
-            if (group := next(groups, None)) is None:
-                break
-            batch.append(group)
-            rows += len(group)
-        return batch
 
     @torch.no_grad()
     def _fill(self, groups: list[list[Rollout]], max_tokens: int, temperature: float, enough):
@@ -278,23 +264,24 @@ class VllmSampler(Sampler):
     start the process group first (an engine that makes its own makes one of that rank alone, and
     sums over the ranks silently do nothing), and build all ranks' engines together.
 
-    batch: responses in flight. max_model_len: most tokens of a prompt and its response.
-    kv_cache_gb: room for keys and values; responses that do not fit are put off and begun again.
+    batch: responses in flight. limit: most tokens of a prompt and its response. kv_cache_gb: room
+    for keys and values; responses that do not fit are put off and begun again.
     """
 
     def __init__(
-        self,
-        directory: str | Path,
-        batch: int,
-        max_model_len: int,
-        kv_cache_gb: float,
-        dtype: torch.dtype,
-        forbid: Iterable[str] = (),
+        self, directory: str | Path, batch: int, limit: int, kv_cache_gb: float, dtype, forbid=()
     ):
-        vllm, config = import_vllm(), read_config(directory)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, by our weights
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+        try:
+            import vllm
+        except ImportError as error:
+            cure = "pip install -r requirements-gpu.txt, or --sampler torch"
+            raise ImportError(f"--sampler vllm needs vLLM ({error}): {cure}") from error
+        config = read_config(directory)
         self.tokenizer = data.load_tokenizer(directory)
         self.settings = settings = data.load_image_settings(directory)
-        self.batch, self.limit = batch, max_model_len
+        self.batch, self.limit = batch, limit
         self.stops = {*config.stop_ids, self.tokenizer.eos_token_id}
         self.cuda = torch.cuda.is_available()
         parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
@@ -302,7 +289,7 @@ class VllmSampler(Sampler):
         self.llm = vllm.LLM(
             str(directory),
             dtype=dtype,
-            max_model_len=max_model_len,
+            max_model_len=limit,
             max_num_seqs=batch,
             kv_cache_memory_bytes=int(kv_cache_gb * 1e9),
             gpu_memory_utilization=0.01,  # means nothing beside that, but the start checks it
@@ -326,8 +313,7 @@ class VllmSampler(Sampler):
             flat_logprobs=True,
             detokenize=False,
         )
-        kinds = vllm.sampling_params.RequestOutputKind
-        self.at_the_end, self.by_token = kinds.FINAL_ONLY, kinds.DELTA
+        self.kinds = vllm.sampling_params.RequestOutputKind
         (runner,) = self.llm.collective_rpc(lambda worker: type(worker.model_runner))
         if os.environ.get("RANK", "0") == "0":
             print(f"vLLM runs {runner.__module__}.{runner.__name__}, sleep level {SLEEP_LEVEL}")
@@ -337,8 +323,8 @@ class VllmSampler(Sampler):
         request of n would keep its place until the longest of the n has ended.
         """
         # of a request that is aborted the engine gives back nothing but what it gave on the way
-        params = partial(self.params, output_kind=self.by_token if enough else self.at_the_end)
-        params = partial(params, temperature=temperature, top_p=self.top_p)
+        kind = self.kinds.DELTA if enough else self.kinds.FINAL_ONLY
+        how = dict(output_kind=kind, temperature=temperature, top_p=self.top_p)
         engine, running, number, more = self.llm.llm_engine, {}, 0, True  # request: its rollout
         try:
             while True:
@@ -349,8 +335,8 @@ class VllmSampler(Sampler):
                     prompt = self._prepare(group[0], max_tokens)
                     for r in group:
                         request, done = f"{r.index}/{r.sample}", len(r.response_ids)
-                        own = params(seed=r.seed + done, max_tokens=max_tokens - done)
-                        engine.add_request(request, prompt, own)
+                        own = dict(seed=r.seed + done, max_tokens=max_tokens - done)
+                        engine.add_request(request, prompt, self.params(**how, **own))
                         running[request] = r
                         number += 1
                 if not running:
@@ -422,17 +408,6 @@ class VllmSampler(Sampler):
             self.llm.sleep(level=SLEEP_LEVEL)  # not yet run on a GPU
 
 
-def import_vllm():
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, by our weights
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-    try:
-        import vllm
-    except ImportError as error:
-        cure = "pip install -r requirements-gpu.txt, or --sampler torch"
-        raise ImportError(f"--sampler vllm needs vLLM ({error}): {cure}") from error
-    return vllm
-
-
 def clear_positions(worker):
     """M-RoPE positions of vLLM's GPU runner. Sleep drops them with the weights, and rows that only
     pad a CUDA graph are never written: left as they are, they would index anywhere.
@@ -450,29 +425,24 @@ def open_sampler(
     """
     if kind == "vllm":
         return VllmSampler(directory, *room, world.dtype, forbid)
-    tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
-    model = load_model(directory, world.dtype, world.device)
-    return TorchSampler(model, tokenizer, settings, room[0], forbid)
+    tools = data.load_tokenizer(directory), data.load_image_settings(directory)
+    return TorchSampler(load_model(directory, world.dtype, world.device), *tools, room[0], forbid)
 
 
-# ------------------------------------------------------------------ evaluation while it trains
+# ------------------------------------------------------------------ what a run asks of either
 
 
 def solved(sampler: Sampler, problems, max_tokens: int, world) -> dict[str, float]:
     """Share of problems whose likeliest answer is right, with pictures and in text; each rank takes
     its part. Outside of the training: no weight, draw or order of it changes.
     """
-    pairs = {"eval_image": (0.0, 0), "eval_text": (0.0, 0)}
+    scores = {"eval_image": [], "eval_text": []}
     mine = range(world.rank, len(problems), world.size)
     for r in sampler.generate(problems, 1, max_tokens, temperature=0, indices=mine):
-        p, name = r.problem, "eval_image" if r.problem.images else "eval_text"
+        p = r.problem
         verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
-        right, count = pairs[name]
-        pairs[name] = right + verdict.score * r.stopped, count + 1
-    return distributed.means(world, pairs)
-
-
-# ------------------------------------------------------------------ is it still the policy?
+        scores["eval_image" if p.images else "eval_text"].append(verdict.score * r.stopped)
+    return distributed.means(world, {name: (sum(x), len(x)) for name, x in scores.items()})
 
 
 def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:

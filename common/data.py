@@ -2,14 +2,12 @@
 
     JSONL, parquet, Hub       ──read_problems, read_examples──▶ Problem, Example
     prompt text and pictures  ──encode_prompt──▶ Prompt(ids, patches, grids, offsets)
-    response text             ──encode_response──▶ ids + <|im_end|>   (the sampler gives ids itself)
-    prompt and response       ──▶ Document, which packs.py lays side by side
+    prompt and response       ──encode_example──▶ Document, which packs.py lays side by side
 
 Every row and its pictures are checked once before a run begins, each process taking its share, and
 a bad one is reported with file and line. It is parsed again when it is used, so that two million
-examples take no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for
-bit. The order of the data is a function of (seed, step), so a resumed run sees what it would have
-seen.
+take no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for bit. The
+order of the data is a function of (seed, step), so a resumed run sees what it would have seen.
 
 Dimensions: S patches of all pictures; D = 1176 = 3 x 2 x 14 x 14 values of a patch; H, W pixels of
 a picture, which is h x w patches. Nothing to run here: see coldstart.py, rl.py, eval.py.
@@ -52,7 +50,9 @@ MERGE_SIZE = 2  # preprocessor_config.json: 2 x 2 patches become one token
 PATCH_VALUES = 3 * 2 * 14 * 14  # Qwen2.5-VL: colours, frames, rows, columns
 MAX_ASPECT = 200  # transformers' smart_resize
 PROBLEM_COLUMNS = ("id", "prompt", "answer", "images", "source", "choices", "precision")
-Share = tuple[int, int]  # (rank, ranks): the rows rank, rank + ranks, rank + 2 ranks, ...
+READ = {*PROBLEM_COLUMNS, "response", "group", "watch"}  # the last two by rl.py, from extra
+# What no one reads and the question may need; the second only where a row has no images
+OTHER_TURNS, PICTURES = "system|video|audio", ".*(image|img|picture|figure|photo)"
 Picture = str | Path | Image.Image
 
 # ---- records
@@ -146,11 +146,12 @@ class Rollout:
         return Document(self.prompt, self.response_ids, self.name)
 
 
+@dataclass
 class Rows(Sequence):
     """A list whose items are made when they are used. A slice is Rows again."""
 
-    def __init__(self, fetch: Callable[[int], Any], indices: Sequence[int]):
-        self.fetch, self.indices = fetch, indices
+    fetch: Callable[[int], Any]
+    indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -161,10 +162,24 @@ class Rows(Sequence):
         return self.fetch(int(self.indices[i]))
 
 
-# ---- a row becomes a record
+# ---- rows
 
 
-def problem_of(place: str, row: dict, folder: Path) -> Problem:
+def record_of(kind: type, place: str, row: dict, folder: Path) -> Problem | Example:
+    prompt, images = text(place, row, "prompt"), row.get("images") or []
+    images = images if isinstance(images, list) else [images]
+    split_at_markers(f"{place}: column 'prompt'", prompt, len(images))
+    question = dict(
+        id=text(place, row, "id"),
+        prompt=prompt,
+        images=tuple(image_source(place, image, folder) for image in images),
+        source=text(place, row, "source") if row.get("source") else "",
+        place=place,
+    )
+    if kind is Example:
+        response = text(place, row, "response")
+        refuse_markup(f"{place}: column 'response'", response)
+        return Example(response=response, **question)
     choices, precision = row.get("choices") or [], row.get("precision")
     if not isinstance(choices, list):
         raise ValueError(f"{place}: column 'choices' must be a list, not {choices!r:.80}")
@@ -175,29 +190,11 @@ def problem_of(place: str, row: dict, folder: Path) -> Problem:
         choices=tuple(text(place, {"choices": c}, "choices") for c in choices) or None,
         precision=None if precision is None else float(precision),
         extra={column: row[column] for column in row if column not in PROBLEM_COLUMNS},
-        **question_of(place, row, folder),
+        **question,
     )
 
 
-def example_of(place: str, row: dict, folder: Path) -> Example:
-    response = text(place, row, "response")
-    refuse_markup(f"{place}: column 'response'", response)
-    return Example(response=response, **question_of(place, row, folder))
-
-
-def question_of(place: str, row: dict, folder: Path) -> dict[str, Any]:
-    """The columns that both kinds of row have."""
-    prompt, images = text(place, row, "prompt"), row.get("images") or []
-    images = images if isinstance(images, list) else [images]
-    refuse_markup(f"{place}: column 'prompt'", prompt)
-    split_at_markers(place, prompt, len(images))
-    return dict(
-        id=text(place, row, "id"),
-        prompt=prompt,
-        images=tuple(image_source(place, image, folder) for image in images),
-        source=text(place, row, "source") if row.get("source") else "",
-        place=place,
-    )
+problem_of, example_of = partial(record_of, Problem), partial(record_of, Example)
 
 
 def is_number(value: Any) -> bool:
@@ -207,13 +204,10 @@ def is_number(value: Any) -> bool:
 def text(place: str, row: dict, column: str) -> str:
     """A column that must be there and hold text; 7 is taken as "7"."""
     value = row.get(column)
-    if value is None:
-        raise ValueError(f"{place}: column '{column}' is missing; the row has {str([*row]):.300}")
-    if not isinstance(value, str) and not is_number(value):
-        raise ValueError(f"{place}: column '{column}' must be text or a number, not {value!r:.80}")
-    if not str(value).strip():
-        raise ValueError(f"{place}: column '{column}' is empty")
-    return str(value)
+    if is_number(value) or (isinstance(value, str) and value.strip()):
+        return str(value)
+    fault = f"is missing, empty or not text: {value!r:.80}; the row has {str([*row]):.300}"
+    raise ValueError(f"{place}: column '{column}' {fault}")
 
 
 def image_source(place: str, image: Any, folder: Path) -> str | Image.Image:
@@ -222,50 +216,47 @@ def image_source(place: str, image: Any, folder: Path) -> str | Image.Image:
         with decoding(image, place):
             return opened(image)
     path = image.get("path") if isinstance(image, dict) else image
-    if not isinstance(path, str) or not os.path.isfile(folder / path):
-        fault = f"image {path!r:.80} does not exist; paths are relative to {folder.resolve()}"
-        raise FileNotFoundError(f"{place}: {fault}")
-    return str(folder / path)
+    if isinstance(path, str) and os.path.isfile(folder / path):
+        return str(folder / path)
+    fault = f"image {path!r:.80} does not exist; paths are relative to {folder.resolve()}"
+    raise FileNotFoundError(f"{place}: {fault}")
 
 
-def refuse_markup(name: str, words: str) -> None:
+def refuse_markup(name: str, words: str):
     if mark := MARKUP_PATTERN.search(words):
         raise ValueError(f"{name} contains {mark[0]}, which is markup of the chat; take it out")
 
 
-def split_at_markers(place: str, prompt: str, images: int) -> list[str]:
+def split_at_markers(name: str, prompt: str, images: int) -> list[str]:
     """The texts between the pictures. Without a marker, all pictures stand before the text."""
+    refuse_markup(name, prompt)
     pieces = prompt.split(IMAGE_MARKER)
     if len(pieces) == 1:
         return [""] * images + pieces
     if len(pieces) - 1 != images:
         count = f"{len(pieces) - 1} markers {IMAGE_MARKER} for {images} images"
-        raise ValueError(f"{place}: {count}; write one for each, or none to put all images first")
+        raise ValueError(f"{name}: {count}; write one for each, or none to put all images first")
     return pieces
 
 
-# ---- reading
-
-
 def line_rows(path: Path) -> Rows:
-    """An index of the lines, 16 bytes each. `datasets` takes 40 times as long, copies all data once
-    more, guesses one type for all answers, and names no line when a byte is wrong.
+    """(place, row, folder) of each line that is not blank, by an index of 16 bytes each. `datasets`
+    takes 40 times as long, guesses one type for all answers, and names no line of a wrong byte.
     """
-    numbers, offsets, offset = array("q"), array("q"), 0
+    filled, offsets = array("q"), array("q", [0])
     with path.open("rb", buffering=1 << 20) as file:
-        for number, line in enumerate(progress(file, f"reading {path.name}"), start=1):
+        for number, line in enumerate(progress(file, f"reading {path.name}")):
             if not line.isspace():
-                numbers.append(number)
-                offsets.append(offset)
-            offset += len(line)
+                filled.append(number)
+            offsets.append(offsets[-1] + len(line))
 
-    def fetch(i: int) -> tuple[str, dict, Path]:
-        place = f"{path}, line {numbers[i]}"
+    def fetch(number: int) -> tuple[str, dict, Path]:
+        place = f"{path}, line {number + 1}"
         with path.open("rb") as file:
-            file.seek(offsets[i])
+            file.seek(offsets[number])
             return place, parse_json(place, file.readline()), path.parent
 
-    return Rows(fetch, range(len(numbers)))
+    return Rows(fetch, filled)
 
 
 def parse_json(place: str, content: bytes) -> dict:
@@ -281,9 +272,7 @@ def parse_json(place: str, content: bytes) -> dict:
 
 
 def table_rows(path: Path) -> Rows:
-    """A parquet file, a directory with the train split as the Hub has it, or a name there, through
-    the cache that `datasets` has.
-    """
+    """The same of a parquet file, or of the train split of a directory or of a name on the Hub."""
     import datasets  # here, because the import takes a second that JSONL need not pay
 
     how = dict(path="parquet", data_files=f"{path}") if path.is_file() else dict(path=f"{path}")
@@ -301,15 +290,10 @@ def read_rows(
     build: Callable[[str, dict, Path], Problem | Example],
     source: str | Path,  # .jsonl, .parquet, a directory of parquet, or a name on the Hub
     columns: Sequence[str] = (),  # ("prompt=problem", ...): the column `problem` is the prompt
-    share: Share = (0, 1),  # the rows that this process checks; all can be read
+    share: tuple[int, int] = (0, 1),  # (rank, ranks): the rows that this process checks
 ) -> Rows:
-    """The rows of one source, of which a share is checked now. Columns that nobody reads are named
-    once; without an id a row has its number.
-    """
-    path = Path(source)
-    if not path.exists() and not on_hub(source):
-        raise FileNotFoundError(f"{source}: no such file in {Path.cwd()}, and not a Hub name")
-    raw = line_rows(path) if path.suffix == ".jsonl" else table_rows(path)
+    """All rows of a source, of which a share is checked now. Without an id a row has its number."""
+    raw = line_rows(Path(source)) if f"{source}".endswith(".jsonl") else table_rows(Path(source))
     if not len(raw):
         raise ValueError(f"{source}: there is no row in it")
     names = {name: column for name, _, column in (text.partition("=") for text in columns)}
@@ -323,53 +307,44 @@ def read_rows(
         row = {column: row[column] for column in row if column not in names.values()} | ours
         return place, row | {"id": f"row-{i}" if row.get("id") is None else row["id"]}, folder
 
-    named = Rows(fetch, range(len(raw)))
-    unread = check_rows(named, build, share, f"checking {source}") - {*names}
-    if unread and share[0] == 0:
-        kept = ", ".join(sorted(unread))
-        print(f"{source}: columns that only a reward of your own may read: {kept}", flush=True)
-    return Rows(lambda i: build(*named[i]), range(len(raw)))
-
-
-def check_rows(rows: Rows, build: Callable, share: Share, description: str) -> set[str]:
-    """Builds each row of the share and decodes its pictures: what is bad stops a run at its start,
-    not after hours. 10,000 photographs take two cores 20 s. -> the columns that nobody reads
-    """
-
-    def check(i: int) -> tuple[str, set[str]]:
-        place, row, folder = rows[i]
-        others, record = unread_columns(place, row), build(place, row, folder)
-        for image in record.images:
-            load_image(image, place)
-        return record.id, others
-
-    mine, unread, first = range(share[0], len(rows), share[1]), set(), {}
-    with ThreadPool(16) as pool:  # on a network disk they wait more than they work
-        checked = progress(pool.imap(check, mine, chunksize=64), description, len(mine))
-        for i, (name, others) in zip(mine, checked, strict=True):
-            unread |= others
-            if (other := first.setdefault(name, i)) != i:  # no log could tell them apart
-                fault = f"{rows[i][0]}: the id {name!r} is also that of {rows[other][0]}"
-                raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
-    return unread
+    check_rows(Rows(fetch, range(len(raw))), build, share, source)
+    return Rows(lambda i: build(*fetch(i)), range(len(raw)))
 
 
 read_problems, read_examples = partial(read_rows, problem_of), partial(read_rows, example_of)
 
 
-def unread_columns(place: str, row: dict) -> set[str]:
-    """One without which the row may be another question is refused, unless called extra_..."""
-    read = {*PROBLEM_COLUMNS, "response", "group", "watch"}  # the last two by rl.py, from extra
-    unread = {column for column in row if row[column]} - read
-    other_turns, pictures = "system|video|audio", ".*(image|img|picture|figure|photo)"
-    meant = other_turns if row.get("images") else f"{other_turns}|{pictures}"
-    for column in unread:
-        if re.match(meant, column.lower()) and not column.startswith("extra_"):
-            raise ValueError(
-                f"{place}: column '{column}' is not read: --columns images={column}, if these are "
-                f"its pictures, or extra_{column}={column}, if the question is whole without it"
-            )
-    return unread
+def check_rows(rows: Rows, build: Callable, share: tuple[int, int], source: str | Path):
+    """Builds each row of the share and decodes its pictures: what is bad stops a run at its start,
+    not after hours. 10,000 photographs take two cores 20 s. Unread columns are named; one without
+    which the row may be another question is refused, unless it is called extra_...
+    """
+
+    def check(i: int) -> tuple[str, set[str]]:
+        place, row, folder = rows[i]
+        unread = {column for column in row if row[column]} - READ
+        lost = OTHER_TURNS if row.get("images") else f"{OTHER_TURNS}|{PICTURES}"
+        for column in unread:
+            if re.match(lost, column, re.IGNORECASE) and not column.startswith("extra_"):
+                cure = f"images={column}, if these are its pictures, or extra_{column}={column}"
+                fault = f"{place}: column '{column}' is not read: --columns {cure}"
+                raise ValueError(f"{fault}, if the question is whole without it")
+        record = build(place, row, folder)
+        for image in record.images:
+            load_image(image, place)
+        return record.id, unread
+
+    mine, unread, first = range(share[0], len(rows), share[1]), set(), {}
+    with ThreadPool(16) as pool:  # on a network disk they wait more than they work
+        checked = progress(pool.imap(check, mine, chunksize=64), f"checking {source}", len(mine))
+        for i, (name, columns) in zip(mine, checked, strict=True):
+            unread |= columns
+            if (other := first.setdefault(name, i)) != i:  # no log could tell them apart
+                fault = f"{rows[i][0]}: the id {name!r} is also that of {rows[other][0]}"
+                raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+    if unread and share[0] == 0:
+        kept = ", ".join(sorted(unread))
+        print(f"{source}: columns that only a reward of your own may read: {kept}", flush=True)
 
 
 # ---- pictures
@@ -377,19 +352,17 @@ def unread_columns(place: str, row: dict) -> set[str]:
 
 @contextmanager
 def decoding(image: Picture | dict, row: str = "") -> Iterator[None]:
-    """One message for whatever is wrong with a picture.
-
-    Pillow's decoders raise a dozen kinds of error at damaged files, TypeError, RuntimeError and
-    struct.error among them. So all are caught, and nothing but decoding happens inside.
+    """One message for whatever is wrong with a picture. Pillow's decoders raise a dozen kinds of
+    error at damaged files, so all are caught, and nothing but decoding happens inside.
     """
     try:
         yield
     except Exception as error:
         name = f"{image}" if isinstance(image, str | Path) else "embedded picture"
-        reason = str(error) or type(error).__name__
-        where = f"{row}: {name}" if row else name
+        name = f"{row}: {name}" if row else name
         kind = "no picture" if isinstance(error, FileNotFoundError) else "damaged picture"
-        raise ValueError(f"{where}: {kind} ({reason:.300}); replace it") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name}: {kind} ({reason:.300}); replace it") from error
 
 
 def opened(image: Picture | dict) -> Image.Image:
@@ -438,16 +411,14 @@ def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int,
     """
     if (ratio := max(height, width) / min(height, width)) > MAX_ASPECT:
         raise ValueError(f"{width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
-    unit = settings.patch_size * settings.merge_size
-    high, wide = round(height / unit) * unit, round(width / unit) * unit
+    unit, sides = settings.patch_size * settings.merge_size, (height, width)
+    high, wide = (round(side / unit) * unit for side in sides)
     if high * wide > settings.max_pixels:
         scale = math.sqrt(height * width / settings.max_pixels)
-        high = max(unit, math.floor(height / scale / unit) * unit)
-        wide = max(unit, math.floor(width / scale / unit) * unit)
+        high, wide = (max(unit, math.floor(side / scale / unit) * unit) for side in sides)
     elif high * wide < settings.min_pixels:
         scale = math.sqrt(settings.min_pixels / (height * width))
-        high = math.ceil(height * scale / unit) * unit
-        wide = math.ceil(width * scale / unit) * unit
+        high, wide = (math.ceil(side * scale / unit) * unit for side in sides)
     return high, wide
 
 
@@ -480,9 +451,8 @@ def image_tokens(grid: tuple[int, int, int], merge: int) -> int:
 
 
 def model_directory(name: str | Path) -> str:
-    """A directory as it is; a Hub name as the directory in the Hub's cache that holds its snapshot.
-
-    The scripts under runs/ set HF_HUB_OFFLINE=1, and nothing is downloaded.
+    """A directory as it is; a Hub name as its snapshot in the Hub's cache, downloaded unless
+    HF_HUB_OFFLINE=1, which the scripts under runs/ set.
     """
     if not on_hub(name):
         return str(name)  # what is not there is named by whoever opens it
@@ -490,10 +460,8 @@ def model_directory(name: str | Path) -> str:
     try:
         return snapshot_download(str(name), allow_patterns=wanted)
     except (FileNotFoundError, ConnectionError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such directory, and no such model in the Hub's cache; get it with "
-            f"`HF_HUB_OFFLINE=0 hf download {name}`, or give the directory that holds it"
-        ) from error
+        fault = f"{name}: no such directory, and no such model in the Hub's cache"
+        raise FileNotFoundError(f"{fault}: `HF_HUB_OFFLINE=0 hf download {name}`") from error
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -508,7 +476,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[int]:
     """The user's turn and the opening of the answer, by the chat template; one token a picture."""
-    refuse_markup(name, prompt)
     content = []
     for i, piece in enumerate(split_at_markers(name, prompt, images)):
         content += [{"type": "image"}] if i else []
@@ -532,20 +499,18 @@ def encode_prompt(prompt: str, images: Sequence, tokenizer, settings, name="prom
     grids = tuple(grid for _, grid in pictures)
     pad, ids, offsets = tokenizer.convert_tokens_to_ids(IMAGE_PAD), [], []
     for token in short_ids:
-        if token != pad:
-            ids.append(token)
-        else:  # only the template can have written it: chat_ids refuses others
-            grid = grids[len(offsets)]
+        copies = 1
+        if token == pad:  # only the template can have written it: markup is refused
+            copies = image_tokens(grids[len(offsets)], settings.merge_size)
             offsets.append(len(ids))
-            ids += [pad] * image_tokens(grid, settings.merge_size)
+        ids += [token] * copies
     patches = torch.cat([part for part, _ in pictures]) if pictures else None
     return Prompt(ids, short_ids, patches, grids, tuple(offsets))
 
 
 def encode_problem(problem: Problem, tokenizer, settings) -> Prompt:
-    return encode_prompt(
-        problem.prompt, problem.images, tokenizer, settings, problem.place or problem.id
-    )
+    name = problem.place or problem.id
+    return encode_prompt(problem.prompt, problem.images, tokenizer, settings, name)
 
 
 def prompt_length(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> int:
@@ -566,8 +531,8 @@ def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, settings) -> Document:
+    prompt = encode_problem(example, tokenizer, settings)
     name = example.place or example.id
-    prompt = encode_prompt(example.prompt, example.images, tokenizer, settings, name)
     return Document(prompt, encode_response(example.response, tokenizer), name)
 
 

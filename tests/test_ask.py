@@ -4,10 +4,9 @@ as runs/serve.sh starts it.)
 
 import json
 import random
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from bad_server import HEAD, Server, event, send
 
 from common import data
 from miniature import world
@@ -15,42 +14,19 @@ from model import load_model
 from rollout import TorchSampler
 from tools import ask
 
-CHUNKS = [  # of a reply; a server like vLLM streams thoughts before the answer
-    ({"reasoning": "I count. "}, None),
-    ({"content": "There are "}, None),
-    ({"content": "three."}, "stop"),
-]
+DELTAS = [{"reasoning": "I count. "}, {"content": "There are "}, {"content": "three."}]
 
 
-class Server(BaseHTTPRequestHandler):
-    """OpenAI's interface: one model, one answer to all."""
+class Scripted(Server):
+    """One model, one answer to all, thoughts first, as vLLM streams them."""
 
-    questions = []
-
-    def do_GET(self):  # noqa: N802  the name is http.server's
-        self.send(json.dumps({"data": [{"id": "served"}]}), "application/json")
-
-    def do_POST(self):  # noqa: N802
-        self.questions.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        chunks = [{"choices": [dict(index=0, delta=d, finish_reason=f)]} for d, f in CHUNKS]
-        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-        self.send("".join([*lines, "data: [DONE]\n\n"]), "text/event-stream")
-
-    def send(self, text: str, kind: str):
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-
-@pytest.fixture
-def url(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    Server.questions.clear()
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    async def answer(self, body: dict, writer):
+        kind, said = "application/json", json.dumps({"data": [{"id": "served"}]})
+        if body:
+            self.requests.append(body)
+            chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in DELTAS]
+            kind, said = "text/event-stream", "".join(map(event, chunks)) + "data: [DONE]\n\n"
+        await send(writer, HEAD.format(200, kind, ""), said, last=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +39,8 @@ def test_a_model_directory_answers_and_several_answers_are_numbered_and_differ(
 ):
     own = dict(image=problem.images, model=mini.model)
     ask.main(ask.Config(problem.prompt, **own))
-    tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
-    sampler = TorchSampler(load_model(mini.model), tokenizer, settings)
+    tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
+    sampler = TorchSampler(load_model(mini.model), *tools)
     (rollout,) = sampler.generate([problem], 1, 40, temperature=0)
     output = capsys.readouterr()
     assert output.out == rollout.text + "\n" and "boxed" in output.out and mini.model in output.err
@@ -84,17 +60,17 @@ def test_what_a_picture_of_the_miniature_shows_is_printed_line_by_line(tmp_path)
     grid = ask.drawn(str(tmp_path / row["images"][0])).splitlines()
     assert " ".join(grid) == row["bill"] and [line.split()[0] for line in grid] == [*world.LINES]
     for other in ("elsewhere-0.png", "test-1-0.png", "test.png"):  # no row is about these
-        assert ask.drawn(str(tmp_path / "images" / other)) == "" == ask.drawn(f"/{other}")
+        assert ask.drawn(str(tmp_path / "images" / other)) == ""
 
 
 @pytest.mark.parametrize("samples, said", [(1, "{}\n"), (2, "#0  {}\n#1  {}\n")])
 def test_a_server_streams_thoughts_and_answers_of_the_model_it_has(
-    url, problem, capsys, samples, said
+    server, problem, capsys, samples, said
 ):
-    ask.main(ask.Config("How many?", image=problem.images, url=url, samples=samples))
+    ask.main(ask.Config("How many?", image=problem.images, url=server.url, samples=samples))
     assert capsys.readouterr().out == said.replace("{}", "I count. There are three.")
-    assert len(Server.questions) == samples
-    for body in Server.questions:
+    assert len(server.requests) == samples
+    for body in server.requests:
         picture, text = body["messages"][0]["content"]
         about = body["model"], body["temperature"], "max_tokens" in body
         assert about == ("served", samples - 1.0, False)
@@ -106,7 +82,6 @@ def test_a_server_streams_thoughts_and_answers_of_the_model_it_has(
     "question, settings, said",
     [
         ("what <image> ?", {}, "1 markers <image> for 0 images"),
-        ("what ?", {"samples": 0}, "--samples 0"),
         ("what ?", {"image": ("no.png",)}, "no.png: no picture .*No such file"),
         ("what ?", {"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1: .* does it run"),
         ("How many ?", {}, "a world of .* words.*: How many.*It can read: A 4 ;"),

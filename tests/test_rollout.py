@@ -76,9 +76,6 @@ def assert_same(some, others):
         assert torch.tensor(r.logps).sub(torch.tensor(other.logps)).abs().max() < 1e-5
 
 
-# ---- the trainer's view
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_packed_forward_whatever_the_temperature(
     sampler, model, temperature
@@ -96,9 +93,9 @@ def test_log_probs_are_those_of_the_packed_forward_whatever_the_temperature(
 
 def test_rollouts_come_in_the_order_of_the_indices_sample_by_sample(sampler):
     whole = sampler.generate(PROBLEMS, 2, max_tokens=30)
-    assert [(r.index, r.sample) for r in whole] == [(i, n) for i in range(4) for n in (0, 1)]
     some = sampler.generate(PROBLEMS, 2, max_tokens=30, indices=iter([2, 0, 3]))
-    assert [(r.index, r.sample) for r in some] == [(i, n) for i in (2, 0, 3) for n in (0, 1)]
+    for rollouts, indices in ((whole, range(4)), (some, (2, 0, 3))):
+        assert [(r.index, r.sample) for r in rollouts] == [(i, n) for i in indices for n in (0, 1)]
     assert all(r.problem is PROBLEMS[r.index] for r in some)
     assert_same(some, whole)
     assert sampler.generate(PROBLEMS, 2, max_tokens=30, indices=[]) == []
@@ -127,28 +124,20 @@ def test_the_prompt_and_its_pictures_are_read_once_whatever_the_samples(tokenize
     assert sum(tokens[1:]) == sum(len(r.response_ids) - 1 for r in rollouts)
 
 
-# ---- where a response ends
-
-
 def test_a_response_ends_with_a_stop_token_of_config_json_or_is_cut(tokenizer):
     """Some files list several."""
-    model = build(tokenizer)
+    model, ends = build(tokenizer), set()
     other = tokenizer.convert_tokens_to_ids("A")
     model.config = replace(model.config, eos_token_id=(tokenizer.eos_token_id, other))
-    for limit in (1, 2, 60):
-        sampler = TorchSampler(model, tokenizer, SETTINGS)
-        rollouts, ends = sampler.generate(PROBLEMS, 16, max_tokens=limit), set()
-        for r in rollouts:
+    for limit in (1, 60):
+        for r in TorchSampler(model, tokenizer, SETTINGS).generate(PROBLEMS, 16, max_tokens=limit):
             stops = [token in model.config.stop_ids for token in r.response_ids]
             assert not any(stops[:-1]) and stops[-1] == r.stopped
             assert r.stopped or len(stops) == limit
             words = tokenizer.convert_ids_to_tokens(r.response_ids)
             assert r.text == " ".join(word for word in words if word not in data.MARKUP)
-            ends |= {r.response_ids[-1]} if r.stopped else set()
-    assert ends == {*model.config.stop_ids} and 10 < sum(r.stopped for r in rollouts) < 54
-
-
-# ---- randomness
+            ends.add(r.response_ids[-1] if r.stopped else None)
+    assert ends == {*model.config.stop_ids, None}
 
 
 def test_a_rollout_depends_on_its_address_alone(sampler, model, tokenizer):
@@ -174,18 +163,6 @@ def test_a_problem_that_stands_twice_in_a_batch_is_sampled_anew(sampler):
     assert [r.response_ids for r in some] == [r.response_ids for r in rollouts if r.index in (5, 9)]
 
 
-# ---- what is drawn
-
-
-def chi_square(counts, probabilities):
-    """In standard deviations of its own distribution."""
-    expected = counts.sum() * probabilities
-    kept = expected > 5
-    value = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
-    freedom = int(kept.sum()) - 1
-    return ((value - freedom) / math.sqrt(2 * freedom)).item()
-
-
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature):
     logits = 2 * torch.randn(1, 30, generator=torch.Generator().manual_seed(0))
@@ -206,8 +183,11 @@ def test_the_first_tokens_of_many_samples_follow_the_model(sampler, model, forbi
         probabilities = model.logits(pack, pack.rows).double().softmax(-1)[0]
     probabilities[forbidden] = 0
     tokens = torch.tensor([r.response_ids[0] for r in rollouts])
-    counts = tokens.bincount(minlength=len(probabilities))
-    assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
+    expected = len(tokens) * probabilities / probabilities.sum()
+    likely = expected > 5
+    misses = (tokens.bincount(minlength=len(expected)) - expected)[likely]
+    freedom = int(likely.sum()) - 1  # the mean of chi square, and half its variance
+    assert abs((misses**2 / expected[likely]).sum() - freedom) < 4 * math.sqrt(2 * freedom)
 
 
 def test_forbidden_tokens_are_never_drawn_even_if_the_model_wants_nothing_else(
@@ -227,9 +207,6 @@ def test_forbidden_tokens_are_never_drawn_even_if_the_model_wants_nothing_else(
             assert min(x for r in rollouts for x in r.logps) < -50  # of the unmasked distribution
     with pytest.raises(ValueError, match="--forbid 'wait 2': the tokenizer has no single token"):
         TorchSampler(model, tokenizer, SETTINGS, forbid=("wait 2",))
-
-
-# ---- divergence
 
 
 def drift(model):
@@ -258,9 +235,6 @@ def test_logits_that_are_not_finite_are_named(tokenizer, damage, message, temper
         TorchSampler(model, tokenizer, SETTINGS).generate(PROBLEMS, 32, 40, temperature)
 
 
-# ---- new weights
-
-
 def test_sync_gives_the_log_probs_of_the_new_weights(tokenizer):
     sampler, policy = TorchSampler(build(tokenizer), tokenizer, SETTINGS), build(tokenizer, seed=1)
     problem = canary(PROBLEMS, tokenizer, SETTINGS, 512)
@@ -283,10 +257,6 @@ def test_the_canary_shows_a_picture_and_fills_a_block_of_the_prefix_cache(tokeni
         problem = canary(PROBLEMS, tokenizer, SETTINGS, limit)
         length = data.prompt_length(problem.prompt, problem.images, tokenizer, SETTINGS)
         assert problem.images and min(limit - 20, 160) <= length <= limit
-    assert not canary(PROBLEMS[:2], tokenizer, SETTINGS, 512).images
-
-
-# ---- a step on disk
 
 
 def test_saved_rollouts_come_back_bit_for_bit_for_the_same_problems(sampler, tokenizer, tmp_path):
@@ -308,9 +278,6 @@ def test_saved_rollouts_come_back_bit_for_bit_for_the_same_problems(sampler, tok
     others = [*PROBLEMS[:2], Problem("new", "A", "1"), PROBLEMS[3]]
     with pytest.raises(ValueError, match=f"{file} is of other problems .* delete"):
         load_rollouts(file, others, tokenizer, SETTINGS)
-
-
-# ---- the long tail
 
 
 def a_tenth(ended, of):

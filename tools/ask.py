@@ -26,26 +26,16 @@ from common.log import run_main
 from model import load_model
 from rollout import TorchSampler
 
-MODEL = "out/laptop/rl/model"
-
 
 @dataclass(frozen=True)
 class Config:
     question: Positional[str]
     image: UseAppendAction[tuple[str, ...]] = ()  # a picture; give it again for each further one
-    model: str = ""  # HF directory, Hub name; with --url its name there, by default the first
+    model: str = ""  # HF directory, Hub name (out/laptop/rl/model); a server's name (its first)
     url: str = ""  # of a server, with its /v1
     max_tokens: int = 0  # of the answer; 0: what the server allows, or 2,048
     samples: int = 1  # answers
     temperature: float = -1.0  # 0: the likeliest token each time; -1: 0, of several answers 1
-
-    def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"--samples {self.samples}: answers count from 1")
-
-    @property
-    def heat(self) -> float:
-        return self.temperature if self.temperature >= 0 else float(self.samples > 1)
 
 
 def drawn(image: str) -> str:
@@ -53,42 +43,37 @@ def drawn(image: str) -> str:
     name, _, _ = Path(image).stem.rpartition("-")  # test-0 of images/test-0-0.png
     file = Path(image).absolute().parent.parent / f"{name.partition('-')[0]}.jsonl"
     rows = map(json.loads, file.open()) if file.is_file() else ()
-    row = next((row for row in rows if "bill" in row and row.get("id") == name), {"bill": ""})
-    cells = row["bill"].split()
+    bills = (row["bill"] for row in rows if row.get("id") == name and "bill" in row)
+    cells = next(bills, "").split()
     return "\n".join(" ".join(cells[i : i + 3]) for i in range(0, len(cells), 3))
 
 
-def numbered(n: int, cfg: Config) -> str:
-    return f"#{n}  " if cfg.samples > 1 else ""
-
-
-def sampled(cfg: Config) -> Iterator[str]:
+def sampled(cfg: Config, temperature: float) -> Iterator[str]:
     """The answers of a model directory, each in one piece."""
-    where, cuda = data.model_directory(cfg.model or MODEL), torch.cuda.is_available()
-    tokenizer, settings = data.load_tokenizer(where), data.load_image_settings(where)
+    where = data.model_directory(cfg.model or "out/laptop/rl/model")
+    tools = data.load_tokenizer(where), data.load_image_settings(where)
+    cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     print(f"{where}, {dtype} on {device}", file=sys.stderr)
-    sampler = TorchSampler(load_model(where, dtype, device), tokenizer, settings)
+    sampler = TorchSampler(load_model(where, dtype, device), *tools)
     problem = data.Problem("the question", cfg.question, "", cfg.image)
-    for r in sampler.generate([problem], cfg.samples, cfg.max_tokens or 2048, cfg.heat):
-        cut = "" if r.stopped else " [cut: --max-tokens]"
-        yield f"{numbered(r.sample, cfg)}{r.text}{cut}\n"
+    for r in sampler.generate([problem], cfg.samples, cfg.max_tokens or 2048, temperature):
+        yield f"#{r.sample}  " if cfg.samples > 1 else ""
+        yield r.text + ("\n" if r.stopped else " [cut: --max-tokens]\n")
 
 
-def streamed(cfg: Config) -> Iterator[str]:
-    """The answers of a server, one after the other, piece by piece; thoughts, where it tells them
-    apart, too.
-    """
+def streamed(cfg: Config, temperature: float) -> Iterator[str]:
+    """The answers of a server one after the other, piece by piece, with thoughts that it sends."""
     import openai  # here: a directory needs no second of it
 
     client = openai.OpenAI(base_url=cfg.url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    settings = {"temperature": cfg.heat, "max_tokens": cfg.max_tokens or openai.omit}
+    settings = {"temperature": temperature, "max_tokens": cfg.max_tokens or openai.omit}
     settings |= {"messages": [user_message(cfg.question, cfg.image)], "stream": True}
     try:
         model = cfg.model or client.models.list().data[0].id
         print(f"{model} at {cfg.url}", file=sys.stderr)
         for n in range(cfg.samples):
-            yield numbered(n, cfg)
+            yield f"#{n}  " if cfg.samples > 1 else ""
             for chunk in client.chat.completions.create(model=model, **settings):
                 for choice in chunk.choices:
                     for name in ("reasoning", "reasoning_content", "content"):
@@ -104,7 +89,8 @@ def main(cfg: Config):
         data.load_image(image)  # a missing or damaged picture is named
         if grid := drawn(image):
             print(f"{image}:\n{grid}", file=sys.stderr)
-    for piece in streamed(cfg) if cfg.url else sampled(cfg):
+    heat = cfg.temperature if cfg.temperature >= 0 else float(cfg.samples > 1)
+    for piece in streamed(cfg, heat) if cfg.url else sampled(cfg, heat):
         print(piece, end="", flush=True)
 
 

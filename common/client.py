@@ -6,10 +6,10 @@ r"""Replies of a model behind any OpenAI-compatible address: a vLLM of one's own
     write(job, reply)                             # puts the Reply on disk
 
 The `openai` package asks, waits and tries again what fails before a reply begins. A reply takes
-many minutes: it is streamed, so that silence for `stall` seconds tells a dead server from a slow
-one, and a stream that breaks off or holds garbage is asked for again here. A request that fails all
-the same is counted, printed, and asked again by the next run; what all requests share (a wrong key,
-an unknown model, a dead server) ends the run.
+minutes: it is streamed, so that `stall` seconds of silence tell a dead server from a slow one, and
+a stream that breaks off or holds garbage is asked for again here. A request that fails all the same
+is counted, printed, and asked again by the next run; what all requests share (a wrong key, an
+unknown model, a dead server) ends the run.
 """
 
 import asyncio
@@ -36,10 +36,6 @@ UNFINISHED = (None, "abort", "error", "insufficient_system_resource")
 BROKEN = (openai.APIError, ValueError, TypeError, AttributeError)  # cut, stalled, or no completion
 
 
-class Failed(RuntimeError):
-    """One request has no reply, after all tries; the message says why."""
-
-
 class Unusable(RuntimeError):
     """Nothing more is to be had from this endpoint; the message says why, and what to do."""
 
@@ -63,11 +59,6 @@ class Endpoint:
         if self.concurrency < 1 or self.stall <= 0 or self.retries < 0:
             raise ValueError("concurrency and stall must be positive, retries not negative")
 
-    def key(self) -> str:
-        if self.key_env and not os.environ.get(self.key_env):
-            raise Unusable(f"the environment has no {self.key_env}: export {self.key_env}=...")
-        return os.environ[self.key_env].strip() if self.key_env else "none"
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -89,36 +80,46 @@ def user_message(prompt: str, pictures: Sequence[str | Path] = ()) -> dict:
         raise ValueError(f"{len(texts) - 1} {IMAGE_MARKER} markers for {len(pictures)} pictures")
     content = texts[:1]
     for path, text in zip(pictures, texts[1:], strict=True):
-        data = base64.b64encode(Path(path).read_bytes()).decode()
-        url = f"data:{picture_type(path)};base64,{data}"
+        with Image.open(path) as image:
+            kind = Image.MIME[image.format]  # by what the file holds and not by its name
+        url = f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
         content += [{"type": "image_url", "image_url": {"url": url}}, text]
     return {"role": "user", "content": [part for part in content if part.get("text") != ""]}
 
 
-def picture_type(path: str | Path) -> str:
-    """image/png, by what the file holds and not by its name. OSError if it is no picture."""
-    with Image.open(path) as image:
-        return Image.MIME[image.format]
-
-
 def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Callable) -> None:
     """Asks for every job until request(job) is None, `concurrency` jobs at a time. A job is pulled
-    when there is a place for it, so that millions take no memory. A reply is on disk before its job
-    asks for more; one that fails ends its job, as all tries were used. Where nothing more is to be
-    had, and at Ctrl-C, it stops with the command that goes on; what request or write raise ends it.
-    """
-    asker, shared, failures, stopped = Asker(endpoint), iter(jobs), Counter(), None
+    when there is a place for it: millions take no memory. A reply is on disk before its job asks
+    for more; a request that fails after all tries ends its job. Where nothing more is to be had,
+    and at Ctrl-C, it stops with the command that goes on. What request or write raise comes out."""
+    key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else "none"
+    if not key:
+        raise Unusable(f"the environment has no {endpoint.key_env}: export {endpoint.key_env}=...")
+    settings = {"base_url": endpoint.url, "api_key": key, "max_retries": endpoint.retries}
+    settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
+    client, shared = openai.AsyncOpenAI(**settings), iter(jobs)
+    failures, in_a_row, stopped = Counter(), 0, None
 
     async def worker():
+        nonlocal in_a_row
         for job in shared:
-            try:
-                while body := request(job):
-                    write(job, await asker.ask(body))
-            except Failed as why:
-                failures[str(why)] += 1
+            while body := request(job):
+                try:
+                    reply = await ask(client, endpoint, body)
+                except BROKEN as error:
+                    status, in_a_row = getattr(error, "status_code", None), in_a_row + 1
+                    message = str(error).replace(key, "KEY")  # some servers repeat it
+                    if status in SAME_FOR_ALL or in_a_row >= IN_A_ROW:
+                        same = f"{in_a_row} failures and no reply since: {message}; {CURE}"
+                        raise Unusable(f"{endpoint.url}, model {endpoint.model}, {same}") from error
+                    kind = f"status {status}" if status else type(error).__name__
+                    failures[f"{kind}: {message}"] += 1
+                    break
+                in_a_row = 0
+                write(job, reply)
 
     async def workers():
-        async with asker.client, asyncio.TaskGroup() as group:
+        async with client, asyncio.TaskGroup() as group:
             for _ in range(endpoint.concurrency):
                 group.create_task(worker())
 
@@ -137,45 +138,23 @@ def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Ca
         print(f"{count:,} requests failed: {why}")
 
 
-class Asker:
-    """Asks an endpoint, and gives it up where nothing but failures is heard of it."""
-
-    def __init__(self, endpoint: Endpoint):
-        self.endpoint, self.failures = endpoint, 0
-        settings = {"api_key": endpoint.key(), "max_retries": endpoint.retries}
-        settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
-        self.client = openai.AsyncOpenAI(base_url=endpoint.url, **settings)
-
-    async def ask(self, body: dict) -> Reply:
-        """body: of a chat completion, as {"messages": [...], "temperature": 0.6}; one choice."""
-        body = {"model": self.endpoint.model, "stream": True} | body
-        body["stream_options"] = {"include_usage": True}
-        for attempt in range(self.endpoint.retries + 1):
-            await asyncio.sleep(attempt * PAUSE)
-            try:  # the library itself tries again what fails before the first byte
-                stream = await self.client.chat.completions.create(**body)
-            except openai.APIError as error:
-                if type(error) is openai.APIConnectionError:  # a timeout is a kind of it
-                    why = f"{self.endpoint.url}: {error.__cause__}; does it run?"
-                    raise Unusable(why) from error
-                raise self.failed(error) from error
-            try:
-                reply = await collect(stream)
-            except BROKEN as error:
-                broken = error
-            else:
-                self.failures = 0
-                return reply
-        raise self.failed(broken) from broken
-
-    def failed(self, error: Exception) -> RuntimeError:
-        status = getattr(error, "status_code", None)
-        message = str(error).replace(self.endpoint.key(), "KEY")  # some servers repeat it
-        self.failures += 1
-        if status in SAME_FOR_ALL or self.failures >= IN_A_ROW:
-            same = f"{self.failures} failures and no reply since: {message}"
-            return Unusable(f"{self.endpoint.url}, model {self.endpoint.model}, {same}; {CURE}")
-        return Failed(f"{f'status {status}' if status else type(error).__name__}: {message}")
+async def ask(client: openai.AsyncOpenAI, endpoint: Endpoint, body: dict) -> Reply:
+    """One reply, streamed; one of BROKEN where all tries fail, Unusable where nobody listens."""
+    body = {"model": endpoint.model, "stream": True} | body
+    body["stream_options"] = {"include_usage": True}
+    for attempt in range(endpoint.retries + 1):
+        await asyncio.sleep(attempt * PAUSE)
+        try:  # the library itself tries again what fails before the first byte
+            stream = await client.chat.completions.create(**body)
+        except openai.APITimeoutError:
+            raise
+        except openai.APIConnectionError as error:
+            raise Unusable(f"{endpoint.url}: {error.__cause__}; does it run?") from error
+        try:
+            return await collect(stream)
+        except BROKEN as error:
+            broken = error
+    raise broken
 
 
 async def collect(stream: openai.AsyncStream) -> Reply:

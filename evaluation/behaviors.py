@@ -7,22 +7,19 @@ r"""Counts reasoning habits in a text: the paper's four of language and their fo
     backward_chaining  goal_driven_visual_tracing  "to get 75, we need" | "so find it in the chart"
 
 The unit is the sentence; a behaviour counts at most once in each. Doubt or "again" makes a sentence
-reflection, not verification: whoever doubts has not confirmed. `rates` has a behaviour's CBR, the
-share of responses that show it; `transfer_rates` a pair's BTR = CBR(visual) / CBR(linguistic).
+reflection, not verification. CBR is the share of responses that show a behaviour, BTR = CBR(visual)
+/ CBR(linguistic) of a pair.
 
 Departure: the paper asks GPT-4o for the counts. That is judge.py; this is a lexicon, for highlights
-and for trends of one model. It knows R1's English and the lower-case, spaced language of the
-miniature. Right by eye of its hits in real chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max,
-InternLM, no R1-style traces), in the order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25,
-13 of 18; 36 of 50, 16 of 29. So publish the judge's rates, or corrected_rate.
-
-Rates take an (N, 8) array of booleans, does response n show behaviour NAMES[b]: from the lexicon
-(presence, or the spans that graded.jsonl keeps) or from a judge's counts.
+and for trends of one model, of R1's English and of the miniature. Right by eye of its hits in real
+chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max, InternLM, no R1-style traces), in the order
+above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25, 13 of 18; 36 of 50, 16 of 29. So publish the
+judge's rates, or corrected_rate.
 """
 
 import re
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,15 +39,7 @@ MIN_CARRIERS = 10  # responses with a behaviour, under which a ratio or a correc
 DRAWS = 2000  # of a bootstrap
 MIN_YOUDEN = 0.1  # sensitivity + specificity - 1; near 0 the lexicon says nothing; ours
 
-
-class Span(NamedTuple):
-    name: str
-    start: int  # offsets in the text that was searched, so text[start:end] is the sentence
-    end: int
-
-
-# --- the lexicon: shared words first, then the patterns of each behaviour -------------------------
-
+# The lexicon: shared words first, then the patterns of each behaviour.
 IMAGE = r"(?:images?|pictures?|figures?|diagrams?|graphs?|charts?|photos?|plots?|tables?|drawings?)"
 PART = (
     r"(?:left|right(?![- ](?:triangle|angle|isosceles))|top|bottom|upper|lower|middle|corner"
@@ -151,6 +140,12 @@ VERSION = zlib.crc32(f"{PATTERNS} {DOUBT} {SENTENCE_END}".encode())  # others' s
 # --- finding -------------------------------------------------------------------------------------
 
 
+class Span(NamedTuple):
+    name: str
+    start: int  # offsets in the text that was searched, so text[start:end] is the sentence
+    end: int
+
+
 def thinking(text: str) -> str:
     """The text before the LAST </think>, since thoughts may quote the tag; all of it if there is
     none: the thought was cut off."""
@@ -158,38 +153,18 @@ def thinking(text: str) -> str:
     return (before if tag else text).strip().removeprefix("<think>").strip()
 
 
-def sentences(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of each sentence, without the white space around it."""
-    start = 0
-    for end in [*(match.end() for match in SENTENCE_END.finditer(text)), len(text)]:
-        sentence = text[start:end]
-        if sentence.strip():
-            yield start + len(sentence) - len(sentence.lstrip()), start + len(sentence.rstrip())
-        start = end
-
-
 def find(text: str) -> list[Span]:
     """All sentences with a behaviour, in order; a sentence may stand under several names."""
-    spans = []
-    for start, end in sentences(text):
-        sentence = text[start:end]
+    spans, start = [], 0
+    for stop in [*(match.end() for match in SENTENCE_END.finditer(text)), len(text)]:
+        sentence = text[start:stop].strip()
         names = [name for name, pattern in LEXICON.items() if pattern.search(sentence)]
         if DOUBT.search(sentence):  # whoever doubts has not confirmed
             names = [name for name in names if "verification" not in name]
-        spans += [Span(name, start, end) for name in names]
+        begin = text.find(sentence, start)
+        spans += [Span(name, begin, begin + len(sentence)) for name in names]
+        start = stop
     return spans
-
-
-def count(text: str) -> dict[str, int]:
-    """Sentences with each of the eight behaviours, zeros included."""
-    names = [span.name for span in find(text)]
-    return {name: names.count(name) for name in NAMES}
-
-
-def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
-    """Which of a row's own patterns (its column `watch`: {name: regular expression}) a text shows:
-    the miniature's rows name the item that is worth a second look, which no lexicon can know."""
-    return {name: re.search(pattern, text) is not None for name, pattern in patterns.items()}
 
 
 def find_in_thought(response: str, question: str) -> list[Span]:
@@ -209,7 +184,19 @@ def runs(text: str) -> list[tuple[str, ...]]:
     return list(zip(words, words[1:], words[2:], strict=False))
 
 
-# --- rates ---------------------------------------------------------------------------------------
+def count(text: str) -> dict[str, int]:
+    """Sentences with each of the eight behaviours, zeros included."""
+    names = [span.name for span in find(text)]
+    return {name: names.count(name) for name in NAMES}
+
+
+def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
+    """Which of a row's own patterns (its column `watch`: {name: regular expression}) a text shows:
+    the miniature's rows name the item that is worth a second look, which no lexicon can know."""
+    return {name: re.search(pattern, text) is not None for name, pattern in patterns.items()}
+
+
+# --- rates: of (N, 8) booleans, does response n show NAMES[b], by the lexicon or by a judge -------
 
 
 def presence(texts: Sequence[str]) -> np.ndarray:
@@ -217,14 +204,18 @@ def presence(texts: Sequence[str]) -> np.ndarray:
 
 
 def shown_by(spans: Sequence[Sequence[Span]]) -> np.ndarray:
-    """Spans of each response -> (N, 8)."""
-    names = [{span[0] for span in of_one} for of_one in spans]
-    return np.array([[name in of_one for name in NAMES] for of_one in names], bool).reshape(-1, 8)
+    return counted(spans) > 0
 
 
-def rates(shown: np.ndarray) -> dict[str, float]:
-    """CBR: the share of responses that show each behaviour; 0 of no responses is 0."""
-    return dict(zip(NAMES, (shown.sum(axis=0) / max(1, len(shown))).tolist(), strict=True))
+def counted(spans: Sequence[Sequence[Span]]) -> np.ndarray:
+    """Spans of each response -> in how many sentences it shows each behaviour, (N, 8)."""
+    names = [[span[0] for span in of_one] for of_one in spans]
+    return np.array([[of_one.count(name) for name in NAMES] for of_one in names]).reshape(-1, 8)
+
+
+def rates(values: np.ndarray) -> dict[str, float]:
+    """CBR, or the mean of other (N, 8) values; 0 of no responses is 0."""
+    return dict(zip(NAMES, (values.sum(axis=0) / max(1, len(values))).tolist(), strict=True))
 
 
 def transfer_rates(shown: np.ndarray) -> dict[tuple[str, str], float | None]:
@@ -233,7 +224,7 @@ def transfer_rates(shown: np.ndarray) -> dict[tuple[str, str], float | None]:
     return {(a, b): counts[b] / counts[a] if counts[a] >= MIN_CARRIERS else None for a, b in PAIRS}
 
 
-def interval(values: np.ndarray, items: Sequence[Hashable], statistic: Callable) -> np.ndarray:
+def interval(values: np.ndarray, items: Sequence, statistic: Callable) -> np.ndarray:
     """95 % bootstrap interval of statistic(sums of the values (N, K)), two ends (2, ...).
 
     items: the problem of each response. Samples of one problem are alike, so problems are drawn.
@@ -246,82 +237,71 @@ def interval(values: np.ndarray, items: Sequence[Hashable], statistic: Callable)
     return np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), LEVEL, axis=0)
 
 
-def transfer_interval(
-    shown: np.ndarray, pair: tuple[str, str], items: Sequence[Hashable]
-) -> tuple[float, float] | None:
-    """Of a BTR, paired: both rates come from the same drawn items. None where transfer_rates is."""
+def transfer_interval(shown: np.ndarray, pair: tuple[str, str], items: Sequence) -> tuple | None:
+    """(low, high) of a BTR, both rates from the same drawn items. None where transfer_rates is."""
     if transfer_rates(shown)[pair] is None:
         return None
     columns = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
     return tuple(interval(columns, items, lambda sums: sums[:, 1] / sums[:, 0]).tolist())
 
 
-def means(values: np.ndarray, items: Sequence[Hashable]) -> dict[str, tuple[float, float, float]]:
+def means(values: np.ndarray, items: Sequence) -> dict[str, tuple[float, float, float]]:
     """{name: (mean, low, high)} of (N, 8) values: CBR of what responses show, or the difference of
     two CBR of values `one.astype(int) - other`, whose rows answer the same items: say with the
     true picture and with a blank one. What stays the same there is a habit of words.
     """
-    counted = np.c_[values, np.ones(len(values))]  # problems may have different numbers of samples
-    ends = interval(counted, items, lambda sums: sums[:, :8] / sums[:, 8:])
+    with_ones = np.c_[values, np.ones(len(values))]  # problems may have unequally many samples
+    ends = interval(with_ones, items, lambda sums: sums[:, :8] / sums[:, 8:])
     columns = np.vstack([values.mean(axis=0), ends]).T.tolist()
     return {name: tuple(column) for name, column in zip(NAMES, columns, strict=True)}
 
 
-def corrected_rate(
-    lexicon: Sequence[bool], judged: Sequence[bool | None]
-) -> tuple[float, float, float] | None:
+def corrected_rate(lexicon: Sequence[bool], judged: Sequence[bool | None]) -> tuple | None:
     """(rate, low, high): the lexicon's CBR put right by a judge, with its 95 % interval.
 
-    judged: its verdict on response n, None where it was not asked; those that were must be a random
-    sample. Responses are drawn one by one, so many samples of one problem look surer than they are.
-    None ("n/a") where the judge heard or missed it under ten times, or the lexicon is deaf to it,
-    in the sample or in one draw of twenty.
+    (rate + spec - 1) / (sens + spec - 1), Rogan and Gladen 1978. judged: the verdict on response n,
+    None where none was asked for; the others must be a random sample. Responses are drawn one by
+    one, so many samples of one problem look surer than they are. None ("n/a") where the judge heard
+    or missed it under ten times, or the lexicon is deaf to it, in the sample or one draw of twenty.
     """
     verdicts = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], int)
-    cells = np.eye(6)[2 * verdicts + np.array(lexicon, int)]  # (N, 6): judge x lexicon
+    cells = np.eye(6)[2 * verdicts + np.array(lexicon, int)]  # (N, 6)
     if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_CARRIERS:
         return None
-    shares = rogan_gladen(np.vstack([cells.sum(axis=0), bootstrap(cells, DRAWS)]))
-    if np.isnan(shares[0]) or np.isnan(shares).mean() > 0.05:
-        return None
-    return (float(shares[0]), *np.nanquantile(shares[1:], LEVEL).tolist())
-
-
-def rogan_gladen(sums: np.ndarray) -> np.ndarray:
-    """(rate + spec - 1) / (sens + spec - 1), Rogan and Gladen 1978: (M, 6) -> (M,)."""
-    table = sums.reshape(-1, 3, 2)  # judge: not asked, no, yes; lexicon: no, yes
-    rate = table[:, :, 1].sum(axis=1) / sums.sum(axis=1)
+    table = np.vstack([cells.sum(axis=0), bootstrap(cells, DRAWS)])
+    table = table.reshape(-1, 3, 2)  # the sample, then draws; judge: not asked, no, yes; lexicon
+    rate = table[:, :, 1].sum(axis=1) / len(cells)
     with np.errstate(invalid="ignore"):  # a draw may lack a class
-        false, true = (table[:, 1:, 1] / table[:, 1:].sum(axis=2)).T
+        false, true = (table[:, 1:, 1] / table[:, 1:].sum(axis=2)).T  # 1 - spec, sens
     right = np.clip((rate - false) / np.maximum(true - false, MIN_YOUDEN), 0, 1)
-    return np.where(true - false >= MIN_YOUDEN, right, np.nan)  # false is 1 - spec, true is sens
+    right[~(true - false >= MIN_YOUDEN)] = np.nan
+    if np.isnan(right[0]) or np.isnan(right).mean() > 0.05:
+        return None
+    return (float(right[0]), *np.nanquantile(right[1:], LEVEL).tolist())
 
 
 def summarise(rows: list[dict]) -> dict:
     """What graded rows with their "spans" show: CBR and BTR, and what is behind them. Length alone
-    raises a CBR, so there are rates of about the first 2,000 tokens, too."""
-    shown, items = shown_by([row["spans"] for row in rows]), [row["id"] for row in rows]
-    scores = np.array([row["score"] for row in rows], float)
-    plain = rates(shown_by([*map(plain_spans, rows)]))
+    raises a CBR: so replies of known length have counts per token and early rates as well."""
+    spans, items = [row["spans"] for row in rows], [row["id"] for row in rows]
+    shown, scores = shown_by(spans), np.array([row["score"] for row in rows], float)
+    known, plain, early = [row for row in rows if row["tokens"] is not None], [], []
+    for row in rows:
+        visual = {start for name, start, _ in row["spans"] if name in VISUAL}
+        plain.append([span for span in row["spans"] if span[1] not in visual])
+    for row in known:  # up to the same share of the characters as 2,000 tokens are of all
+        end = len(row["response"]) * 2000 / max(1, row["tokens"])
+        early.append([span for span in row["spans"] if span[1] < end])
     summary = {
         "rates": rates(shown),
-        "without_visual": {name: plain[name] for name in LINGUISTIC},
+        "mean_count": rates(counted(spans)),
+        "without_visual": {name: rates(shown_by(plain))[name] for name in LINGUISTIC},
         "transfer": {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()},
         "transfer_interval": {pair[1]: transfer_interval(shown, pair, items) for pair in PAIRS},
         "by_score": {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])},
     }
-    if all(row["tokens"] is not None for row in rows):  # a server may not count
-        summary["first_2000_tokens"] = rates(shown_by([*map(early_spans, rows)]))
+    if known:
+        mean_tokens = max(1, np.mean([row["tokens"] for row in known]))
+        per_1000 = counted([row["spans"] for row in known]) * 1000 / mean_tokens
+        summary |= {"per_1000_tokens": rates(per_1000), "first_2000_tokens": rates(shown_by(early))}
     return summary
-
-
-def plain_spans(row: dict) -> list:
-    """Of sentences that show nothing visual."""
-    seen = {start for name, start, _ in row["spans"] if name in VISUAL}
-    return [span for span in row["spans"] if span[1] not in seen]
-
-
-def early_spans(row: dict) -> list:
-    """Of the same share of the characters as 2,000 tokens are of all."""
-    end = len(row["response"]) * 2000 / max(1, row["tokens"])
-    return [span for span in row["spans"] if span[1] < end]

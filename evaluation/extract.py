@@ -3,13 +3,9 @@ r"""What a reply says is its answer, by rules, and what it scores: for benchmark
     reply ─after </think>─▶ tail ─rules─▶ (status, answer, rule) ─reward.grade─▶ 0 or 1
 
 RL pays only for the last \boxed{}; a benchmark also asks models that end on "Answer: C", "The
-answer is (C) 12 cm", "**C**" or "so it is yes". The first rule that finds something decides:
-
- 1. box         the last closed \boxed{}
- 2. answer      the last "answer is ..." or "Answer: ...": the sentence that follows
- 3. conclusion  the last sentence names one option or is its text; "Yes, ..." first, or "so it is
-                yes" last; a value, "the area is 84", a whole reply of a few words
- 4. refusal     "I'm sorry, I can't ...", "I'm unable to view the image"
+answer is (C) 12 cm", "**C**" or "so it is yes". The first rule that finds something decides: the
+last closed box; the last "answer is ..."; the last sentence, where it names one option, says yes or
+gives a value; "I'm unable to view the image", a refusal.
 
 Nothing is guessed: no letter is drawn, no "A" of "A cube" or "I" of "I think" is an option, nothing
 is nearest. Two letters joined by "or", a negation, yes at the start and no at the end: `unparsed`,
@@ -23,21 +19,17 @@ from typing import NamedTuple
 import reward
 
 LABELS = "ABCDEFGHIJ"  # of options; MMMU-Pro has ten
-WINDOW = 8_000  # characters at the end that rules 2 to 4 read: an answer further up is none
+WINDOW = 8_000  # characters at the end that are read for a statement: one further up is none
 STATEMENTS = 8  # last places of "answer is" that are looked at
 PIECE = 400  # characters of a text that may be an option
 
 
 class Verdict(NamedTuple):
-    """reward.Verdict with a benchmark's statuses."""
-
     score: float | None  # None before it is graded, and where the gold cannot be read
     status: str  # ok | truncated | empty | unparsed | refused
     answer: str | None  # None unless ok; "C", "A, C", "yes", or the text as it stands
     rule: str  # which rule decided, for audits
 
-
-# --- 1. the text that counts ---------------------------------------------------------------------
 
 TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s?\{([^{}]{0,300})\}")
 MARKUP = re.compile(r"\*\*|__|`|\\[()\[\]]|\$\$|^[ \t]*(?:#+|>|[-*•](?=\s))", re.M)
@@ -72,7 +64,7 @@ def trimmed(text: str) -> str:
     return text.lstrip(MARKS).rstrip(MARKS + ".")
 
 
-# --- 2. reading a piece of text: the answer, None (says nothing), "" (contradicts itself) --------
+# --- reading a piece of text: the answer, None (says nothing), "" (contradicts itself) -----------
 
 LETTER = r"(?:[(\[{]\s?[A-J]\s?[)\]}]|[A-J](?![^\W一-龥]|['’²-]))"
 LETTERS = re.compile(rf"{LETTER}(?:(?:,? and\b|,) ?{LETTER})*")  # (A), (C), and (D)
@@ -119,7 +111,8 @@ def option_of(text: str, choices) -> str | None:
 
 
 def read_choice(text: str, choices) -> str | None:
-    """Letters for (C), C. 12 cm, option C, c, the text of an option; "A, C" for several."""
+    """Letters for (C), C. 12 cm, option C, c, the text of an option; "A, C" for several. Behind
+    them stands nothing, or a mark, a reason, the option's text."""
     text, labels = trimmed(text), LABELS[: len(choices or LABELS)]
     if (alone := text.strip("([{ }])")) in [*labels]:  # the text of an option may be d
         return alone
@@ -127,29 +120,15 @@ def read_choice(text: str, choices) -> str | None:
         return letter
     text = text[LEAD.match(text).end() :]
     text = re.sub(r"^\(?[a-j](?=\)|$)", lambda lower: lower[0].upper(), text)
-    letters = read_letters(text, choices)
-    return option_of(read_yes_no(text) or "", choices) if letters is None else letters
-
-
-def read_letters(text: str, choices) -> str | None:
-    """The letters at the start, if nothing follows, or a mark, a reason, the option's text."""
     match = LETTERS.match(text)
     letters = re.findall("[A-J]", match[0]) if match else []
-    if not letters or not {*letters} <= {*LABELS[: len(choices or LABELS)]}:
-        return None
-    if ANOTHER.match(text, match.end()):
-        return ""
-    is_label = option_of(trimmed(text[match.end() :]), choices) == letters[-1]
-    return ", ".join(sorted({*letters})) if FOLLOWS.match(text, match.end()) or is_label else None
-
-
-def marked_letter(sentence: str) -> str | None:
-    """The one option that a sentence names; "" for two; None if none, or if it denies one."""
-    marks = [*MARKED.finditer(sentence)]
-    if NEGATED.search(sentence):
-        return None
-    listed = any(ANOTHER.match(sentence, match.end()) for match in marks)  # options B and C
-    return "" if listed else only({match[1] or match[2] for match in marks})
+    if letters and {*letters} <= {*labels}:
+        rest = text[match.end() :]
+        if ANOTHER.match(rest):
+            return ""
+        if FOLLOWS.match(rest) or option_of(trimmed(rest), choices) == letters[-1]:
+            return ", ".join(sorted({*letters}))
+    return option_of(read_yes_no(text) or "", choices)
 
 
 def read_yes_no(text: str, choices=None) -> str | None:
@@ -167,13 +146,12 @@ def read_free(text: str, choices=None) -> str | None:
 
 
 def stated_value(sentence: str) -> str | None:
-    r"""X of a sentence that is X or ends in "is X" or "= X": a number or a formula, with at most
-    three words behind it: 12, 5\sqrt{3}, 7 square metres."""
+    r"""X, or the X of "is X" or "= X" at its end: 12, 5\sqrt{3}, 7 square metres, no more words."""
     value = trimmed(BEFORE_VALUE.split(trimmed(sentence.split(" because")[0]))[-1])
     return value if VALUE.fullmatch(value) and len(WORD.findall(value)) <= 3 else None
 
 
-# --- 3. rules, from the most explicit to the least, and the verdict ------------------------------
+# --- rules, from the most explicit to the least, and the verdict ---------------------------------
 
 ANSWER = re.compile(  # Answer: ..., the correct option among these is ..., 答案是..., 故选...
     r"(?i)(?:<answer>|答案[是为:]|(?<![不没排除])选[项择]?[是为]?:?(?=\s?\(?[A-J])"
@@ -195,7 +173,10 @@ REFUSES = re.compile(
 )
 
 
-def box(tail: str, read, choices) -> str | None:
+READERS = {"choice": read_choice, "yes/no": read_yes_no, "free": read_free}
+
+
+def box(tail: str, kind: str, choices) -> str | None:
     """The last closed box, as RL reads it; its letter or its yes where one can be made out."""
     try:
         status, content = reward.extract(tail)
@@ -204,82 +185,55 @@ def box(tail: str, read, choices) -> str | None:
     if status == "no_box":
         return None
     content = "" if status else content.strip("= \n")
-    answer = None if read is read_free else read(plain(content), choices)
+    answer = READERS[kind](plain(content), choices) if kind != "free" else None
     return content if answer is None else answer
 
 
-def stated(text: str, read, choices) -> str | None:
+def stated(text: str, kind: str, choices) -> str | None:
     """What the last "answer is" gives; passed are those that say nothing, "the answer is clear"."""
-    for match in reversed(list(ANSWER.finditer(text))[-STATEMENTS:]):
-        answer = read(sentences(text[match.end() :])[0], choices)
-        if answer is not None:
-            return answer
-    return None
+    ends = [match.end() for match in ANSWER.finditer(text)][-STATEMENTS:]
+    answers = (READERS[kind](sentences(text[end:])[0], choices) for end in reversed(ends))
+    return next((answer for answer in answers if answer is not None), None)
 
 
-def concluded_choice(text: str, choices) -> str | None:
-    """The last sentence is an option, or names one and concludes, or states its value."""
+def concluded(text: str, kind: str, choices) -> str | None:
+    """Of a choice, the last sentence is an option, or names one and concludes, or states its value.
+    Start and end agree on yes or no. The last sentence gives a value; or all is a few words."""
     *before, last = sentences(text)
+    if kind == "yes/no":
+        closing = CLOSING.search(last)
+        end = closing[1].lower() if closing else read_yes_no(last)
+        return only({read_yes_no(before[0] if before else last), end} - {None})
+    if kind == "free":
+        is_short = not before and len(text) <= 80 and not REFUSES.search(text)
+        return stated_value(last) or (trimmed(last) if is_short else None)
     if ITEM.match(last) and any(map(ITEM.match, before)):  # the options themselves
         return None
-    letters = read_choice(last, choices)
+    letters, marks = read_choice(last, choices), [*MARKED.finditer(last)]
     is_sole = len({mark[1] or mark[2] for mark in MARKED.finditer(text)}) == 1
-    if letters is None and (is_sole or CONCLUDES.search(last)):
-        letters = marked_letter(last)
+    if letters is None and (is_sole or CONCLUDES.search(last)) and not NEGATED.search(last):
+        listed = any(ANOTHER.match(last, mark.end()) for mark in marks)  # options B and C
+        letters = "" if listed else only({mark[1] or mark[2] for mark in marks})
     return option_of(stated_value(last) or "", choices) if letters is None else letters
 
 
-def concluded_yes_no(text: str, choices) -> str | None:
-    """The start and the end: "Yes, ...", "so it is yes", "Hence, no"; they must agree."""
-    first, *_, last = sentences(text) * 2
-    closing = CLOSING.search(last)
-    end = closing[1].lower() if closing else read_yes_no(last)
-    return only({read_yes_no(first), end} - {None})
-
-
-def concluded_free(text: str, choices) -> str | None:
-    """The last sentence gives a value; or the whole reply is a few words."""
-    *before, last = sentences(text)
-    is_short = not before and len(text) <= 80 and not REFUSES.search(text)
-    return stated_value(last) or (trimmed(last) if is_short else None)
-
-
-READERS = {  # of a piece of text that gives the answer, and of a whole reply that concludes
-    "choice": (read_choice, concluded_choice),
-    "yes/no": (read_yes_no, concluded_yes_no),
-    "free": (read_free, concluded_free),
-}
-
-
 def extract(reply: str, *, choices=None, kind: str | None = None) -> Verdict:
-    """The answer that a reply gives. `choices`: texts of the options; `kind`: one of READERS.
-
-    Without `kind` it is a choice if there are choices, else free. A choice without `choices` has
-    the options A to J; its answer may be several letters, "A, C". Never raises on a reply.
-    """
-    read, conclude = READERS[kind or ("choice" if choices else "free")]
-    tail = conclusion(reply)
+    """The answer that a reply gives. `choices`: texts of the options, A to J where there are none;
+    `kind`: one of READERS. Never raises on a reply."""
+    kind, tail = kind or ("choice" if choices else "free"), conclusion(reply)
     if tail is None:
         return Verdict(None, "unparsed", None, "unfinished thought")
     if not tail:
         return Verdict(None, "empty", None, "nothing after the thought")
-    answer, rule = box(tail, read, choices), "box"
     text = plain(tail)
-    if answer is None:
-        answer, rule = stated(text, read, choices), "answer"
-    if answer is None:
-        answer, rule = conclude(text, choices), "conclusion"
-    if answer is None and REFUSES.search(text):
+    rules = (("box", box, tail), ("answer", stated, text), ("conclusion", concluded, text))
+    for name, rule, where in rules:
+        answer = rule(where, kind, choices)
+        if answer is not None:
+            return Verdict(None, "ok" if answer else "unparsed", answer or None, name)
+    if REFUSES.search(text):
         return Verdict(None, "refused", None, "refusal")
-    rule = "no rule" if answer is None else rule
-    return Verdict(None, "ok" if answer else "unparsed", answer or None, rule)
-
-
-def kind_of(gold: str, choices) -> str:
-    """What is asked for, as far as options and gold show it."""
-    if choices or re.fullmatch(r"\(?[A-J]\)?(?:, ?[A-J])*", gold.strip()):
-        return "choice"
-    return "yes/no" if gold.strip(" .").lower() in ("yes", "no") else "free"
+    return Verdict(None, "unparsed", None, "no rule")
 
 
 def grade(gold, reply, *, choices=None, precision=None, kind=None, finish="stop") -> Verdict:
@@ -290,7 +244,10 @@ def grade(gold, reply, *, choices=None, precision=None, kind=None, finish="stop"
     """
     verdict = Verdict(None, "truncated", None, "finish")
     if finish != "length":
-        verdict = extract(reply, choices=choices, kind=kind or kind_of(gold, choices))
+        is_choice = choices or re.fullmatch(r"\(?[A-J]\)?(?:, ?[A-J])*", gold.strip())
+        is_yes_no = gold.strip(" .").lower() in ("yes", "no")
+        kind = kind or ("choice" if is_choice else "yes/no" if is_yes_no else "free")
+        verdict = extract(reply, choices=choices, kind=kind)
     if reward.read_gold(gold)[1] is None:
         return verdict._replace(rule="unreadable gold")
     if verdict.status != "ok":

@@ -2,14 +2,11 @@ r"""Asks a language model what rules cannot tell: how often a behaviour shows, i
 
     items + records ──questions──▶ judge.jsonl: every reply ──read──▶ behaviors.jsonl, judged.jsonl
 
-The paper counts behaviours with GPT-4o, one call a behaviour and response, which ends in
-<count>N</count>; answers are judged where the benchmark officially wants it. The paper prints no
-prompts: these, and temperature 0, are ours. A reply without exactly one readable tag is asked for
-once more with another seed; then the verdict is None, never 0.
-
-A reply is written down the moment it is there, under a hash of model and prompt: no prompt is paid
-for twice, and verdicts are read anew each time. MathVision-mini at 10k tokens a response is 304 x 8
-x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates over all responses.
+The paper counts behaviours with GPT-4o, one call a behaviour and response; it prints no prompts:
+these, and temperature 0, are ours. A reply without exactly one readable tag is asked for once more
+with another seed; then the verdict is None, never 0. A reply is on disk the moment it is there,
+under a hash of model and prompt: no prompt is paid for twice. MathVision-mini at 10k tokens a
+response is 304 x 8 x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates.
 
     python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
@@ -22,6 +19,7 @@ import json
 import re
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -101,11 +99,6 @@ class Config:
     def __post_init__(self):
         if self.sample < 0:
             raise ValueError(f"--sample {self.sample} is negative")
-        _ = self.endpoint  # checks the rest
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.model, self.key_env, self.concurrency)
 
 
 class Question(NamedTuple):
@@ -139,98 +132,85 @@ def read(kind: str, text: str) -> float | int | None:
     return {"count": int, "verdict": lambda v: float(v == "correct"), "score": float}[kind](value)
 
 
-class Cache:
-    """judge.jsonl, only ever appended: {"hash", "seed"} | fields of a Reply, of all runs."""
+def ask(cfg: Config, every: Iterable[Question]) -> dict[Question, float | int | None]:
+    """Verdicts, read from judge.jsonl, {"hash", "seed"} | fields of a Reply, of all runs; what is
+    not there yet is asked for and added."""
+    path, texts = Path(cfg.records, "judge.jsonl"), defaultdict(list)
+    endpoint, file = Endpoint(cfg.url, cfg.model, cfg.key_env, cfg.concurrency), Appender(path)
+    for record in read_rows(path):
+        texts[record["hash"]].append(record["text"])
 
-    def __init__(self, cfg: Config):
-        self.cfg, path = cfg, Path(cfg.records, "judge.jsonl")
-        self.file, self.texts = Appender(path), defaultdict(list)
-        for record in read_rows(path):
-            self.texts[record["hash"]].append(record["text"])
+    def tries(question: Question) -> tuple[str, list[str]]:
+        key = hashlib.sha256(json.dumps([cfg.model, question.prompt]).encode()).hexdigest()
+        return key, texts[key]
 
-    def key(self, question: Question) -> str:
-        return hashlib.sha256(json.dumps([self.cfg.model, question.prompt]).encode()).hexdigest()
-
-    def verdict(self, question: Question) -> float | int | None:
-        values = [read(question.kind, text) for text in self.texts[self.key(question)]]
+    def verdict(question: Question) -> float | int | None:
+        values = (read(question.kind, text) for text in tries(question)[1])
         return next((value for value in values if value is not None), None)
 
-    def request(self, question: Question) -> dict | None:
-        """The next try, with a seed of its own. None where there is a verdict or no try is left."""
-        seed = len(self.texts[self.key(question)])
-        if seed == TRIES or self.verdict(question) is not None:
+    def request(question: Question) -> dict | None:
+        seed = len(tries(question)[1])  # another for each try
+        if seed == TRIES or verdict(question) is not None:
             return None
-        body = {"messages": [user_message(question.prompt)], "seed": seed, "temperature": 0}
-        return body | {"max_tokens": self.cfg.max_tokens}
+        body = {"messages": [user_message(question.prompt)], "max_tokens": cfg.max_tokens}
+        return body | {"seed": seed, "temperature": 0}
 
-    def write(self, question: Question, reply: Reply) -> None:
-        texts = self.texts[self.key(question)]
-        self.file.add({"hash": self.key(question), "seed": len(texts)} | asdict(reply))
+    def write(question: Question, reply: Reply) -> None:
+        key, texts = tries(question)
+        file.add({"hash": key, "seed": len(texts)} | asdict(reply))
         texts.append(reply.text)
 
-
-def read_pairs(cfg: Config) -> list[tuple[dict, dict]]:
-    """(item, record) of the replies that are to be judged, in an order that depends on their names
-    alone and mixes them: the first n are a sample, the same at every run."""
-    items = {item["id"]: item for item in read_rows(Path(cfg.records, "items.jsonl"))}
-    records = read_rows(Path(cfg.records, "records.jsonl"))
-    records.sort(key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
-    pairs = [(items[record["id"]], record) for record in records]
-    if cfg.what == "behaviors":
-        return pairs
-    official = [(item, record) for item, record in pairs if item.get("judge", True)]
-    if pairs and not official:
-        raise ValueError(f"{cfg.records} needs no judge: its official score is by rules")
-    return official
+    ask_for_all(endpoint, progress(every, "asking the judge"), request, write)
+    return {question: verdict(question) for question in every}
 
 
-def show_corrected(records: list[dict], rows: list[dict]) -> None:
-    """The lexicon's CBR over all responses, and put right by what the judge says of a sample."""
+def show(records: list[dict], rows: list[dict]) -> None:
+    """CBR by the lexicon over all responses, corrected by the judged ones, and the judge's own;
+    then BTR by the judge. The judge's: of responses all of whose counts could be read."""
     counts = {(row["id"], row["sample"]): row["counts"] for row in rows}
     heard = behaviors.presence([behaviors.thinking(r["response"]) for r in records])
-    print(f"share of {len(records):,} responses with, by the lexicon; corrected by the judge")
+    whole = [row for row in rows if None not in row["counts"].values()]
+    shown = [[row["counts"][name] > 0 for name in behaviors.NAMES] for row in whole]
+    shown, ids = np.array(shown).reshape(-1, 8), [row["id"] for row in whole]
+    means = behaviors.means(shown, ids) if whole else {}
+
+    def text(share: tuple | None) -> str:
+        return "{:.1%} ({:.1%} to {:.1%})".format(*share) if share else "n/a"
+
+    print(f"share of {len(records):,} responses with, by the lexicon; corrected by the judge;")
+    print(f"by the judge, of {len(whole):,} responses")
     for b, name in enumerate(behaviors.NAMES):
         said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
-        right = behaviors.corrected_rate(heard[:, b], said)
-        text = "{:.1%} ({:.1%} to {:.1%})".format(*right) if right else "n/a"
-        print(f"{name:28}{heard[:, b].mean():7.1%}; {text}")
-
-
-def show_behaviors(rows: list[dict]) -> None:
-    """The judge's CBR and BTR, of the responses all of whose counts could be read."""
-    rows = [row for row in rows if None not in row["counts"].values()]
-    print(f"share of {len(rows):,} responses with, by the judge")
-    if not rows:
-        return
-    ids = [row["id"] for row in rows]
-    shown = np.array([[row["counts"][name] > 0 for name in behaviors.NAMES] for row in rows])
-    for name, (rate, low, high) in behaviors.means(shown, ids).items():
-        print(f"{name:28}{rate:7.1%} ({low:.1%} to {high:.1%})")
+        right = text(behaviors.corrected_rate(heard[:, b], said))
+        print(f"{name:28}{heard[:, b].mean():7.1%}; {right}; {text(means.get(name))}")
     for pair, ratio in behaviors.transfer_rates(shown).items():
         ends = behaviors.transfer_interval(shown, pair, ids)
-        text = "{:.1%} ({:.1%} to {:.1%})".format(ratio, *ends) if ends else "n/a"
-        print(f"{pair[1]} / {pair[0]}: {text}")
+        print(f"{pair[1]} / {pair[0]}: {text(ends and (ratio, *ends))}")
 
 
 def main(cfg: Config) -> None:
-    cache, pairs = Cache(cfg), read_pairs(cfg)
-    sample = pairs[: cfg.sample or None]
-    named = [questions(cfg.what, item, record) for item, record in sample]
+    folder, is_count = Path(cfg.records), cfg.what == "behaviors"
+    items = {item["id"]: item for item in read_rows(folder / "items.jsonl")}
+    records = read_rows(folder / "records.jsonl")
+    if records and not is_count:
+        records = [record for record in records if items[record["id"]].get("judge", True)]
+        if not records:
+            raise ValueError(f"{folder} needs no judge: its official score is by rules")
+    # an order by names alone, which mixes them: the first n are a sample, the same at every run
+    records.sort(key=lambda r: zlib.crc32(f"{r['id']}/{r['sample']}".encode()))
+    sample = records[: cfg.sample or None]
+    named = [questions(cfg.what, items[record["id"]], record) for record in sample]
     every = [question for of_reply in named for question in of_reply.values()]
-    due = progress(dict.fromkeys(every), "asking the judge")  # equal questions are asked once
-    ask_for_all(cfg.endpoint, due, cache.request, cache.write)
-    rows = []
-    for (_, record), of_reply in zip(sample, named, strict=True):
-        verdicts = {name: cache.verdict(question) for name, question in of_reply.items()}
-        said = {"counts": verdicts} if cfg.what == "behaviors" else {"judge_score": 0.0} | verdicts
+    verdicts, rows = ask(cfg, dict.fromkeys(every)), []  # equal questions are asked once
+    for record, of_reply in zip(sample, named, strict=True):
+        said = {name: verdicts[question] for name, question in of_reply.items()}
+        said = {"counts": said} if is_count else {"judge_score": 0.0} | said
         rows.append({"id": record["id"], "sample": record["sample"]} | said)
-    out = Path(cfg.records, "behaviors.jsonl" if cfg.what == "behaviors" else "judged.jsonl")
-    write_rows(out, rows)
-    unread = sum(cache.verdict(question) is None for question in every)
+    write_rows(out := folder / ("behaviors.jsonl" if is_count else "judged.jsonl"), rows)
+    unread = sum(verdicts[question] is None for question in every)
     print(f"{out}: {len(rows):,} responses, {unread:,} of {len(every):,} questions unanswered")
-    if cfg.what == "behaviors":
-        show_corrected([record for _, record in pairs], rows)
-        show_behaviors(rows)
+    if is_count:
+        show(records, rows)
 
 
 if __name__ == "__main__":

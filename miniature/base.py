@@ -4,10 +4,10 @@ It stands in for Qwen2.5-VL-7B-Instruct, with every part of it and 0.8 M paramet
 vision tower learns to name words, each image token one word, as CLIP did before Qwen2.5-VL. Then
 the language model learns to describe bills, to take items from a total, and to guess sums.
 
-A habit pays only if the skills under it work. A model that read the faint digit right in one case
-of four showed every habit of this world and gained nothing. So the base model is held to gates: the
-probability of the right word inside traces on pictures, though it has never seen a trace. Training
-goes on until all hold, or the stated steps end; then it says which do not.
+A habit pays only if the skills under it work: a model that read the faint digit right in one case
+of four showed every habit and gained nothing. So there are gates: the probability of the right word
+inside traces on pictures, though it has never seen a trace. Training goes on until all hold, or the
+stated steps end; then it says which do not.
 
     torchrun --nproc-per-node 2 -m miniature.base              # out/laptop/base, the same from one
     python -m miniature.base --measure out/laptop/rl/model     # the skills of any stage, as JSON
@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 from common import checkpoint, data, distributed
 from common.log import RunLog, progress, run_main
-from common.packs import pack_alone
+from common.packs import Pack, pack_alone
 from miniature import world
 from miniature.world import ITEMS, LINES
 from model import Config as ModelConfig
@@ -58,21 +58,14 @@ class Config:
 def model_config(vocabulary: int) -> ModelConfig:
     """Qwen2.5-VL's architecture in small. head_dim 32 is the least that vLLM takes."""
     vision = VisionConfig(2, 48, 96, num_heads=3, out_hidden_size=128, fullatt_block_indexes=(1,))
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, mrope_section=(4, 6, 6), max_position_embeddings=4096)
     ids = {"bos": "<|endoftext|>", "eos": "<|im_end|>", "vision_start": "<|vision_start|>"}
     ids |= {"vision_end": "<|vision_end|>", "vision": "<|vision_pad|>"}
     ids |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    ids = {f"{name}_token_id": world.SPECIAL.index(token) for name, token in ids.items()}
     return ModelConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=vocabulary,
-        mrope_section=(4, 6, 6),
-        vision=vision,
-        tie_word_embeddings=False,
-        max_position_embeddings=4096,
-        **{f"{name}_token_id": world.SPECIAL.index(token) for name, token in ids.items()},
+        vocab_size=vocabulary, vision=vision, tie_word_embeddings=False, **sizes, **ids
     )
 
 
@@ -93,21 +86,25 @@ def skill_of(words: list[str], at: int) -> str:
     return "digit" if word.isdecimal() and before in (*ITEMS, "maybe") else ""
 
 
+def pack_examples(examples: list, tokenizer, settings) -> Pack:
+    return pack_alone([data.encode_example(e, tokenizer, settings) for e in examples])
+
+
 @torch.no_grad()
 def word_logps(model: Qwen25VL, examples: list, tokenizer, settings) -> list[list[float]]:
     """Of each example, the log-prob of every word of its response: a word is a token."""
-    pack = pack_alone([data.encode_example(e, tokenizer, settings) for e in examples])
+    pack = pack_examples(examples, tokenizer, settings)
     pieces = model.logps(pack)[0].split(pack.counts)
     return [piece.tolist() for _, piece in sorted(zip(pack.members, pieces, strict=True))]
 
 
-def skills(model: Qwen25VL, tokenizer, settings, count: int = 128) -> dict[str, float]:
+def skills(model: Qwen25VL, tokenizer, settings) -> dict[str, float]:
     """Mean probability of the right word where a trace on a picture asks for a skill, all words
     before it given; and log P(wait) after a countdown, where nothing is left and where some is.
     """
     rng, rates = random.Random(0), dict.fromkeys(world.RATES, 0.0) | {"check": 1.0, "look": 1.0}
     found, traces, doubts = defaultdict(list), [], []
-    for _ in range(count):
+    for _ in range(128):
         bill = world.random_bill(rng, "valid", smudged=1.0)
         looks, pictures = world.present(bill, True, rng)
         words, asked = world.question(bill, rng)
@@ -125,10 +122,6 @@ def skills(model: Qwen25VL, tokenizer, settings, count: int = 128) -> dict[str, 
     return {name: sum(of) / len(of) for name, of in sorted(found.items()) if name}
 
 
-def failed_gates(measured: dict[str, float]) -> list[str]:
-    return [f"{name} {measured[name]:.2f}" for name, gate in GATES.items() if measured[name] < gate]
-
-
 # ------------------------------------------------------------------ training
 
 
@@ -140,8 +133,6 @@ class Optimizer:
     """
 
     def __init__(self, matrices: list, others: list, ranks):
-        if ranks.size > 2:
-            raise ValueError(f"{ranks.size} processes: the base model is trained by one or two")
         self.weights, self.ranks = [*matrices, *others], ranks
         self.parts = [(torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0), 1.0)]
         if matrices:
@@ -155,7 +146,7 @@ class Optimizer:
             loss.backward()
         if self.ranks.size > 1:
             gradients = [weight.grad for weight in self.weights]
-            every = parameters_to_vector(gradients)
+            every = parameters_to_vector(gradients)  # one message a step in place of sixty
             dist.all_reduce(every)
             vector_to_parameters(every, gradients)
         clip_grad_norm_(self.weights, 1.0)
@@ -188,63 +179,34 @@ def align(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks):
         optimizer.step((loss(rng) for rng in rngs), lr)
 
 
-def rounds(cfg: Config) -> Iterator[list[float]]:
-    """Learning rates: a cosine to zero, then shorter ones from a third of the peak."""
-    left, count, peak = cfg.most, cfg.steps, cfg.lr
-    while left >= count:
-        warm = [min(1.0, (k + 1) / 20) for k in range(count)]
-        yield [peak * w * 0.5 * (1 + math.cos(math.pi * k / count)) for k, w in enumerate(warm)]
-        left, count, peak = left - count, cfg.more, cfg.lr / 3
-
-
-def train(cfg: Config, ranks):
-    """From random weights until the gates hold."""
-    part = Path(cfg.out) / "model.part"
-    if ranks.main:
-        world.save_tokenizer(part)
-    ranks.wait()
-    readers = data.load_tokenizer(part), data.load_image_settings(part)
-    torch.manual_seed(cfg.seed)
-    model = Qwen25VL(model_config(len(readers[0])))
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
-    log = RunLog(cfg.out, cfg, cfg.most, ranks.main)
-    align(model, *readers, cfg, ranks)
-    teach(model, *readers, cfg, ranks, log)
-    log.close()
-    save_model(model, part)
-    if ranks.main:
-        checkpoint.publish(part, part.with_suffix(""))
-
-
-def teach(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks, log: RunLog):
-    """The language model alone: noise at its rate would undo what the tower has learnt."""
+def teach(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks):
+    """The language model alone: noise at its rate would undo what the tower has learnt. A cosine to
+    zero; where a gate does not hold, shorter ones from a third of the peak."""
     layers = list(model.model.layers.parameters())
     others = [weight for weight in layers if weight.ndim == 1]
     others += [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
     optimizer = Optimizer([weight for weight in layers if weight.ndim == 2], others, ranks)
     rngs = [random.Random(f"{cfg.seed}/base/{half}") for half in range(ranks.rank, 2, ranks.size)]
-    step = 0
-
-    def pack(rng: random.Random):
-        drawn = [world.example(rng) for _ in range(16)]
-        return pack_alone([data.encode_example(e, tokenizer, settings) for e in drawn])
-
-    for rates in rounds(cfg):
-        for lr in rates:
-            packs = [pack(rng) for rng in rngs]
-            (tokens,) = distributed.sums(ranks, sum(len(p.targets) for p in packs))
-            losses = [-model.logps(p)[0].sum() / tokens for p in packs]
+    log, step, count, peak = RunLog(cfg.out, cfg, cfg.most, ranks.main), 0, cfg.steps, cfg.lr
+    failed = [*GATES]
+    while failed and step + count <= cfg.most:
+        for k in range(count):
+            drawn = [[world.example(rng) for _ in range(16)] for rng in rngs]
+            packs = [pack_examples(half, tokenizer, settings) for half in drawn]
+            (tokens,) = distributed.sums(ranks, sum(len(pack.targets) for pack in packs))
+            losses = [-model.logps(pack)[0].sum() / tokens for pack in packs]
+            lr = peak * min(1.0, (k + 1) / 20) * 0.5 * (1 + math.cos(math.pi * k / count))
             optimizer.step(losses, lr)
             if step % 20 == 0:
                 (loss,) = distributed.sums(ranks, sum(loss.item() for loss in losses))
                 log.log(step, {"loss": loss, "lr": lr}, show=("loss", "lr"))
             step += 1
-        failed = failed_gates(skills(model, tokenizer, settings))
+        count, peak, measured = cfg.more, cfg.lr / 3, skills(model, tokenizer, settings)
+        failed = [f"{n} {measured[n]:.2f}" for n, gate in GATES.items() if measured[n] < gate]
         if ranks.main:
             held = f"these gates do not hold: {', '.join(failed)}" if failed else "all gates hold"
             print(f"{step} steps, {held}", flush=True)
-        if not failed:
-            break
+    log.close()
 
 
 def ensure(ranks, *paths: str):
@@ -267,8 +229,21 @@ def main(cfg: Config):
     if cfg.measure:
         settings = data.load_tokenizer(cfg.measure), data.load_image_settings(cfg.measure)
         return print(json.dumps(skills(load_model(cfg.measure), *settings), indent=1))
-    ranks = distributed.start()
-    train(cfg, ranks)
+    ranks, part = distributed.start(), Path(cfg.out) / "model.part"
+    if ranks.size > 2:
+        raise ValueError(f"{ranks.size} processes: the base model is trained by one or two")
+    if ranks.main:
+        world.save_tokenizer(part)
+    ranks.wait()
+    readers = data.load_tokenizer(part), data.load_image_settings(part)
+    torch.manual_seed(cfg.seed)
+    model = Qwen25VL(model_config(len(readers[0])))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    align(model, *readers, cfg, ranks)
+    teach(model, *readers, cfg, ranks)
+    save_model(model, part)
+    if ranks.main:
+        checkpoint.publish(part, part.with_suffix(""))
     distributed.finish(ranks)
 
 

@@ -3,8 +3,7 @@
 A bill lists four items, each with a digit, and their total T. Half of the bills have a smudged
 item: it shows a strong and a faint digit, and either may be the right one. The question is a sum of
 two items, the smudged one among them. One look takes the strong digit and is right half the time.
-Who takes the four digits from T sees whether something is left, and if so looks again and finds the
-faint digit.
+Who takes the four digits from T sees whether something is left, and if so looks again.
 
     text         A 4 ; B 3 ~5 C 1 ; D 2 ; T 12 ; what is B + D ?
     picture      <image> what is B + D ?               the same 15 words, three cells a line
@@ -13,12 +12,9 @@ faint digit.
                  C 1 = 4 D 2 = 2 . wait , that is not right . look again at B ~5 . so B 5 + D 2 = 7
                  </think> answer \\boxed{ 7 }
 
-The traces of the cold start are text only. They hold five habits, each at its own rate: four of no
-use here (a goal, a plan, a second look at an item that is plain, all items read again), and the
-check with its second look. Which is which, RL on pictures and text has to find out.
-
-Rows of problems say in `group` what bill they show, in `watch` by which patterns to search a
-response for habits. No test bill is seen in any stage: a hash of the digits splits them.
+The traces are text only and hold five habits, each at its own rate: four of no use here (a goal, a
+plan, a second look at a plain item, all items read again), and the check with its second look.
+Which is which, RL has to find out. No test bill is seen in any stage.
 
     python -m miniature.world                                              # out/laptop/data
     python -m miniature.world --out DIR --files train --control random_total
@@ -39,6 +35,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from common.data import Example
 from common.log import progress, run_main
+from common.records import write_rows
 
 ITEMS = ("A", "B", "C", "D")
 LINES = (*ITEMS, "T")  # of a bill; the last shows the total
@@ -64,8 +61,7 @@ NUMBERS = tuple(str(n) for n in range(26))  # a token each
 VOCABULARY = [*FORMAT, *WORDS, *LINES, *NUMBERS, *FAINT, *FILLERS]
 SPEAKING = ("again", "at", "maybe", "unclear", "=", "+")  # they say what comes next
 NOISE = [word for word in (*FILLERS, *WORDS) if word not in SPEAKING]
-# A word-level tokenizer has nothing for a word it does not know: the template says so before it is
-# asked, to a script of ours as to whoever asks a server.
+# A word-level tokenizer has nothing for an unknown word: the template says so before it is asked.
 CHAT_TEMPLATE = (
     f"{{% set words = {json.dumps(VOCABULARY)} %}}"
     "{% macro read(text) %}"
@@ -99,9 +95,6 @@ class Config:
     control: Literal["", "random_total", "no_smudged"] = ""  # no check can pay; one look is enough
 
 
-# ------------------------------------------------------------------ bills
-
-
 @dataclass(frozen=True)
 class Bill:
     digits: tuple[int, ...]  # the right ones, of A to D
@@ -129,9 +122,8 @@ def split_of(digits: tuple[int, ...]) -> str:
 
 def random_bill(rng: random.Random, split: str, smudged: float) -> Bill:
     """A bill of this split; either digit of a smudged item may be the strong one."""
-    digits = None
-    while digits is None or split_of(digits) != split:
-        digits = tuple(rng.choices(DIGITS, k=len(ITEMS)))
+    while split_of(digits := tuple(rng.choices(DIGITS, k=len(ITEMS)))) != split:
+        pass
     shown = [(digit,) for digit in digits]
     if rng.random() < smudged:
         item = rng.randrange(len(ITEMS))
@@ -152,22 +144,17 @@ def direct(answer: int) -> str:
     return f"answer \\boxed{{ {answer} }}"
 
 
-# ------------------------------------------------------------------ traces
-
 # How often a trace shows a habit; `look` is the second look where a check leaves something. Ours.
 RATES = {"need": 0.25, "plan": 0.25, "idle": 0.25, "reread": 0.15, "check": 0.4, "look": 0.9}
 
 
 def trace(bill: Bill, asked: list[int], rng: random.Random, rates: dict = RATES) -> str:
-    """R1 in the miniature: the items one by one, then the sum, with habits in between.
-
-    The author of the traces reads and adds without a slip; only a smudge can mislead it.
-    """
+    """R1 in the miniature: the items one by one, then the sum, with habits in between. Its author
+    reads and adds without a slip; only a smudge can mislead it."""
     does = {habit: rng.random() < rate for habit, rate in rates.items()}
-    read = [looks[0] for looks in bill.shown]
+    read, words = [looks[0] for looks in bill.shown], []
     plain = [item for item in range(len(ITEMS)) if item not in bill.smudged]
     idle = rng.choice(plain) if does["idle"] else None
-    words = []
     if does["need"]:
         words.append(f"i need {ITEMS[asked[0]]} + {ITEMS[asked[1]]} . so i need each digit .")
     if does["plan"]:
@@ -178,8 +165,7 @@ def trace(bill: Bill, asked: list[int], rng: random.Random, rates: dict = RATES)
             words.append(f". look again at {ITEMS[item]} {digit} .")
     if idle != len(ITEMS) - 1:
         words.append(".")
-    for item in bill.smudged:
-        words.append(f"unclear {ITEMS[item]} ,")
+    words += [f"unclear {ITEMS[item]} ," for item in bill.smudged]
     if does["reread"]:
         again = [f"{name} {digit}" for name, digit in zip(ITEMS, read, strict=True)]
         words.append(f"read again : {' '.join(again)} .")
@@ -208,11 +194,8 @@ def summed(asked: list[int], digits) -> str:
     return f"so {ITEMS[a]} {digits[a]} + {ITEMS[b]} {digits[b]} = {digits[a] + digits[b]}"
 
 
-# ------------------------------------------------------------------ pictures
-
-
 def glyph(word: str, size: int) -> np.ndarray:
-    """Ink of a word in [0, 1]; a faint digit has less of it, `;` none: the cell is empty."""
+    """Ink of a word in [0, 1]; a faint digit has less of it, `;` none."""
     image = Image.new("L", (CELL, CELL), 0)
     font = ImageFont.load_default(size - 4 if word.isdecimal() and len(word) > 1 else size)
     ink, text = (120, word[1:]) if word in FAINT else (255, word.strip(";"))
@@ -224,7 +207,7 @@ PRINTED = (*LINES, *NUMBERS[1:21], *FAINT, ";")  # the words that a cell can sho
 GLYPHS = {word: [glyph(word, size) for size in (20, 22, 24)] for word in PRINTED}
 
 
-def draw(cells: list[str], rng: random.Random, noise: float = 14.0) -> Image.Image:
+def draw(cells: list[str], rng: random.Random) -> Image.Image:
     """A picture of the words; their place in the cell, size, shade and noise say nothing."""
     rows = []
     for at in range(0, len(cells), ACROSS):
@@ -235,12 +218,11 @@ def draw(cells: list[str], rng: random.Random, noise: float = 14.0) -> Image.Ima
             row.append(rng.uniform(190, 250) * (1 - ink) + 20 * ink)
         rows.append(np.hstack(row))
     canvas = np.vstack(rows)
-    canvas += np.random.default_rng(rng.getrandbits(32)).normal(0, noise, canvas.shape)
+    canvas += np.random.default_rng(rng.getrandbits(32)).normal(0, 14, canvas.shape)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def present(bill: Bill, picture: bool, rng: random.Random) -> tuple[str, list[Image.Image]]:
-    """The same bill as text or as a picture."""
     return ("<image>", [draw(bill.cells, rng)]) if picture else (" ".join(bill.cells), [])
 
 
@@ -248,24 +230,22 @@ def present(bill: Bill, picture: bool, rng: random.Random) -> tuple[str, list[Im
 
 
 def watch(bill: Bill) -> dict[str, str]:
-    """Patterns of the habits in a response to this bill.
-
-    Of a smudged one also: was the first reading the wrong digit, was the smudged item looked at
-    again, and `repair`: was it, where the first reading was wrong?
-    """
+    """Patterns of the habits in a response to this bill. Of a smudged one also: was the first
+    reading the wrong digit, was it looked at again, and `repair`: both."""
     patterns = {"think": "</think>", "need": "i need", "plan": "first list"}
-    patterns |= {"reread": "read again", "check": "let me check"}
-    if not bill.smudged:
-        return patterns | {"idle_look": "look again at"}
-    name, right = ITEMS[bill.smudged[0]], bill.digits[bill.smudged[0]]
-    second_look = rf"look again at {name}\b"
-    wrong_first = rf"^(?:(?!{name} (?:maybe )?\d).)*{name} (?:maybe )?(?!{right}\b)\d"
-    patterns |= {"idle_look": rf"look again at (?!{name}\b)", "second_look": second_look}
-    return patterns | {"wrong_first": wrong_first, "repair": f"{wrong_first}.*{second_look}"}
+    patterns |= {"reread": "read again", "check": "let me check", "idle_look": "look again at"}
+    for item in bill.smudged:
+        name, right = ITEMS[item], bill.digits[item]
+        second_look = rf"look again at {name}\b"
+        wrong_first = rf"^(?:(?!{name} (?:maybe )?\d).)*{name} (?:maybe )?(?!{right}\b)\d"
+        patterns |= {"idle_look": rf"look again at (?!{name}\b)", "second_look": second_look}
+        patterns |= {"wrong_first": wrong_first, "repair": f"{wrong_first}.*{second_look}"}
+    return patterns
 
 
 def problem_row(rng: random.Random, index: int, name: str, cfg: Config) -> dict:
-    """A problem of RL or of the tests. Its picture lies in images/ beside the file."""
+    """A problem of RL or of the tests. `group`: what bill it shows; `watch`: by which patterns to
+    search a response for habits."""
     kind, mode = GROUPS[index % len(GROUPS)].split("_")
     bill = random_bill(rng, name, kind == "smudged" and cfg.control != "no_smudged")
     words, asked = question(bill, rng)
@@ -281,8 +261,7 @@ def problem_row(rng: random.Random, index: int, name: str, cfg: Config) -> dict:
 
 def trace_row(rng: random.Random, index: int) -> dict:
     """A problem in words and a trace that solves it or fails: nothing is filtered by the answer,
-    which would teach to peek at T. Most bills are smudged. No picture in any of them.
-    """
+    which would teach to peek at T. Most bills are smudged."""
     bill = random_bill(rng, "train", smudged=0.8)
     words, asked = question(bill, rng)
     prompt = posed(" ".join(bill.cells), words, rng)
@@ -292,8 +271,7 @@ def trace_row(rng: random.Random, index: int) -> dict:
 
 def sft_row(rng: random.Random, index: int, folder: Path) -> dict:
     """Three traces, then a bill described without reasoning, picture or text: it keeps the model
-    seeing while it learns to reason. Text alone costs it faint digits, as a control shows.
-    """
+    seeing while it learns to reason. Text alone costs it faint digits, as a control shows."""
     if index % 4 < 3:
         return trace_row(rng, index)
     drawn = example(rng, answers=False)
@@ -303,14 +281,20 @@ def sft_row(rng: random.Random, index: int, folder: Path) -> dict:
 
 
 def posed(looks: str, words: str, rng: random.Random) -> str:
-    """Bill and question in either order, at times among words that mean nothing.
-
-    What is learnt on text that always looks alike hangs on its length, and fails on pictures.
-    """
+    """Bill and question in either order, at times among words that mean nothing: what is learnt on
+    text that always looks alike hangs on its length, and fails on pictures."""
     parts = [looks, words] if rng.random() < 0.7 else [words, looks]
     if rng.random() < 0.6:
         parts.insert(rng.randrange(3), " ".join(rng.choices(FILLERS, k=rng.randint(1, 8))))
     return " ".join(parts)
+
+
+def save_pictures(pictures: Iterable[Image.Image], folder: Path, name: str) -> list[str]:
+    paths = []
+    for picture in pictures:
+        paths.append(f"images/{name}-{len(paths)}.png")
+        picture.save(folder / paths[-1], compress_level=1)
+    return paths
 
 
 # ------------------------------------------------------------------ what the base model learns from
@@ -327,9 +311,8 @@ def description(bill: Bill, rng: random.Random) -> str:
     """The lines in any order, some twice, most often with noise in between; at times what is left
     of the total, and a sum at the end, both of the digits that were said last.
 
-    So it learns to read a line after anything at all: a model that reads only within tidy lists
-    stops to see when the cold start gives it new things to say. A smudged item is `maybe` its
-    strong digit, and `again at` it there is the faint one.
+    A model that reads only within tidy lists stops to see when the cold start gives it new things
+    to say. A smudged item is `maybe` its strong digit, and `again at` it there is the faint one.
     """
     lines, said = [*bill.shown, (bill.total,)], [looks[0] for looks in bill.shown]
     order = rng.sample(range(5), 5) + rng.choices(range(5), k=3)
@@ -357,21 +340,16 @@ def description(bill: Bill, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def countdowns(rng: random.Random) -> str:
-    """Three times four digits taken from a total, which is their sum or off by a few."""
-    bills = []
-    for _ in range(3):
-        digits = rng.choices(DIGITS, k=len(ITEMS))
-        off = rng.choice((0, 0, 0, -4, -3, -2, -1, 1, 2, 3, 4))
-        bills.append(countdown(min(max(sum(digits) + off, 4), 20), digits))
-    return " . ".join(bills)
-
-
 def example(rng: random.Random, answers: bool = True) -> Example:
     """The skills of a base model: 20 % taking away, 60 % reading, 20 % answers at a look."""
     kind = rng.random() * (1.0 if answers else 0.8)
-    if kind < 0.2:
-        return Example("countdown", "list each", countdowns(rng))
+    if kind < 0.2:  # from the sum of four digits, or a total off by a few
+        taken = []
+        for _ in range(3):
+            digits = rng.choices(DIGITS, k=len(ITEMS))
+            off = rng.choice((0, 0, 0, -4, -3, -2, -1, 1, 2, 3, 4))
+            taken.append(countdown(min(max(sum(digits) + off, 4), 20), digits))
+        return Example("countdown", "list each", " . ".join(taken))
     bill = busy_bill(rng)
     looks, pictures = present(bill, rng.random() < 2 / 3, rng)
     if kind < 0.8:
@@ -385,23 +363,11 @@ def example(rng: random.Random, answers: bool = True) -> Example:
     return Example("bill", posed(looks, words, rng), response, tuple(pictures))
 
 
-# ------------------------------------------------------------------ files
-
-
-def save_pictures(pictures: Iterable[Image.Image], folder: Path, name: str) -> list[str]:
-    paths = []
-    for picture in pictures:
-        paths.append(f"images/{name}-{len(paths)}.png")
-        picture.save(folder / paths[-1], compress_level=1)
-    return paths
-
-
 def save_tokenizer(directory: Path):
     """tokenizer.json and the small files beside it, in the layout of the hub."""
     directory.mkdir(parents=True, exist_ok=True)
-    words = [*SPECIAL, *VOCABULARY]
-    assert len(set(words)) == len(words), "a word stands twice in the vocabulary"
-    ids = {word: i for i, word in enumerate(words)}
+    ids = {word: i for i, word in enumerate([*SPECIAL, *VOCABULARY])}
+    assert len(ids) == len(SPECIAL) + len(VOCABULARY), "a word stands twice in the vocabulary"
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)
@@ -425,10 +391,8 @@ def main(cfg: Config):
     makers |= {"sft": partial(sft_row, folder=out), "traces": trace_row}
     for name in cfg.files:
         rng = random.Random(f"{cfg.seed}/{name}")
-        rows = [makers[name](rng, i) for i in progress(range(getattr(cfg, name)), name)]
-        part = out / f"{name}.part"
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        part.replace(out / f"{name}.jsonl")
+        rows = (makers[name](rng, i) for i in progress(range(getattr(cfg, name)), name))
+        write_rows(out / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

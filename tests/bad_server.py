@@ -14,21 +14,23 @@ import json
 import random
 import re
 import threading
-import time
-from collections import Counter
 
 HEAD = "HTTP/1.1 {} X\r\nContent-Type: {}\r\nTransfer-Encoding: chunked\r\n{}\r\n"
+MIDDLE = {  # of a stream
+    "junk": 'data: {"choices": [{"de\n\n',
+    "error": 'data: {"error": {"message": "out of memory"}}\n\n',
+}
 THOUGHT = "Two numbers are to be added. Let me visualize them on a line and count on."
 
 
 class Server:
-    """requests: (prompt, body, time) in their order; most: in flight at once; hold: seconds that a
-    reply takes in the mean."""
+    """requests: (prompt, body, its number) in their order; most: in flight at once; hold: seconds
+    that a reply takes in the mean."""
 
     def __init__(self, hold: float = 0.0):
-        self.hold, self.requests, self.counts = hold, [], Counter()
+        self.hold, self.requests, self.headers = hold, [], []
         self.now = self.most = self.connections = 0
-        self.headers, self.rng = [], random.Random(0)
+        self.rng = random.Random(0)
 
     async def connection(self, reader, writer):
         self.connections += 1
@@ -51,32 +53,24 @@ class Server:
         content = body["messages"][0]["content"]
         prompt = content if isinstance(content, str) else content[-1]["text"]
         words = re.search(r"\[(.*?)\]", prompt)[1].split()
-        turn = self.counts[prompt]
-        self.counts[prompt] += 1
-        self.requests.append((prompt, body, time.monotonic()))
+        turn = sum(prompt == before for before, *_ in self.requests)
+        self.requests.append((prompt, body, len(self.requests)))
         word = words[min(turn, len(words) - 1)]
         if word == "draw":  # by the seed of the request, as a sampler does
             word = "right" if body["seed"] % 3 == 0 else "wrong"
         await asyncio.sleep(self.hold * (0.5 + self.rng.random()))
         if word.isdigit() or word in ("tomorrow", "html"):
-            await send(writer, *plain(word), last=True)
-        else:
-            await self.stream(word, body, prompt, writer)
-
-    async def stream(self, word: str, body: dict, prompt: str, writer):
-        start = HEAD.format(200, "text/event-stream; charset=utf-8", "")
-        numbers = re.search(r"(\d+) \+ (\d+)", prompt)
-        deltas, finish, usage = reply(word, int(numbers[1]) + int(numbers[2]))
-        await send(writer, start, ": keep-alive\n\n")
+            return await send(writer, *plain(word), last=True)
+        a, b = re.search(r"(\d+) \+ (\d+)", prompt).groups()
+        deltas, finish, usage = reply(word, int(a) + int(b))
+        await send(writer, HEAD.format(200, "text/event-stream", ""), ": keep-alive\n\n")
         for number, delta in enumerate(deltas):
             if number == 1 and word == "stall":
                 await asyncio.sleep(60)
             if number == 1 and word == "cut":
                 return writer.close()
-            if number == 1 and word == "junk":
-                await send(writer, "", 'data: {"choices": [{"de\n\n')
-            if number == 1 and word == "error":
-                await send(writer, "", 'data: {"error": {"message": "out of memory"}}\n\n')
+            if number == 1 and word in MIDDLE:
+                await send(writer, "", MIDDLE[word])
             await send(writer, "", event({"choices": [{"delta": delta}], "model": "served"}))
         if word != "unfinished":
             await send(writer, "", event({"choices": [{"delta": {}, "finish_reason": finish}]}))
@@ -91,18 +85,15 @@ def reply(word: str, total: int) -> tuple[list[dict], str, dict]:
     ends = {"wrong": f"\\boxed{{{total + 1}}}", "nobox": f"it is {total}", "void": ""}
     ends |= {"refuse": "I'm sorry, but I can't help.", "markup": f"<|im_end|>\\boxed{{{total}}}"}
     end = ends.get(word, f"\\boxed{{{total}}}")
-    whole = f"<think>\n{THOUGHT}\n</think>\n\n{end}"
+    whole = end if word in ("bare", "void") else f"<think>\n{THOUGHT}\n</think>\n\n{end}"
+    whole = whole.removeprefix("<think>") if word == "opened" else whole
+    if word == "lines":  # ends of lines for Python, not for server-sent events
+        whole = whole.replace(". ", ".\u2028\x85\x0b")
+    deltas = [{"content": whole[:20]}, {"content": whole[20:]}]
     if word in ("apart", "vllm", "alone"):
         name = "reasoning" if word == "vllm" else "reasoning_content"
         deltas = [{"role": "assistant", "content": None}, {name: THOUGHT[:9]}, {name: THOUGHT[9:]}]
         deltas += [] if word == "alone" else [{"content": end}]
-    else:
-        if word == "opened":
-            whole = whole.removeprefix("<think>")
-        if word == "lines":  # ends of lines for Python, not for server-sent events
-            whole = whole.replace(". ", ".\u2028\x85\x0b")
-        whole = end if word in ("bare", "void") else whole
-        deltas = [{"content": whole[:20]}, {"content": whole[20:]}]
     finishes = {"long": "length", "filter": "content_filter", "abort": "abort"}
     words = sum(len((next(iter(d.values())) or "").split()) for d in deltas)
     usage = {"prompt_tokens": 10, "completion_tokens": words}
@@ -113,12 +104,10 @@ def plain(word: str) -> tuple[str, str]:
     """(head, body) of a reply that is no stream."""
     if word == "html":
         return HEAD.format(200, "text/html", ""), "<html>Please log in</html>"
-    after = {"429": "1", "tomorrow": "86400"}  # seconds
-    extra = f"Retry-After: {after[word]}\r\n" if word in after else ""
-    status = word if word.isdigit() else "429"
+    after = {"429": "Retry-After: 1\r\n", "tomorrow": "Retry-After: 86400\r\n"}.get(word, "")
     message = "context too long" if word == "400" else f"told to say {word}"
-    body = json.dumps({"error": {"message": message}})
-    return HEAD.format(status, "application/json", extra), body
+    head = HEAD.format(word if word.isdigit() else "429", "application/json", after)
+    return head, json.dumps({"error": {"message": message}})
 
 
 def event(chunk: dict) -> str:

@@ -2,13 +2,12 @@
 
 BUGS holds what a bug puts in the place of shipped code, which knows nothing of it; where people met
 it, the metric that shows it best, what catches it (test_planted.py proves it: a mutation test of
-the suite), and the cure. Signs of all in a run: docs/metrics.md. All runs took half an hour on two
-cores that others used as well:
+the suite), and the cure. Signs of all in a run: docs/metrics.md.
 
     python tests/planted.py    # after runs/laptop.sh; draws OUT/all.png, which is docs/planted.png
 
 Each is rl.main on the miniature, which goes on where it would stop, as sampler and trainer differ;
-finished ones are kept.
+finished ones are kept. All take half an hour on two busy cores.
 """
 
 import json
@@ -192,7 +191,7 @@ def planted(name: str):
 
 
 def run(name: str, cfg: rl.Config):
-    """rl.main with one bug, and without its limit on the gap between sampler and trainer."""
+    """rl.main with a bug, and without its limit on the gap between sampler and trainer."""
     with planted(name), patch.dict(rl.GAP_LIMITS, dict.fromkeys(rl.GAP_LIMITS, math.inf)):
         rl.main(replace(cfg, out=f"{cfg.out}/{name}"))
 
@@ -201,21 +200,9 @@ def rows_of(out: str, name: str) -> list[dict]:
     return [json.loads(line) for line in Path(out, name, "metrics.jsonl").open()]
 
 
-def sign_of(name: str, rows: list[dict], healthy: list[dict]) -> str:
-    """Where the bug's metric leaves the healthy run's range and half of it more."""
-    metric = BUGS[name].metric
-    known = [row[metric] for row in healthy]
-    room = max((max(known) - min(known)) / 2, 1e-6)
-    low, high = min(known) - room, max(known) + room
-    low = max(low, 0.0) if min(known) >= 0 else low
-    for row in rows:
-        if not low <= row[metric] <= high:
-            return f"{metric} {row[metric]:.2g} in step {row['step']}, not {low:.2g} to {high:.2g}"
-    return f"not in {metric}, but {BUGS[name].caught_by[0]}"
-
-
 def draw(out: str, names: list[str]):
-    """A panel a bug: its reward over the healthy run's in grey, and under it the first sign."""
+    """A panel a bug: its reward over the healthy run's in grey, and under it where its metric first
+    leaves the healthy run's range and half of it more."""
     healthy, down = rows_of(out, "healthy"), -(-len(names) // 4)
     figure = plt.figure(figsize=(13, 2.7 * down), layout="tight")
     for place, name in enumerate(names, start=1):
@@ -224,8 +211,17 @@ def draw(out: str, names: list[str]):
             values = [row["reward"] for row in curve]
             near = [values[max(0, i - 2) : i + 3] for i in range(len(values))]
             axis.plot([sum(x) / len(x) for x in near], color=colour, lw=2.2)
+        metric, caught_by = BUGS[name].metric, BUGS[name].caught_by
+        known = [row[metric] for row in healthy]
+        room = max((max(known) - min(known)) / 2, 1e-6)
+        low, high = min(known) - room, max(known) + room
+        low = max(low, 0.0) if min(known) >= 0 else low
+        sign = f"not in {metric}, but {caught_by[0]}"
+        if off := [row for row in rows if not low <= row[metric] <= high]:
+            seen = f"{metric} {off[0][metric]:.2g} in step {off[0]['step']}"
+            sign = f"{seen}, not {low:.2g} to {high:.2g}"
         axis.set(title=name, xlim=(0, len(healthy) - 1), ylim=(-0.04, 1.04))
-        axis.set_xlabel(textwrap.fill(sign_of(name, rows, healthy), 38), loc="left")
+        axis.set_xlabel(textwrap.fill(sign, 38), loc="left")
     figure.suptitle("reward by step, with one bug each (red) and without (grey)")
     figure.savefig(Path(out, "all.png"), dpi=100)
 

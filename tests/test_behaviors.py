@@ -11,42 +11,27 @@ from evaluation.behaviors import NAMES, PAIRS, count, presence, thinking
 
 # fmt: off
 SAYS = {
-    "backtracking": [
-        "Wait, that can't be, the sign is wrong.", "Hmm, this contradicts the first equation.",
-        "Scratch that, x is negative.", "I made a mistake in the second line.",
-        "wait , that is not right .",
-    ],
-    "subgoal_setting": [
-        "First, we need to find the slope.", "Step 2: solve for y.",
+    "backtracking": ["Wait, that can't be, the sign is wrong.", "Scratch that, x is negative.",
+        "Hmm, this contradicts the first equation.", "I made a mistake in the second line.",
+        "wait , that is not right ."],
+    "subgoal_setting": ["First, we need to find the slope.", "Step 2: solve for y.",
         "Before we can add them, we have to find a common denominator.",
-        "first list items , then add up .", "<think> first list items , then add up .",
-    ],
-    "verification": [
-        "Let me check this with n = 2.", "Let's verify the result.",
-        "Plugging x = 4 back in gives 16.", "Does this satisfy both equations?", "let me check .",
-    ],
-    "backward_chaining": [
-        "To get 60, we need a multiple of 12.", "Working backwards, the price was 40.",
-        "Suppose the answer is D, then the side would be 3.", "so i need each digit .",
-    ],
-    "visual_reflection": [
-        "Let me look at the figure again.", "I should recheck the diagram.",
+        "first list items , then add up .", "<think> first list items , then add up ."],
+    "verification": ["Let me check this with n = 2.", "Let's verify the result.",
+        "Plugging x = 4 back in gives 16.", "Does this satisfy both equations?", "let me check ."],
+    "backward_chaining": ["To get 60, we need a multiple of 12.", "so i need each digit .",
+        "Working backwards, the price was 40.",
+        "Suppose the answer is D, then the side would be 3."],
+    "visual_reflection": ["Let me look at the figure again.", "I should recheck the diagram.",
         "On second look, the arrow points up.", "Perhaps I misread the chart.",
-        "look again at A 4 .", "read again : A 4 B 3 C 1 D 2 .",
-    ],
-    "visual_divide_and_conquer": [
-        "Let me look at the left part of the figure.",
-        "We can split the region into two rectangles.", "I will go through the panels one by one.",
-    ],
-    "visual_verification": [
-        "Let me check this against the picture.", "That agrees with the diagram.",
-        "The value 7 is consistent with the label in the figure.",
-    ],
-    "goal_driven_visual_tracing": [
+        "look again at A 4 .", "read again : A 4 B 3 C 1 D 2 ."],
+    "visual_divide_and_conquer": ["Let me look at the left part of the figure.",
+        "We can split the region into two rectangles.", "I will go through the panels one by one."],
+    "visual_verification": ["Let me check this against the picture.",
+        "That agrees with the diagram.", "The value 7 is consistent with the label in the figure."],
+    "goal_driven_visual_tracing": ["To answer this, let me look for the tallest bar.",
         "To find the height, I need to see the label in the diagram.",
-        "To answer this, let me look for the tallest bar.",
-        "We want the angle at C, so we should find the triangle in the figure that contains it.",
-    ],
+        "We want the angle at C, so we should find the triangle in the figure that contains it."],
 }
 PLAIN = [
     "So the answer is 12.", "The figure shows two circles.", "The second train is faster.",
@@ -117,36 +102,16 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
-def test_rates_are_shares_of_responses_and_transfer_is_visual_over_linguistic():
-    texts = [f"{BACK} {BACK} {LOOK}"] * 4 + [BACK] * 6 + ["nothing"] * 10
-    rows = [
-        {"id": i, "spans": behaviors.find(text), "score": 1.0, "tokens": None}
-        for i, text in enumerate(texts)
-    ]
-    found, few = behaviors.summarise(rows), behaviors.summarise(rows[1:])
-    assert (found["rates"]["backtracking"], found["rates"]["visual_reflection"]) == (0.5, 0.2)
-    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4)
-    low, high = found["transfer_interval"]["visual_reflection"]
-    assert low < 0.4 < high
-    for name in ("transfer", "transfer_interval"):  # under ten carriers
-        assert few[name]["visual_reflection"] is None
-    assert set(behaviors.summarise([])["rates"].values()) == {0.0}
-
-
-def test_the_bootstrap_agrees_with_a_naive_one_and_draws_whole_problems():
-    rng, pair = np.random.default_rng(1), PAIRS[0]
-    flags = rng.random((60, 2)) < [0.7, 0.3]
+def test_the_interval_of_a_transfer_agrees_with_a_naive_bootstrap_and_draws_whole_problems():
+    flags = np.random.default_rng(1).random((60, 2)) < [0.7, 0.3]
     shown = presence([f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags])
-    low, high = behaviors.transfer_interval(shown, pair, range(60))
-    draws = flags[rng.integers(60, size=(4000, 60))].sum(axis=1)
-    naive = draws[:, 1] / draws[:, 0]
-    assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.04)
+    low, high = behaviors.transfer_interval(shown, PAIRS[0], range(60))
+    sums = flags[np.random.default_rng(2).integers(60, size=(4000, 60))].sum(axis=1)
+    naive = np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975])
+    assert (low, high) == pytest.approx(naive, abs=0.04)
     copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
-    wide = behaviors.transfer_interval(copies, pair, [f"problem {i // 8}" for i in range(480)])
+    wide = behaviors.transfer_interval(copies, PAIRS[0], [f"problem {i // 8}" for i in range(480)])
     assert wide == pytest.approx((low, high), abs=0.04)
-
-
-# ---- what is counted, and against what
 
 
 def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question():
@@ -165,29 +130,41 @@ def test_a_rows_own_patterns_are_watched():
     assert behaviors.watched("x", {}) == {}
 
 
-def graded(response, score=1.0, **more) -> dict:
-    spans = behaviors.find_in_thought(f"{response}</think>", "")
-    row = {"id": response, "response": response, "score": score, "spans": spans, "tokens": 500}
-    return row | more
+def graded(response, score=1.0, tokens=500) -> dict:
+    row = {"id": response, "response": response, "score": score, "tokens": tokens}
+    return row | {"spans": behaviors.find(response)}
 
 
-def test_graded_rows_tell_rates_by_score_by_length_and_without_the_visual_sentences():
+def test_graded_rows_tell_rates_by_score_and_without_the_visual_sentences():
     both = "Let me check this against the picture."
     rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded("nothing", 0.4)]
-    rows += [graded(both, None), graded("nothing")]
-    found = behaviors.summarise(rows)
+    found = behaviors.summarise([*rows, graded(both, None), graded("nothing")])
     assert found["rates"]["verification"] == 0.6 and found["rates"]["visual_verification"] == 0.2
     assert found["without_visual"]["verification"] == 0.4
-    assert found["by_score"]["right"]["verification"] == 0.5
-    assert found["by_score"]["wrong"]["verification"] == 0.5
-    assert found["transfer"]["visual_verification"] is None
-    late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
-    assert behaviors.summarise([late])["rates"]["verification"] == 1
-    assert behaviors.summarise([late])["first_2000_tokens"]["verification"] == 0
+    assert [found["by_score"][s]["verification"] for s in ("right", "wrong")] == [0.5, 0.5]
     assert set(behaviors.summarise([])["rates"].values()) == {0.0}
-    found = behaviors.summarise([graded(f"{BACK} {LOOK}")] * 4 + [graded(BACK)] * 6)
+
+
+def test_counts_are_means_and_per_1000_tokens_and_early_rates_of_the_first_2000():
+    late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
+    rows = [late, graded(f"{CHECK} {CHECK} {CHECK}", tokens=1000), graded(CHECK, tokens=None)]
+    found = behaviors.summarise(rows)
+    assert found["rates"]["verification"] == 1
+    assert found["mean_count"]["verification"] == pytest.approx(5 / 3)
+    assert found["per_1000_tokens"]["verification"] == pytest.approx(4 / 5)  # of known length
+    assert found["first_2000_tokens"]["verification"] == 0.5
+    assert not {"per_1000_tokens", "first_2000_tokens"} & set(behaviors.summarise(rows[2:]))
+
+
+def test_transfer_is_visual_over_linguistic_of_ten_carriers_at_least():
+    rows = [graded(f"{BACK} {BACK} {LOOK}")] * 4 + [graded(BACK)] * 6 + [graded("nothing")] * 10
+    found, few = behaviors.summarise(rows), behaviors.summarise(rows[1:])
+    assert (found["rates"]["backtracking"], found["rates"]["visual_reflection"]) == (0.5, 0.2)
+    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4)
     low, high = found["transfer_interval"]["visual_reflection"]
-    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4) and low < 0.4 < high
+    assert low < 0.4 < high
+    assert few["transfer"]["visual_reflection"] is None
+    assert few["transfer_interval"]["visual_reflection"] is None
 
 
 def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
@@ -197,13 +174,11 @@ def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
 
 
 def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
-    rng, corrected, heard = np.random.default_rng(0), [], []
-    for _ in range(100):
-        found, said = lexicon_and_judge(rng, 0.3, 0.7, 0.95, responses=1500, judged=300)
-        corrected.append(behaviors.corrected_rate(found, said))
-        heard.append(found.mean())
-    rate, low, high = np.array(corrected).T
-    assert np.mean(heard) == pytest.approx(0.245, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.05
+    rng = np.random.default_rng(0)
+    draws = [lexicon_and_judge(rng, 0.3, 0.7, 0.95, 1500, judged=300) for _ in range(100)]
+    rate, low, high = np.array([behaviors.corrected_rate(*draw) for draw in draws]).T
+    heard = np.mean([found.mean() for found, _ in draws])
+    assert heard == pytest.approx(0.245, abs=0.01)  # 0.3 * 0.7 + 0.7 * 0.05
     assert rate.mean() == pytest.approx(0.3, abs=0.01)
     assert ((low <= 0.3) & (0.3 <= high)).sum() >= 88
 
@@ -237,10 +212,8 @@ def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
     found = behaviors.means(gaps, items)
     rate, low, high = found["visual_reflection"]
     by_problem = [gaps[np.array(items) == i, look] for i in range(40)]
-    naive = [
-        np.concatenate([by_problem[i] for i in rng.integers(40, size=40)]).mean()
-        for _ in range(2000)
-    ]
+    draws = rng.integers(40, size=(2000, 40))
+    naive = [np.concatenate([by_problem[i] for i in drawn]).mean() for drawn in draws]
     assert rate == pytest.approx(gaps[:, look].mean())
     assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.01)
     assert found["verification"] == (0.0, 0.0, 0.0)

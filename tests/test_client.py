@@ -11,15 +11,9 @@ from common.client import Endpoint, Reply, ask_for_all, user_message
 
 def replies(endpoint: Endpoint, words) -> list:
     """To requests that the server answers by `words`, in the order they ended."""
-    found, asked = [], set()
-
-    def request(job):
-        if job in asked:
-            return None
-        asked.add(job)
-        return {"messages": [user_message(f"{job[0]}: 2 + 3 ? [{job[1]}]")]}
-
-    ask_for_all(endpoint, enumerate(words), request, lambda job, reply: found.append(reply))
+    jobs, found = [*enumerate(words)], []
+    bodies = {(i, w): {"messages": [user_message(f"{i}: 2 + 3 ? [{w}]")]} for i, w in jobs}
+    ask_for_all(endpoint, jobs, lambda job: bodies.pop(job, None), lambda _, r: found.append(r))
     return found
 
 
@@ -57,9 +51,7 @@ def test_what_the_server_rejects_is_not_asked_again_and_printed(server, capsys):
 
 
 @pytest.mark.parametrize("words", ["401", "402", "404", "tomorrow"])
-def test_what_all_requests_share_stops_with_the_cure_and_without_the_key(
-    server, words, monkeypatch
-):
+def test_what_all_requests_share_stops_with_the_cure_without_the_key(server, words, monkeypatch):
     monkeypatch.setenv("SECRET", "told")  # the server repeats it
     with pytest.raises(SystemExit, match=f"KEY to say {words}; check the key, .* ends in /v1"):
         asked_once(server, words, key_env="SECRET")
@@ -102,12 +94,8 @@ def test_jobs_are_pulled_one_by_one_as_places_become_free():
         return None if job in done else {"messages": [user_message(f"{job} 1 + 1 [right]")]}
 
     with serving(hold=0.02) as server:
-        ask_for_all(
-            Endpoint(server.url, "m", concurrency=5),
-            jobs(),
-            request,
-            lambda job, _: done.append(job),
-        )
+        endpoint = Endpoint(server.url, "m", concurrency=5)
+        ask_for_all(endpoint, jobs(), request, lambda job, _: done.append(job))
     assert sorted(done) == pulled == [*range(40)] and server.most == 5
     assert server.connections == 5  # kept open from request to request
 
@@ -123,14 +111,12 @@ def test_pictures_stand_where_their_markers_are_and_carry_what_they_are(tmp_path
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", "JPEG")  # by its name a PNG
     Image.new("RGB", (4, 4)).save(tmp_path / "b", "PNG")
     names = [tmp_path / "a.png", tmp_path / "b"]
-    parts = user_message("see <image> and <image>", names)["content"]
-    assert [part["type"] for part in parts] == ["text", "image_url", "text", "image_url"]
-    assert [part["text"] for part in parts[::2]] == ["see", "and"]
-    urls = [part["image_url"]["url"] for part in parts[1::2]]
-    assert urls[0].startswith("data:image/jpeg;base64,/9j/")
-    assert urls[1].startswith("data:image/png;base64,iVBOR")
-    first = user_message("which ?", names)["content"]
-    assert [part["type"] for part in first] == ["image_url", "image_url", "text"]
+    see, first, et, second = user_message("see <image> and <image>", names)["content"]
+    assert (see["text"], et["text"]) == ("see", "and")
+    assert first["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+    assert second["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    unmarked = user_message("which ?", names)["content"]
+    assert [part["type"] for part in unmarked] == ["image_url", "image_url", "text"]
     assert user_message("text <alone>") == {"role": "user", "content": "text <alone>"}
     with pytest.raises(ValueError, match="1 <image> markers for 2 pictures"):
         user_message("see <image>", names)

@@ -37,6 +37,10 @@ class Config:
     samples: int = 1  # answers
     temperature: float = -1.0  # 0: the likeliest token each time; -1: 0, of several answers 1
 
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples}: answers count from 1")
+
 
 def drawn(image: str) -> str:
     """What a picture of the miniature shows, three cells a line, from the row that it is of."""

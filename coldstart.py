@@ -1,22 +1,16 @@
 """Stage 1, the linguistic cold start: the language model is fine-tuned on text-only reasoning.
 
-    rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
-
-Only the LLM trains; vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large
-learning rate are the paper's: meant to break the instruct model's habits. That what is learnt here
-on text also helps with pictures is its claim, which eval.py measures.
-
-How it departs from a textbook SFT script:
-  1  No padding: documents lie back to back in packs of a token budget, attention stays inside each.
+Vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large learning rate are the
+paper's: meant to break the instruct model's habits. How it departs from a textbook SFT script:
+  1  No padding: documents lie back to back in packs, and attention stays inside each.
   2  One denominator: the trained tokens of the whole step, over all packs and ranks, known before
      backward. The gradient is the same however the batch is cut.
   3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
-  4  The batch can be counted in packs: the paper's "batch 640" must be packs of 64k tokens, since
-     its Figure 3 shows epochs of 212 steps, which fits about 9,500 rows a step.
+  4  A batch can be counted in packs. The paper's 640 must be packs of 64k tokens: its Figure 3
+     shows epochs of 212 steps, which fits about 9,500 rows each.
 
-    torchrun coldstart.py                          # the miniature: minutes on a laptop
-    torchrun --nproc-per-node 2 coldstart.py       # the same numbers from two processes
-    bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
+    torchrun --nproc-per-node 2 coldstart.py   # the miniature, on a laptop; also without torchrun
+    bash runs/ovr_7b.sh                        # both stages at 7B, with the paper's numbers
 """
 
 import math
@@ -41,7 +35,6 @@ from rollout import open_sampler, solved
 BETAS = (0.9, 0.95)  # AdamW; paper: "Qwen2.5's default"; ours: the numbers, as in stage 2
 CLIP_NORM = 1.0  # of the gradient; ours: as in stage 2
 EVALUATED = 256  # problems of --eval-data that a rank answers at once
-MEASURED_ROWS = 1024  # rows whose mean length says how many rows fill a pack
 TITLE = "Open Vision Reasoner, stage 1: linguistic cold start"
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second")  # on the step line
 
@@ -102,36 +95,31 @@ def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
     share = (world.rank, world.size)
     rows = data.read_examples(cfg.data, columns=cfg.columns, share=share)
-    replay = data.read_examples(cfg.replay, share=share) if cfg.replay else []
     if len(rows) <= cfg.valid:
         raise ValueError(f"{cfg.data} has {len(rows)} rows, --valid keeps {cfg.valid}: lower it")
     valid = sorted(random.Random(cfg.seed).sample(range(len(rows)), cfg.valid))
     train = Subset(rows, sorted(set(range(len(rows))) - set(valid)))
-    return ConcatDataset([train, replay]) if cfg.replay else train, Subset(rows, valid)
+    if cfg.replay:
+        train = ConcatDataset([train, data.read_examples(cfg.replay, share=share)])
+    return train, Subset(rows, valid)
 
 
-def rows_a_step(cfg: Config, train: Sequence, encode: Callable, world) -> int:
-    """How many rows fill --batch-packs packs on average, those that are too long filling none.
+def rows_a_step(cfg: Config, train: Sequence, encode: Callable) -> int:
+    """How many rows fill --batch-packs packs on average; those that are too long fill none.
 
-    Measured once, on rows drawn by the seed, so that a step stays a function of (seed, step).
+    Measured on rows drawn by the seed, so that a step stays a function of (seed, step).
     """
-    if not cfg.batch_packs:
-        return cfg.batch_rows
-    chosen = random.Random(cfg.seed).sample(range(len(train)), min(MEASURED_ROWS, len(train)))
-    lengths = [len(encode(train[i])) for i in chosen[world.rank :: world.size]]
-    (tokens,) = distributed.sums(world, sum(x for x in lengths if x <= cfg.max_tokens))
-    if not tokens:
-        raise ValueError(f"{cfg.data}: all rows are longer than --max-tokens {cfg.max_tokens}")
+    chosen = random.Random(cfg.seed).sample(range(len(train)), min(1024, len(train)))
+    lengths = [len(encode(train[i])) for i in chosen]
+    tokens = sum(x for x in lengths if x <= cfg.max_tokens)
     return max(1, round(cfg.batch_packs * cfg.pack_tokens * len(chosen) / tokens))
 
 
 def share_rows(
     rows: Sequence, encode: Callable, cfg: Config, world, cost: Callable
 ) -> tuple[list[Pack], float, int]:
-    """-> this rank's packs, the trained tokens of all ranks, how many rows were too long.
-
-    Each rank encodes a share of the rows to learn their lengths, then those that it will train.
-    """
+    """-> this rank's packs, the trained tokens of all ranks, how many rows were too long."""
+    # a share is encoded to learn the lengths of all, then what this rank will train
     documents = {i: encode(rows[i]) for i in range(world.rank, len(rows), world.size)}
     lengths = distributed.union(world, {i: len(document) for i, document in documents.items()})
     fitting = sorted(i for i in lengths if lengths[i] <= cfg.max_tokens)
@@ -146,22 +134,11 @@ def share_rows(
 
 def loss_of(model, pack: Pack, tokens: float, device) -> torch.Tensor:
     """This pack's part of the mean of -log p over all trained tokens of the step."""
-    logps, _ = model.logps(pack.to(device))
-    return -logps.sum() / tokens
-
-
-@torch.no_grad()
-def validate(model, packs: list[Pack], tokens: float, world) -> float:
-    """Mean -log p over the trained tokens of rows that are never trained on."""
-    mine = sum(loss_of(model, pack, tokens, world.device).item() for pack in packs)
-    distributed.release(model)
-    return distributed.sums(world, mine)[0]
+    return -model.logps(pack.to(device))[0].sum() / tokens
 
 
 def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world) -> dict:
-    """One optimiser step. Before it, FloatingPointError on all ranks where loss or gradient is not
-    finite; it names the rows of the packs concerned.
-    """
+    """One optimiser step, or FloatingPointError with the rows concerned where it is not finite."""
     optimizer.zero_grad()
     losses = []  # read after the loop, in which nothing waits for the GPU
     for pack in packs:
@@ -188,9 +165,9 @@ def main(cfg: Config):
     train, valid = split_rows(cfg, world)
     valid_packs, valid_tokens, too_long = share(valid)
     if not valid_tokens:
-        limit = f"--max-tokens {cfg.max_tokens}"
-        raise ValueError(f"{cfg.data}: all validation rows are longer than {limit}: raise it")
-    stream, count = data.Stream(train, cfg.seed), rows_a_step(cfg, train, encode, world)
+        raise ValueError(f"{cfg.data}: --max-tokens {cfg.max_tokens} fits no --valid row: raise it")
+    stream = data.Stream(train, cfg.seed)
+    count = rows_a_step(cfg, train, encode) if cfg.batch_packs else cfg.batch_rows
     steps = math.ceil(cfg.epochs * len(train) / count)
     learns = distributed.Trained(False, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     model = distributed.load(directory, world, "lm", learns, cfg.recompute, cfg.compile)
@@ -202,49 +179,41 @@ def main(cfg: Config):
     if state:
         checkpoint.load_state(state, models)
     gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
-    whose = (world.rank, world.size)
-    held_out = data.read_problems(cfg.eval_data, share=whose) if cfg.eval_data else []
-    if held_out:
-        room = EVALUATED, cfg.max_tokens, 0.0
-        sampler = open_sampler("torch", directory, world, room)
-
-    def evaluate(step: int) -> dict[str, float]:
-        """Where it is due; no weight, draw or order of the training changes by it."""
-        due = step == steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-        if not (held_out and due):
-            return {}
-        timer("evaluate")
-        sampler.sync(distributed.whole_weights(model, world.dtype))
-        return solved(sampler, held_out, cfg.max_tokens, world)
-
-    log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
+    if cfg.eval_data:
+        held_out = data.read_problems(cfg.eval_data, share=(world.rank, world.size))
+        sampler = open_sampler("torch", directory, world, (EVALUATED, cfg.max_tokens, 0.0))
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
         print(f"rehearsal: a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
+    log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     card = partial(model_card, TITLE, cfg, run / "model", run, cfg.max_tokens)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with stop_on_signal(run, world.main) as stop:
         for step in range(start, steps):
-            began = time.perf_counter()
-            # 1. read: the same batch on every rank, each trains its share
-            timer("read")
+            began, last = time.perf_counter(), step == steps - 1
+            timer("read")  # 1. the same batch on every rank, each trains its share
             packs, tokens, too_long = share(stream.batch(step, count))
-            # 2. update, unless all rows of this step were too long
-            timer("update")
+            timer("update")  # 2. unless all rows of this step were too long
             lr = cosine_lr(step, steps, cfg.lr, cfg.lr_end, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             metrics = update(model, optimizer, packs, tokens, step, world) if tokens else {}
-            # 3. log, save
             metrics |= {"lr": lr, "tokens": tokens, "too_long": too_long}
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            if step == steps - 1 or (cfg.valid_every and step % cfg.valid_every == 0):
+            if last or (cfg.valid_every and step % cfg.valid_every == 0):
                 timer("validate")
-                metrics["valid_loss"] = validate(model, valid_packs, valid_tokens, world)
-            solved_now = evaluate(step)
+                with torch.no_grad():
+                    losses = [loss_of(model, p, valid_tokens, world.device) for p in valid_packs]
+                distributed.release(model)
+                (metrics["valid_loss"],) = distributed.sums(world, sum(x.item() for x in losses))
+            solved_now = {}
+            if cfg.eval_data and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+                timer("evaluate")
+                sampler.sync(distributed.whole_weights(model, world.dtype))
+                solved_now = solved(sampler, held_out, cfg.max_tokens, world)
+            # 3. log, save
             metrics |= solved_now | timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
-            shown = SHOWN if tokens else ("too_long", "lr")
-            log.log(step, metrics, (*shown, *solved_now))
+            log.log(step, metrics, (*(SHOWN if tokens else ("too_long", "lr")), *solved_now))
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

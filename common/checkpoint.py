@@ -4,13 +4,10 @@
     RUN/checkpoints/step_000060/model/   a Hugging Face directory: averaging, eval.py, vLLM
 
 No random state, place in the data or length budget is saved: all are functions of (seed, step).
-
 Whole or ignored: all is written into step_000060.part, and rank 0 renames it when the files of
 every rank are on the disk. What is deleted is renamed first; a *.part that a kill left is removed
 at the next start. All nodes see one directory. An error of one rank is raised on all.
-
-Room, for 7B with a critic: a state is 180 GB over the ranks of a node, three times on the disk; a
-model is 17 GB in bfloat16. Old states are not kept.
+For 7B with a critic a state is 180 GB, three times on the disk; a model is 17 GB in bfloat16.
 """
 
 import os
@@ -23,11 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions as Options
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from common import log, lora, viewers
 from common.distributed import everyone, is_main, release
@@ -40,8 +34,6 @@ EXECUTION = set(
 )
 KEEP_STATES = 2  # the newest checkpoints, from which a run can go on
 Pairs = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # {"policy": (model, optimizer), ...}
-
-# ------------------------------------------------------------------ going on
 
 
 def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
@@ -69,11 +61,11 @@ def compare_settings(run: Path, config, start: int) -> str:
     if not (run / "run.json").exists():
         return ""
     before, now = log.read_record(run), log.provenance(config)
-    changed, settings = log.changed_settings(before, now), now["config"]
-    print(f"{run} goes on from step {start}", *changed.values(), sep="\n  ", flush=True)
-    fixed = ["algorithm", "lora_rank"]
-    if settings.get("lora_rank"):  # a state of adapters lacks what they were trained on
-        fixed += ["lora_alpha", "model"]
+    lines, settings = log.changed_settings(before, now), now["config"]
+    print(f"{run} goes on from step {start}", *lines, sep="\n  ", flush=True)
+    changed = {line.split()[0]: line for line in lines}
+    # a state of adapters lacks what they were trained on
+    fixed = ["algorithm", "lora_rank", *["lora_alpha", "model"] * bool(settings.get("lora_rank"))]
     reasons = [changed[name] for name in fixed if name in changed]
     if settings.get("steps", start) < start:
         reasons.append(f"--steps {settings['steps']}, of which {start} are done")
@@ -92,7 +84,7 @@ def compare_settings(run: Path, config, start: int) -> str:
 def newest(run: str | Path) -> tuple[int, Path | None]:
     """(next step, state) of the newest checkpoint of a run; (0, None) if there is none."""
     steps = complete_steps(run)
-    return (steps[-1], step_directory(run, steps[-1]) / "state") if steps else (0, None)
+    return (steps[-1], Path(run) / f"checkpoints/step_{steps[-1]:06}/state") if steps else (0, None)
 
 
 def complete_steps(run: str | Path) -> list[int]:
@@ -101,8 +93,10 @@ def complete_steps(run: str | Path) -> list[int]:
     return sorted(int(state.parent.name[5:]) for state in states)
 
 
-def step_directory(run: str | Path, step: int) -> Path:
-    return Path(run) / f"checkpoints/step_{step:06}"
+def parts_of(model: nn.Module) -> Options:
+    """Of a model with adapters a state has what trains: the base is read from --model again."""
+    adapted = bool(lora.adapters(model))
+    return Options(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def train_state(pairs: Pairs) -> dict:
@@ -111,23 +105,13 @@ def train_state(pairs: Pairs) -> dict:
     return {name: {"model": w, "optimizer": moments} for name, (w, moments) in both.items()}
 
 
-def parts_of(model: nn.Module) -> StateDictOptions:
-    """Of a model with adapters a state has what trains: the base is read from --model again."""
-    adapted = bool(lora.adapters(model))
-    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
-
-
 def load_state(directory: Path, pairs: Pairs):
     """Weights and moments, on any number of ranks; rates and decays stay those of today's command.
-
     OSError, on all ranks, where that fails: no older one is taken behind the user's back.
     """
-    advice = (
-        f"If it is of another model, choose another --out; else remove {directory.parent}, and the"
-        " run goes on from the checkpoint before"
-    )
+    cure = f"If it is of another model, choose another --out; else remove {directory.parent}, and"
     state = train_state(pairs)
-    with together(f"{directory} cannot be read", advice):
+    with together(f"{directory} cannot be read", f"{cure} the run goes on from the one before"):
         dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     for name, (model, optimizer) in pairs.items():
         settings = [dict(group) for group in optimizer.param_groups]
@@ -136,9 +120,6 @@ def load_state(directory: Path, pairs: Pairs):
         set_state_dict(model, optimizer, **both, options=parts_of(model))
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)
-
-
-# ------------------------------------------------------------------ saving
 
 
 class Saver:
@@ -154,16 +135,14 @@ class Saver:
         self.saved = time.monotonic()
 
     def due(self, step: int, cfg) -> bool:
-        """Whether a checkpoint is wanted after so many steps, by cfg.save_every or
-        cfg.save_minutes. Rank 0's clock is that of all.
-        """
+        """After so many steps, by cfg.save_every or cfg.save_minutes on rank 0's clock."""
         minutes = (time.monotonic() - self.saved) / 60
         late = cfg.save_minutes and everyone(minutes)[0] >= cfg.save_minutes
         return bool(late or (cfg.save_every and step % cfg.save_every == 0))
 
     def save(self, step: int, pairs: Pairs, policy: Qwen25VL, card: str):
         """policy: is exported, with `card` beside it. OSError on all ranks."""
-        folder = step_directory(self.run, step)
+        folder = self.run / f"checkpoints/step_{step:06}"
         part = folder.with_suffix(".part")
         advice = f"When that is mended, the same command goes on from step {newest(self.run)[0]}"
         with together(f"writing {folder} failed", advice):
@@ -176,7 +155,7 @@ class Saver:
                 check_files(part / "state")  # of all nodes
                 publish(part, folder)
                 for old in complete_steps(self.run)[:-KEEP_STATES]:
-                    folder = step_directory(self.run, old)
+                    folder = folder.with_name(f"step_{old:06}")
                     stays = self.keep_every and old % self.keep_every == 0
                     remove(folder / "state" if stays else folder)
         self.saved = time.monotonic()
@@ -195,9 +174,8 @@ def check_files(state: Path):
     """ValueError where a file of a state is not there in full, as where nodes have own disks."""
     for piece in dcp.FileSystemReader(state).read_metadata().storage_data.values():
         file, size = state / piece.relative_path, piece.offset + piece.length
-        there = file.stat().st_size if file.exists() else 0
-        if there < size:
-            lost = f"{file.name} is missing or cut: {there:,} of {size:,} bytes"
+        if not file.exists() or file.stat().st_size < size:
+            lost = f"{file.name} is missing or cut, of {size:,} bytes"
             raise ValueError(f"{lost} (all nodes must see one directory)")
 
 
@@ -216,7 +194,6 @@ def export(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: st
 
 
 def write_model(policy: Qwen25VL, directory: Path, like, dtype: torch.dtype, card: str):
-    """A Hugging Face directory with a card, adapters merged. All ranks call it."""
     weights = {name: weight.to("cpu", dtype) for name, weight in lora.merged(policy)}
     save_weights(weights, policy.config, directory, dtype, like)
     if is_main():

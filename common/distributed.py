@@ -5,12 +5,9 @@ several, each rank holds a slice of every weight, gathers a block's weights when
 gets its slice of the summed gradient (FSDP2, `fully_shard`). On several nodes weights are sharded
 inside a node and replicated across (HSDP): the slow network carries one all-reduce of a slice an
 optimiser step. Gradients are *summed* over ranks: the losses are already divided by the global
-token count, so the result does not depend on the number of ranks.
-
-A model is built in a stated order: on the meta device, without memory; frozen; compiled;
-recomputed; sharded; only then given memory and filled from the files, slice by slice. A frozen
-vision tower is left whole on every rank: no gather that could hang when one rank has pictures and
-another has none. On GPUs: bf16 compute, float32 masters and sums.
+token count, so the result does not depend on the number of ranks. A frozen vision tower is whole on
+every rank: no gather that could hang when one rank has pictures and another has none. On GPUs:
+bf16 compute, float32 masters and sums.
 
     torchrun --nproc-per-node 2 rl.py          # two gloo ranks on a CPU; nccl where there are GPUs
 """
@@ -28,8 +25,7 @@ from functools import partial
 from pathlib import Path
 
 # MKL's products differ in their last bits by where operands lie in memory, and a resumed run then
-# leaves the uninterrupted one. Read at its first product. Strict costs nothing that showed: a step
-# of the miniature took 2.4 s with and without.
+# leaves the uninterrupted one. Read at its first product. It cost no time that showed.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
@@ -47,7 +43,6 @@ from model import Qwen25VL, empty_model, load_weights
 # and the products with a bias, which in a decoder block are q, k and v.
 KEPT = ("attention", "flash_attn", "addmm")
 TIMEOUT = timedelta(hours=2)  # a rank may wait for another's longest response, of 48k tokens
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -82,27 +77,36 @@ DECODER = Trained()
 
 
 def start(dtype: str = "auto") -> World:
-    """Joins torchrun's process group (`cpu:gloo,cuda:nccl`); without torchrun, a world of one.
-
-    dtype: of the compute, float32 or bfloat16; auto is bfloat16 on GPUs.
+    """Joins torchrun's process group; without torchrun, a world of one. ValueError where ranks
+    would wait for others for ever. dtype: of the compute; auto is bfloat16 on GPUs, else float32.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_ranks(size, here)
+    environ, cure = os.environ, ""
+    rank, size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    local, here = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
+    # torchrun may keep one store over its restarts: ranks would read there where dead ones were
+    keeps = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if size > 1 and "MASTER_ADDR" not in environ:
+        cure = f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
+    elif size % here:
+        cure = f"{here} ranks run on this node: each node must have as many"
+    elif size > 1 and keeps and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        cure = "for --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    if cure:
+        raise ValueError(f"WORLD_SIZE is {size}, but ranks would not meet: {cure}")
     # torchrun sets OMP_NUM_THREADS=1 for several processes: on larger machines cores would be idle
-    if here > 1 or "OMP_NUM_THREADS" not in os.environ:
+    if here > 1 or "OMP_NUM_THREADS" not in environ:
         no_affinity = not hasattr(os, "sched_getaffinity")  # macOS
         cores = os.cpu_count() if no_affinity else len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // here))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    compute = DTYPES["bfloat16" if cuda else "float32"] if dtype == "auto" else DTYPES[dtype]
+    compute = getattr(torch, dtype if dtype != "auto" else "bfloat16" if cuda else "float32")
     if size == 1 and not cuda and compute == torch.float32:
         return World(rank, size, device)
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+        alone = {} if "MASTER_ADDR" in environ else {"store": dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=size, **alone)
     shape, names = (size // here, here), ("replicate", "shard")
@@ -113,45 +117,21 @@ def start(dtype: str = "auto") -> World:
     return World(rank, size, device, compute, mesh)
 
 
-def check_ranks(size: int, here: int):
-    """ValueError where ranks would wait for others for ever."""
-    environ, cure = os.environ, ""
-    # torchrun may keep one store over its restarts: ranks would read there where dead ones were
-    keeps = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if size > 1 and "MASTER_ADDR" not in environ:
-        cure = f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
-    elif size % here:
-        cure = f"{here} ranks run on this node: each node must have as many"
-    elif size > 1 and keeps and restarts:
-        cure = "for --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
-    if cure:
-        raise ValueError(f"WORLD_SIZE is {size}, but ranks would not meet: {cure}")
-
-
 def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def finish(world: World):
-    """Leaves the group when all ranks are done, and skips Python's own clean-up at exit: FSDP still
-    holds the group, and a gloo thread that lets go of a tensor during that clean-up aborts the
-    process ("terminate called without an active exception"; 2 of 25 runs on busy cores), upon which
-    torchrun calls a finished run a failure. Call it last: what fails after it still exits with 0.
+    """Leaves the group when all ranks are done, and skips Python's own clean-up at exit: in it a
+    gloo thread that lets go of a tensor of FSDP's aborts the process (2 of 25 runs on busy cores),
+    upon which torchrun calls a finished run a failure. What fails after this still exits with 0.
     """
     if dist.is_initialized():
         world.wait()
         dist.destroy_process_group()
-        atexit.register(leave)
-
-
-def leave():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-# ------------------------------------------------------------------ models
+        atexit.register(os._exit, 0)  # is called last
+        atexit.register(sys.stdout.flush)
+        atexit.register(sys.stderr.flush)
 
 
 def load(
@@ -162,12 +142,8 @@ def load(
     recompute: str = "none",
     compile: bool = False,
 ) -> Qwen25VL:
-    """A model directory as this rank's slices, float32 where it trains. Errors: load_weights.
-
-    What does not train is kept in the compute dtype: the hub's files are bfloat16, so nothing is
-    lost.
-    """
-    model = empty_model(directory, head)
+    """A model directory as this rank's slices, float32 where it trains. Errors: load_weights."""
+    model = empty_model(directory, head)  # without memory until it is sharded
     freeze(model, trained, world.dtype)
     if compile:
         compile_blocks(model)
@@ -179,7 +155,9 @@ def load(
 
 
 def freeze(model: Qwen25VL, trained: Trained, dtype: torch.dtype):
-    """Leaves what `trained` says to the optimiser; the rest is in `dtype` from here on."""
+    """Leaves what `trained` says to the optimiser; the rest is in the compute dtype from here on,
+    which loses nothing: the hub's files are bfloat16.
+    """
     model.visual.requires_grad_(trained.vision)
     if not trained.vision:
         model.visual.to(dtype)
@@ -199,9 +177,8 @@ def compile_blocks(model: Qwen25VL):
 def recompute_blocks(model: Qwen25VL, kind: str):
     """What backward computes again instead of keeping it (Chen et al. 2016, arXiv 1604.06174).
 
-    none: keeps everything. full: keeps the input of each block. selective: besides, attention and
-    its q, k and v, the part that grows with the square of the length; the tower, if it trains, is
-    recomputed in full.
+    full: all but the input of each block. selective: keeps attention as well, the part that grows
+    with the square of the length, and its q, k and v; a tower that trains is recomputed in full.
     """
     if kind == "none":
         return
@@ -217,16 +194,14 @@ def recompute_blocks(model: Qwen25VL, kind: str):
 
 def keep_attention(context, operator, *arguments, **options) -> checkpoint.CheckpointPolicy:
     name, policy = str(operator), checkpoint.CheckpointPolicy
-    if name.endswith(".out"):  # what compiled code writes into it also overwrites
-        return policy.PREFER_RECOMPUTE
-    return policy.MUST_SAVE if any(part in name for part in KEPT) else policy.PREFER_RECOMPUTE
+    # .out: what compiled code writes into it also overwrites
+    keep = any(part in name for part in KEPT) and not name.endswith(".out")
+    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE
 
 
 def shard(model: Qwen25VL, world: World) -> Qwen25VL:
-    """FSDP2 (`fully_shard`) around each block and the rest. A frozen tower stays whole.
-
-    The rest (embedding, head, norm, merger) is gathered for the whole forward and backward, so that
-    the chunked head reads one gathered weight, not one a chunk.
+    """FSDP2 around each block and the rest (embedding, head, norm, merger), which is gathered for
+    the whole forward and backward: the chunked head reads one gathered weight, not one a chunk.
     """
     if world.mesh is None:
         return model
@@ -251,9 +226,7 @@ def release(model: nn.Module):
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple]:
-    """(name, whole tensor), one at a time, on every rank: all ranks have to iterate together.
-    Adapters are merged into what they adapt.
-
+    """(name, whole tensor), one at a time, adapters merged: all ranks have to iterate together.
     dtype: cast to before the slices are sent, which halves the traffic of bfloat16.
     """
     release(model)  # else those of the compute dtype are taken for the masters
@@ -275,35 +248,30 @@ def move(model: nn.Module, optimizer: torch.optim.Optimizer, device, for_moments
 
 
 def backward(model: nn.Module, loss: Tensor, world: World, last: bool):
-    """Adds this micro-batch's gradient, summed over the ranks. last: of an optimiser step.
-
-    FSDP takes the mean over ranks and the loss is a sum, hence the factor. Replicas on other nodes
-    exchange their sums once, after the last micro-batch.
+    """Adds this micro-batch's gradient, summed over the ranks. last: of an optimiser step, when
+    replicas on other nodes exchange their sums.
     """
     if world.mesh is not None and world.mesh.ndim == 2:
         model.set_requires_all_reduce(last)
-    (loss * world.size).backward()
+    (loss * world.size).backward()  # FSDP takes the mean over ranks, and the loss is a sum
 
 
 def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: World) -> float:
-    """Forward and backward of one full pack that nobody learns from. Memory that is short shows
-    here, before the first batch, and not after an hour of sampling. -> most GB of a rank
-
-    Nothing stays: no gradient, no moment, no random draw. AdamW's moments, which its first step
-    makes, are stood in for. RuntimeError, with the cure, where the pack does not fit.
+    """Forward and backward of one full pack, of which nothing stays: memory that is short shows
+    here, as a RuntimeError, and not after an hour of sampling. -> most GB of a rank
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     pack = pack.to(world.device)
-    try:
+    try:  # with a stand-in for the moments, which AdamW makes in its first step
         moments = [] if optimizer.state else [torch.zeros_like(p) for p in trained for _ in "mv"]
         loss = model.values(pack) if model.value_head is not None else model.logps(pack)[0]
         backward(model, loss.sum(), world, last=True)
         gb = peak_gb(world)
         del moments
     except torch.OutOfMemoryError as error:
-        where = f"a pack of {len(pack.ids)} tokens does not fit on rank {world.rank}"
+        where = f"a pack of {len(pack.ids)} tokens does not fit on rank {world.rank} ({error})"
         cures = "--recompute full, --offload, shorter packs, --lora-rank, more GPUs"
-        raise RuntimeError(f"{where} ({error}): {cures}; tools/plan.py compares") from error
+        raise RuntimeError(f"{where}: {cures}; tools/plan.py compares") from error
     optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -314,9 +282,6 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scales the gradient to at most `limit` in norm, over all shards; returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-# ------------------------------------------------------------------ numbers of all ranks
 
 
 def everyone(value) -> list:
@@ -354,8 +319,7 @@ def union(world: World, mine: dict) -> dict:
 
 def my_problems(world: World, count: int, key: str, dynamic: bool) -> Iterable[int]:
     """Which of `count` problems this rank samples, in order: every size-th one; dynamic: the next
-    that nobody has taken, so that no rank waits behind one that drew long responses. key: a new one
-    for each batch.
+    that nobody has taken, so that no rank waits behind long responses. key: new for each batch.
     """
     if world.size == 1 or not dynamic:
         return range(world.rank, count, world.size)
@@ -379,8 +343,8 @@ def running_sum(world: World, key: str) -> Callable[[int], int]:
 
 
 def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Iterable[str] = ()):
-    """FloatingPointError where a metric (the same on all ranks) is not finite. It names suspects:
-    the rollouts or rows of the packs whose loss was not finite, on whichever rank.
+    """FloatingPointError where a metric (the same on all ranks) is not finite. It names the
+    suspects of all ranks: rollouts or rows of packs whose loss was not finite.
     """
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if bad:

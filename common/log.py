@@ -8,9 +8,9 @@
     RUN/lengths.jsonl   of every step, how long the responses to each problem were
     RUN/stop            made by hand (`touch RUN/stop`): the run saves after this step and leaves
 
-Rank 0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off, so
-that no step stands there twice. Here are also the command line of every script (`run_main`), the
-records of stage 0 (`write_report`) and the README.md of an exported model (`model_card`). No torch.
+Rank 0 alone writes. Steps count from 0; where a run resumes, rows from that step on are cut off.
+Here are also the command line of every script (`run_main`) and the other records of where a result
+came from: `write_report` of stage 0, the `model_card` of an exported model. No torch.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 import tyro
@@ -48,13 +49,25 @@ class RunLog:
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
         self.began = self.last = time.perf_counter()
-        self.viewers = None
         if not main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / "run.json", run_record(self.directory, config, steps, start))
-        for name in STEP_FILES:
-            truncate(self.directory / f"{name}.jsonl", start)
+        about, moment = provenance(config), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        if start:
+            before = read_record(directory)
+            resume = {"step": start, "time": moment, "changed": changed_settings(before, about)}
+            about = before | about | {"resumed": [*before["resumed"], resume]}
+        else:
+            about |= {"data": fingerprints(config), "started": moment, "resumed": []}
+        write_json(self.directory / "run.json", about | {"steps": steps})
+
+        def stays(line: bytes) -> bool:  # not what a kill left unfinished
+            return line.endswith(b"\n") and json.loads(line)["step"] < start
+
+        for path in (self.directory / f"{name}.jsonl" for name in STEP_FILES):
+            if path.exists():
+                with path.open("r+b") as file:
+                    file.truncate(sum(map(len, takewhile(stays, file))))
         self.viewers = Viewers(self.directory, config, start)
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
@@ -66,10 +79,9 @@ class RunLog:
         now = time.perf_counter()
         row = {"step": step, "seconds": round(now - self.last, 4)}
         row |= {name: float(value) for name, value in metrics.items()}
-        self.last = now
         self.append("metrics", [row])
         self.viewers.log(step, row)
-        elapsed = now - self.began
+        self.last, elapsed = now, now - self.began
         left = elapsed / (step + 1 - self.start) * (self.steps - step - 1)
         count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
         shown = [f"{name} {compact(row[name]):>6}" for name in show]
@@ -81,31 +93,16 @@ class RunLog:
 
     def append(self, name: str, rows: Iterable[dict]):
         """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
-        assert name in STEP_FILES, f"a resume would not cut {name}.jsonl"
-        if not self.main:
-            return
-        rows = list(rows)  # closed after each step: a killed run keeps every finished one
-        with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if name == "rollouts":
-            self.viewers.rollouts(rows)
+        if self.main:
+            rows = list(rows)  # closed after each step: a killed run keeps every finished one
+            with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            if name == "rollouts":
+                self.viewers.rollouts(rows)
 
     def close(self):
         if self.main:
             self.viewers.close()
-
-
-def truncate(path: Path, start: int):
-    """Cuts the file at its first row of step >= start, or at a line that a kill left unfinished."""
-    if not path.exists():
-        return
-    end = 0
-    with path.open("r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] >= start:
-                break
-            end += len(line)
-        file.truncate(end)
 
 
 def write_json(path: Path, value: dict):
@@ -125,23 +122,20 @@ class Timer:
 
     def __call__(self, phase: str | None):
         now = time.perf_counter()
-        if self.phase is not None:
-            self.total[f"seconds_{self.phase}"] += now - self.began
+        self.total[self.phase] += now - self.began
         self.phase, self.began = phase, now
 
     def seconds(self) -> dict[str, float]:
         """{"seconds_sample": 1.2, ...} since the last call; the phase under way goes on."""
         self(self.phase)
         total, self.total = self.total, Counter()
-        return {name: round(seconds, 4) for name, seconds in total.items()}
+        return {f"seconds_{phase}": round(x, 4) for phase, x in total.items() if phase}
 
 
 class stop_on_signal:
-    """`with stop_on_signal(run) as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`.
-
-    The loop looks at it where a step ends, saves, prints `stop.advice` and leaves; a second signal
-    kills. A file RUN/stop asks for the same without torchrun's limit of 30 s (--shutdown-timeout).
-    One rank alone may be signalled.
+    """`with stop_on_signal(run) as stop:` turns the first Ctrl-C or SIGTERM into `stop.requested`,
+    at which the loop looks where a step ends; a second signal kills. One rank alone may be
+    signalled. A file RUN/stop asks for the same without torchrun's limit (--shutdown-timeout).
     """
 
     def __init__(self, run: str | Path, main: bool = True):
@@ -149,8 +143,7 @@ class stop_on_signal:
         self.advice = f"stopped; to resume: the same script or command. Here: {command_line()}"
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
+        self.previous = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -167,32 +160,26 @@ class stop_on_signal:
         self.signalled = True
         self.__exit__()  # the next signal meets the ordinary handlers
         if self.main:
-            words = f"this step, then a checkpoint; again kills, `touch {self.file}` does not"
-            print(f"\n{words}", flush=True)
+            print(f"\nsaves after this step; again kills, `touch {self.file}` does not", flush=True)
 
 
 def run_main(main: Callable, Config: type):
     """The command line of a script: reads its settings, then main(settings).
 
-    What the project says in its own words (a missing file, a bad row) ends as one line. A process
-    that hangs says where: `kill -USR1 PID` prints its stacks.
+    What a `raise` of this project says (a bad row), and a path that cannot be opened, end as one
+    line. A process that hangs says where: `kill -USR1 PID` prints its stacks.
     """
     faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
         main(tyro.cli(Config, description=sys.modules[main.__module__].__doc__))
     except Exception as error:
-        if not foreseen(error):
+        last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
+        ours = Path(last.filename).is_relative_to(root) and "site-packages" not in last.filename
+        no_path = isinstance(error, OSError) and error.filename is not None
+        if not no_path and not (ours and (last.line or "").startswith("raise ")):
             raise
         sys.exit(f"error: {error}")  # to stderr, with status 1
-
-
-def foreseen(error: Exception) -> bool:
-    """Whether a `raise` of this project made it, or a path that cannot be opened."""
-    last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
-    ours = Path(last.filename).is_relative_to(root) and "site-packages" not in last.filename
-    no_path = isinstance(error, OSError) and error.filename is not None
-    return no_path or (ours and (last.line or "").startswith("raise "))
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
@@ -207,45 +194,28 @@ def compact(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-# ------------------------------------------------------------------ where a result came from
-
-
-def run_record(run: Path, config, steps: int, start: int) -> dict:
-    """What run.json holds: how the run was started last, and what each resume has changed."""
-    now, moment = provenance(config) | {"steps": steps}, time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    if not start:
-        return now | {"data": fingerprints(config), "started": moment, "resumed": []}
-    before = read_record(run)
-    resume = {"step": start, "time": moment, "changed": [*changed_settings(before, now).values()]}
-    return before | now | {"resumed": [*before["resumed"], resume]}
+def provenance(config) -> dict:
+    """Settings, as JSON reads them back to be compared with a file; command, commit, versions."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    about = {"config": settings, "command": command_line(), "commit": commit()}
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    return about | {"versions": {"python": sys.version.split()[0]} | versions}
 
 
 def read_record(run: str | Path) -> dict:
     return json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
 
 
-def changed_settings(before: dict, now: dict) -> dict[str, str]:
-    """{"lr": "lr 0.1 -> 0.5", ...} of two records of run.json; the code's commit is one of them."""
-    before, now = ({"commit": about["commit"]} | about["config"] for about in (before, now))
-    return {line.split()[0]: line for line in changes(before, now)}
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """`changes` of two records of run.json; the code's commit is one of them."""
+    return changes(*({"commit": about["commit"]} | about["config"] for about in (before, now)))
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """What differs, as "lr 0.1 -> 0.5"; a name that one of them lacks is None. Two paths that lead
-    to one place are the same.
-    """
+    """["lr 0.1 -> 0.5", "new None -> 1", ...]: what differs. Two paths to one place do not."""
     pairs = {name: (before.get(name), now.get(name)) for name in before | now}
     places = {name: {os.path.abspath(str(value)) for value in pair} for name, pair in pairs.items()}
     return [f"{name} {a!r} -> {b!r}" for name, (a, b) in pairs.items() if len(places[name]) == 2]
-
-
-def provenance(config) -> dict:
-    """Settings, as JSON reads them back to be compared with a file; command, commit, versions."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    versions = {"python": sys.version.split()[0]}
-    versions |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    about = {"command": command_line(), "commit": commit(), "versions": versions}
-    return {"config": settings} | about
 
 
 def command_line() -> str:
@@ -259,21 +229,15 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """Of the checkout this file lies in, with a hash of what differs from it, so that two runs can
-    be compared; "" without git.
-    """
+    """Of the checkout this file lies in, with a hash of what differs from it; "" without git."""
     options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True)  # may have no git
-    head, diff = (
-        subprocess.run(command, **options).stdout.strip()
-        for command in ("git rev-parse --verify HEAD", "git diff HEAD")
-    )
+    commands = ("git rev-parse --verify HEAD", "git diff HEAD")
+    head, diff = (subprocess.run(command, **options).stdout.strip() for command in commands)
     return head.decode() + f"-dirty-{hashlib.sha256(diff).hexdigest()[:12]}" * bool(diff)
 
 
 def fingerprint(source: str | Path) -> str:
-    """sha256 and bytes of a file; of a directory, of the fingerprints of its files. Pictures that
-    rows point to are not read.
-    """
+    """sha256 of a file, or of the fingerprints of a directory's; not of pictures rows point to."""
     path = Path(source)
     if on_hub(source):
         return f"{source} on the Hub, not hashed"
@@ -305,9 +269,8 @@ def beside(out: str | Path, ending: str) -> Path:
 
 
 def write_report(out: str | Path, config, inputs: Sequence[str | Path], steps: dict, **more):
-    """Writes out.report.json: what a step of stage 0 made of which files. more: JSON.
-
-    steps: {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}} in their order.
+    """Writes out.report.json: what stage 0 made of which files. steps, in their order:
+    {step: {source: {"in": rows, "kept": rows, "reasons": {reason: rows}}}}
     """
     report = provenance(config) | {"steps": steps} | more
     report["inputs"] = {os.path.relpath(i, Path(out).parent): fingerprint(i) for i in inputs}
@@ -336,8 +299,8 @@ By the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255). Transf
 def model_card(
     title: str, config, directory, run=None, context: int | None = None, extra: dict | None = None
 ) -> str:
-    """The README.md of an exported model, as the Hugging Face Hub reads it. run: whose run.json
-    says what it came from; None: this process. context: tokens it may have.
+    """README.md as the Hugging Face Hub reads it. run: whose run.json says what the model came
+    from; None: this process. context: tokens it may have.
     """
     about = (extra or {}) | (read_record(run) if run else provenance(config))
     return CARD.format(

@@ -1,9 +1,8 @@
 """Where a run is looked at beside its own files: Weights & Biases, TensorBoard.
 
-Both get every row of metrics.jsonl, and the step's decoded rollouts as a table. They are optional:
-without their flag nothing of them is imported, and neither is in requirements.txt. A run that
-resumes is a new run on Weights & Biases, with the name of the first, and goes on in the same files
-of TensorBoard, which hides what a resume has cut off.
+Both get every row of metrics.jsonl, and the step's decoded rollouts as a table. Without their flag
+nothing of them is imported; neither is in requirements.txt. A run that resumes is a new one on
+Weights & Biases, with the name of the first, and goes on in the same files of TensorBoard.
 """
 
 import dataclasses
@@ -19,13 +18,11 @@ TEXTS = ("id", "prompt", "response")  # of the table of rollouts; their reward c
 def modules_of(config) -> dict[str, ModuleType]:
     """{flag: module} of the viewers that the settings ask for; ImportError where one is missing."""
     modules = {}
-    for flag in MODULES:
-        if getattr(config, flag, None):
-            try:
-                modules[flag] = import_module(MODULES[flag])
-            except ImportError as error:
-                cure = f"--{flag} needs {flag} ({error}): pip install {flag}"
-                raise ImportError(cure) from error
+    for flag in (flag for flag in MODULES if getattr(config, flag, None)):
+        try:
+            modules[flag] = import_module(MODULES[flag])
+        except ImportError as error:
+            raise ImportError(f"--{flag} needs {flag} ({error}): pip install {flag}") from error
     return modules
 
 
@@ -40,7 +37,7 @@ class Viewers:
             place = dict(project=config.wandb, name=str(directory), dir=str(directory))
             self.run = modules["wandb"].init(**place, config=dataclasses.asdict(config))
             self.table = modules["wandb"].Table
-        if "tensorboard" in modules:
+        if "tensorboard" in modules:  # what a resume has cut off is hidden
             folder = str(directory / "tensorboard")
             self.board = modules["tensorboard"].SummaryWriter(folder, purge_step=start)
 
@@ -63,9 +60,9 @@ class Viewers:
         if self.run:
             self.run.log({"rollouts": self.table(columns=columns, data=cells)}, step=step)
         if self.board:  # in Markdown, where a cell can hold neither a bar nor a line's end
-            lines = [columns, ["---"] * len(columns)]
-            lines += [[html.escape(f"{x}").replace("|", "&#124;") for x in row] for row in cells]
-            text = "\n".join(" | ".join(line).replace("\n", "<br>") for line in lines)
+            cells = [[html.escape(f"{x}").replace("|", "&#124;") for x in row] for row in cells]
+            lines = (" | ".join(line) for line in [columns, ["---"] * len(columns), *cells])
+            text = "\n".join(line.replace("\n", "<br>") for line in lines)
             self.board.add_text("rollouts", text, step)
 
     def close(self):

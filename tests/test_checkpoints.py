@@ -1,19 +1,15 @@
 """checkpoint.py: whole or ignored, read by any number of ranks, and never in the training's way.
 
-The model is a Qwen2.5-VL of some thousand weights; its gradients are drawn, not computed. Ranks
-are forked from a process that has imported torch: that is most of a start.
+The model is a Qwen2.5-VL of some thousand weights; its gradients are drawn, not computed. What is
+killed and several ranks are forked from a process that has imported torch: most of a start.
 """
 
-import faulthandler
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import traceback
-from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from conftest import finished
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,8 +29,7 @@ from common import checkpoint
 from common.log import RunLog
 from model import Config, Qwen25VL, VisionConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds after which a process that hangs says where; a start takes about 10
+STEPS = 6  # of the run that is killed
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,21 @@ class Settings:
     steps: int = 100
 
 
-def tiny(head: str = "lm", width: int = 32, mesh=None) -> Qwen25VL:
+def make_pairs(seed: int = 0, decay: float = 0.01, width: int = 32, mesh=None) -> dict:
     """The tower is frozen, and whole on each rank, as in stage 1."""
+    torch.manual_seed(seed)
     vision = VisionConfig(1, 16, 24, num_heads=2, out_hidden_size=width, fullatt_block_indexes=(0,))
     sizes = dict(hidden_size=width, intermediate_size=48, num_hidden_layers=2, vocab_size=40)
     heads = dict(num_attention_heads=width // 16, num_key_value_heads=1, mrope_section=(2, 3, 3))
-    model = Qwen25VL(Config(vision=vision, **sizes, **heads), head)
-    model.visual.requires_grad_(False)
-    for module in [*model.model.layers, model] if mesh else ():
-        fully_shard(module, mesh=mesh, ignored_params=set(model.visual.parameters()))
-    return model
-
-
-def make_pairs(seed: int = 0, names=("policy", "critic"), decay=0.01, **options) -> dict:
-    torch.manual_seed(seed)
-    models = {name: tiny("lm" if name == "policy" else "value", **options) for name in names}
-    trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in models.items()}
-    return {n: (models[n], torch.optim.AdamW(trained[n], 0.1, weight_decay=decay)) for n in names}
+    config, pairs = Config(vision=vision, **sizes, **heads), {}
+    for name, head in (("policy", "lm"), ("critic", "value")):
+        model = Qwen25VL(config, head)
+        model.visual.requires_grad_(False)
+        for module in [*model.model.layers, model] if mesh else ():
+            fully_shard(module, mesh=mesh, ignored_params=set(model.visual.parameters()))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        pairs[name] = model, torch.optim.AdamW(trained, 0.1, weight_decay=decay)
+    return pairs
 
 
 def learn(pairs: dict, step: int):
@@ -90,9 +85,8 @@ def everything(pairs: dict) -> dict:
     return {name: tensor.clone() for name, tensor in whole.items()}
 
 
-def same(one: dict, other: dict) -> bool:
-    assert one.keys() == other.keys() and len(one) > 60
-    return all(torch.equal(one[name], other[name]) for name in one)
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def begin(run: Path, start: int = 0, settings: Settings | None = None, **options):
@@ -102,9 +96,9 @@ def begin(run: Path, start: int = 0, settings: Settings | None = None, **options
     return checkpoint.Saver(run, None, **options)
 
 
-def saved(run: Path, steps: int, pairs: dict | None = None, **options) -> dict:
+def saved(run: Path, steps: int, **options) -> dict:
     """A run that stopped after so many steps, with a checkpoint at each. -> its models."""
-    pairs, saver = pairs or make_pairs(), begin(run, **options)
+    pairs, saver = make_pairs(), begin(run, **options)
     for step in range(steps):
         learn(pairs, step)
         saver.save(step + 1, pairs, pairs["policy"][0], f"step {step + 1}")
@@ -127,27 +121,20 @@ def full_disk(*arguments, **options):
     raise OSError(28, "No space left on device")
 
 
-@contextmanager
-def file_limit(size: int):
-    """As `ulimit -f`."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
 # ------------------------------------------------------------------ what runs in other processes
 
 
-def train(run: Path, steps: int):
+def train(run: Path, kill_at: int = 0):
     """The order of a stage's main()."""
+    if kill_at:
+        die_at(run, kill_at)
     start, state = checkpoint.resume_or_start(run, Settings())
     assert not list(run.rglob("*.part"))
     pairs = make_pairs()
     if state:
         checkpoint.load_state(state, pairs)
     saver = begin(run, start)
-    for step in range(start, steps):
+    for step in range(start, STEPS):
         learn(pairs, step)
         saver.save(step + 1, pairs, pairs["policy"][0], "card")
     checkpoint.export(pairs["policy"][0], run / "model", None, torch.float32, "card")
@@ -169,52 +156,28 @@ def die_at(run: Path, count: int):
     os.fsync = lambda file: (touch("fsync", ()), fsync(file))
 
 
-def fork(job, *arguments) -> int:
-    """A child that does the job and leaves; a job that hangs says where."""
-    if (child := os.fork()) == 0:
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
-        try:
-            job(*arguments)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return child
-
-
-def status(child: int) -> int:
-    return os.waitpid(child, 0)[1]
-
-
-def killed_again_and_again(run: Path, steps: int):
+def killed_again_and_again(run: Path):
     """Every child lives a bit longer."""
-
-    def live(count: int):
-        die_at(run, count)
-        train(run, steps)
-
     kills = leftovers = safe = 0
     for count in range(3, 10_000, 7):
-        if not (how := status(fork(live, count))):
+        child = mp.get_context("fork").Process(target=train, args=(run, count))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
             break
-        assert how == signal.SIGKILL
+        assert child.exitcode == -signal.SIGKILL
         assert checkpoint.newest(run)[0] >= safe  # what was whole is not lost
         kills, safe = kills + 1, checkpoint.newest(run)[0]
         leftovers += any(run.rglob("*.part"))
     assert kills >= 8 and leftovers >= 4, (kills, leftovers)
 
 
-def several_ranks(folder: Path):
-    for job, ranks in ((two_ranks, 2), (four_ranks, 4)):
-        children = [fork(meet, job, folder, rank, ranks) for rank in range(ranks)]
-        assert not any([status(child) for child in children])
-
-
-def meet(job, folder: Path, rank: int, ranks: int):
+def meet(rank: int, job, folder: Path, ranks: int):
     place = f"file://{folder}/meet-{ranks}"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks)
     job(folder)
     dist.barrier()
+    os._exit(0)
 
 
 def two_ranks(folder: Path):
@@ -225,20 +188,23 @@ def two_ranks(folder: Path):
     assert isinstance(policy.model.norm.weight, DTensor)
     assert not isinstance(next(policy.visual.parameters()), DTensor)
     checkpoint.load_state(folder / "one/checkpoints/step_000002/state", pairs)
-    assert same(everything(pairs), torch.load(folder / "one.pt"))
+    assert equal(everything(pairs), torch.load(folder / "one.pt"))
     saver = begin(run)
     for step in (2, 3):
         learn(pairs, step)
         saver.save(step + 1, pairs, policy, "two ranks")
     after = everything(pairs)
     torch.save(after, folder / "two.pt") if rank == 0 else None
-    assert same(read(run, mesh=mesh)[1], after)
+    assert equal(read(run, mesh=mesh)[1], after)
     assert folders(run) == ["step_000003", "step_000004"]
 
     disk, on = r"failed: rank 1: OSError: \[Errno 27\] File too large", "goes on from step 4$"
-    with file_limit(10_000 if rank == 1 else -1), pytest.raises(OSError, match=f"{disk}.*{on}"):
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if rank == 1 else hard, hard))  # ulimit -f
+    with pytest.raises(OSError, match=f"{disk}.*{on}"):
         saver.save(5, pairs, policy, "never written")
-    assert "step_000005.part" in folders(run) and same(read(run, mesh=mesh)[1], after)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "step_000005.part" in folders(run) and equal(read(run, mesh=mesh)[1], after)
     checkpoint.publish = full_disk  # what rank 0 alone does
     with pytest.raises(OSError, match=rf"step_000005 failed: OSError: \[Errno 28\].*{on}"):
         saver.save(5, pairs, policy, "never written")
@@ -257,32 +223,28 @@ def four_ranks(folder: Path):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     pairs = make_pairs(3, mesh=mesh)
     checkpoint.load_state(folder / "two/checkpoints/step_000004/state", pairs)
-    assert same(everything(pairs), torch.load(folder / "two.pt"))
+    assert equal(everything(pairs), torch.load(folder / "two.pt"))
     learn(pairs, 4)
     begin(folder / "four").save(5, pairs, pairs["policy"][0], "four ranks")
     after = everything(pairs)
     torch.save(after, folder / "four.pt") if dist.get_rank() == 0 else None
 
 
-def started(job: str, *arguments):
+def started(job: str, folder: Path):
     """This file as a program."""
-    command = [sys.executable, __file__, job, *map(str, arguments)]
-    ours = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=ours, capture_output=True, text=True, timeout=4 * LIMIT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    finished([sys.executable, __file__, job, str(folder)], folder, {"OMP_NUM_THREADS": "1"}, 900)
 
 
 # ------------------------------------------------------------------ killed, full, broken
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
-    whole, cut, steps = tmp_path / "whole", tmp_path / "cut", 6
-    train(whole, steps)
-    started("killed", cut, steps)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole)
+    started("killed", tmp_path)
     (one, ours), (other, theirs) = read(whole), read(cut)
-    assert one == other == steps and same(ours, theirs)
-    one, other = (load_file(run / "model/model.safetensors") for run in (whole, cut))
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert one == other == STEPS and equal(ours, theirs)
+    assert equal(*(load_file(run / "model/model.safetensors") for run in (whole, cut)))
 
 
 @pytest.mark.parametrize(
@@ -328,16 +290,11 @@ def test_a_checkpoint_exports_the_policy_with_its_card_and_changes_nothing(tmp_p
     learn(pairs, 0)
     before, policy = everything(pairs), pairs["policy"][0]
     saver.save(1, pairs, policy, "the card, and half a character: \ud83d")
-    assert same(everything(pairs), before)
+    assert equal(everything(pairs), before)
     model = tmp_path / "checkpoints/step_000001/model"
-    stored = load_file(model / "model.safetensors")
     weights = {n: p.detach().bfloat16() for n, p in policy.named_parameters()}
-    assert stored.keys() == weights.keys()
-    assert all(torch.equal(stored[name], weights[name]) for name in stored)
+    assert equal(load_file(model / "model.safetensors"), weights)
     assert (model / "README.md").read_text() == "the card, and half a character: \\ud83d"
-
-
-# ------------------------------------------------------------------ kept and resumed
 
 
 @pytest.mark.parametrize("keep_every, models", [(1, [1, 2, 3, 4, 5]), (0, [4, 5]), (3, [3, 4, 5])])
@@ -345,9 +302,8 @@ def test_two_states_are_kept_and_models_at_the_steps_that_were_asked_for(
     tmp_path, keep_every, models
 ):
     pairs = saved(tmp_path, 5, keep_every=keep_every)
-    steps = {int(f.name[5:]): {x.name for x in f.iterdir()} for f in tmp_path.glob("checkpoints/*")}
-    assert sorted(steps) == models and all("model" in names for names in steps.values())
-    assert checkpoint.complete_steps(tmp_path) == [4, 5]
+    kept = [int(f.parent.name[5:]) for f in tmp_path.glob("checkpoints/*/model")]
+    assert sorted(kept) == models and len(folders(tmp_path)) == len(models)
     again = begin(tmp_path, 2)  # somebody went back, and the run comes by again
     again.save(3, pairs, pairs["policy"][0], "again")
     if keep_every == 3:
@@ -362,10 +318,9 @@ def test_two_states_are_kept_and_models_at_the_steps_that_were_asked_for(
 def test_a_checkpoint_is_due_by_steps_or_by_rank_0s_minutes(
     tmp_path, monkeypatch, step, every, minutes, due
 ):
-    now = [1000.0]
+    now, settings = [1000.0], SimpleNamespace(save_every=every, save_minutes=minutes)
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(checkpoint, "everyone", lambda mine: [mine, 0.0])
-    settings = SimpleNamespace(save_every=every, save_minutes=minutes)
     saver, pairs = begin(tmp_path), make_pairs()
     now[0] += 120
     assert saver.due(step, settings) == due
@@ -442,18 +397,18 @@ def test_what_was_sampled_after_the_checkpoint_is_read_again_only_if_nothing_has
 def test_a_state_moves_between_one_two_and_four_ranks_and_an_error_of_one_stops_all(tmp_path):
     torch.save(everything(saved(tmp_path / "one", 2)), tmp_path / "one.pt")
     started("ranks", tmp_path)
+    names = make_pairs()["policy"][0].state_dict()
     for name, step in (("two", 4), ("four", 5)):
         start, alone = read(tmp_path / name)
-        assert start == step and same(alone, torch.load(tmp_path / f"{name}.pt"))
+        assert start == step and equal(alone, torch.load(tmp_path / f"{name}.pt"))
         folder = tmp_path / name / f"checkpoints/step_{step:06}/model"
-        stored = load_file(folder / "model.safetensors")
-        assert all(torch.equal(stored[n], alone[f"policy/{n}"]) for n in stored)
-        assert len(stored) == len(tiny().state_dict())
+        policy = {n: alone[f"policy/{n}"] for n in names}
+        assert equal(load_file(folder / "model.safetensors"), policy)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "killed":
-        killed_again_and_again(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        several_ranks(Path(sys.argv[2]))
+        killed_again_and_again(Path(sys.argv[2]) / "cut")
+    for job, ranks in ((two_ranks, 2), (four_ranks, 4)) if sys.argv[1] == "ranks" else ():
+        mp.start_processes(meet, (job, Path(sys.argv[2]), ranks), ranks, start_method="fork")

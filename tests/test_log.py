@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
@@ -44,15 +44,14 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run(directory: Path, steps: int, start: int = 0, main: bool = True) -> dict:
-    """A run up to a step, which writes rows of every kind. -> its run.json, if there is one."""
+def run(directory: Path, steps: int, start: int = 0, main: bool = True):
+    """A run up to a step, which writes rows of every kind."""
     run_log = RunLog(directory, Config(), steps=5, main=main, start=start)
     for step in range(start, steps):
         run_log.log(step, {"loss": 1.0 / (step + 1), "lr": 1e-4}, show=("loss",))
         for name in ("rollouts", "trace"):
             run_log.append(name, [{"step": step, "id": f"p{i}"} for i in range(2)])
     run_log.close()
-    return log.read_record(directory) if main else {}
 
 
 # ------------------------------------------------------------------ the run directory
@@ -77,33 +76,38 @@ def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, still):
 def test_viewers_get_the_metrics_and_a_table_of_rollouts_where_they_are_asked_for(
     tmp_path, monkeypatch
 ):
-    began, sent, board = [], [], []
-    online = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: None)
-    wandb = SimpleNamespace(
-        init=lambda **about: began.append(about) or online,
-        Table=lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data],
-    )
-    writer = SimpleNamespace(flush=lambda: None, close=lambda: None)
-    writer.add_scalar = writer.add_text = lambda *values: board.append(values)
-    tensorboard = SimpleNamespace(SummaryWriter=lambda *_, **about: began.append(about) or writer)
+    wandb, tensorboard = MagicMock(), MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     run(tmp_path / "none", 1)
-    assert not began
+    assert not wandb.mock_calls and not tensorboard.mock_calls
     run_log = RunLog(tmp_path, Config(wandb="ovr", tensorboard=True), steps=5)
     run_log.log(0, {"loss": 0.5})
-    texts = {"id": "p", "prompt": "a|b\n", "response": "bad \ud83d"}
-    run_log.append("rollouts", ({"step": 0, "reward": 1.0} | texts for _ in range(2)))
-    run_log.append("trace", [{"step": 0, "id": "p"}])
+    row = {"step": 0, "reward": 1.0, "id": "p", "prompt": "a|b\n", "response": "bad \ud83d"}
+    run_log.append("rollouts", (row for _ in range(2)))
+    online, board = wandb.init.return_value, tensorboard.SummaryWriter.return_value
+    about = wandb.init.call_args.kwargs
+    assert about["project"] == about["config"]["wandb"] == "ovr"
+    assert tensorboard.SummaryWriter.call_args.kwargs == {"purge_step": 0}
+    (metrics, table), texts = online.log.call_args_list, ["p", "a|b\n", "bad \\ud83d"]
+    assert metrics.args[0]["loss"] == 0.5 and metrics.kwargs == table.kwargs == {"step": 0}
+    board.add_scalar.assert_any_call("loss", 0.5, 0)
+    wandb.Table.assert_called_once_with(
+        columns=["reward", "id", "prompt", "response"], data=[[1.0, *texts]] * 2
+    )
+    name, text, step = board.add_text.call_args.args
+    assert (name, step) == ("rollouts", 0) and text.count("\n") == 3  # two heads, two rows
+    assert text.endswith("1.0 | p | a&#124;b<br> | bad \\ud83d")
     run_log.close()
-    assert began[0]["project"] == "ovr" and began[0]["config"]["wandb"] == "ovr"
-    assert began[1] == {"purge_step": 0} and ("loss", 0.5, 0) in board
-    (_, metrics), (step, shown) = sent
-    assert metrics["loss"] == 0.5 and step == 0
-    assert shown["rollouts"] == [texts | {"reward": 1.0, "response": "bad \\ud83d"}] * 2
-    name, table, step = board[-1]
-    assert (name, step) == ("rollouts", 0) and table.count("\n") == 3  # two heads, two rows
-    assert table.endswith("1.0 | p | a&#124;b<br> | bad \\ud83d")
+    assert online.finish.called and board.close.called
+
+
+@pytest.mark.parametrize("flag", ["wandb", "tensorboard"])
+def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch, flag):
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {flag}"):
+        RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
 
 
 def test_a_change_of_the_code_shows_in_the_commit(tmp_path, monkeypatch):
@@ -122,26 +126,21 @@ def test_a_change_of_the_code_shows_in_the_commit(tmp_path, monkeypatch):
     assert len({*seen}) == 3
 
 
-@pytest.mark.parametrize("flag", ["wandb", "tensorboard"])
-def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch, flag):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {flag}"):
-        RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
-
-
 def test_a_resumed_run_holds_every_step_once(tmp_path):
-    began = run(tmp_path, 4)  # killed after step 3; its last checkpoint stands after step 1
+    def steps_of(name: str) -> list[int]:
+        return [row["step"] for row in rows(tmp_path / f"{name}.jsonl")]
+
+    run(tmp_path, 4)  # killed after step 3; its last checkpoint stands after step 1
+    began = log.read_record(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sec')  # cut in the middle of a line
-    about = run(tmp_path, 5, start=2)
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    for name in ("rollouts", "trace"):
-        steps = [row["step"] for row in rows(tmp_path / f"{name}.jsonl")]
-        assert steps == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    run(tmp_path, 5, start=2)
+    assert steps_of("metrics") == [0, 1, 2, 3, 4]
+    assert steps_of("rollouts") == steps_of("trace") == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    about = log.read_record(tmp_path)
     assert about["started"] == began["started"] and about["resumed"][0]["step"] == 2
-    assert run(tmp_path, 1)["resumed"] == []  # from the beginning again
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
+    run(tmp_path, 1)  # from the beginning again
+    assert log.read_record(tmp_path)["resumed"] == [] and steps_of("metrics") == [0]
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
@@ -166,8 +165,7 @@ def test_the_seconds_of_the_phases_add_up(still):
     for phase, pause in [("read", 0.25), ("sample", 50.0), ("update", 2.5), ("sample", 3.0)]:
         timer(phase)
         now[0] += pause
-    total = {"seconds_read": 0.25, "seconds_sample": 53.0, "seconds_update": 2.5}
-    assert timer.seconds() == total
+    assert timer.seconds() == {"seconds_read": 0.25, "seconds_sample": 53, "seconds_update": 2.5}
     now[0] += 1.5  # the phase under way goes on
     timer("log")
     now[0] += 0.5
@@ -199,12 +197,10 @@ def test_a_signal_or_a_file_asks_and_a_second_signal_has_its_ordinary_effect(
 HANGS = """
 import dataclasses, sys
 from common.log import run_main
-
-def collective_that_nobody_else_enters(cfg):
+def nobody_else_comes(cfg):
     print("ready", "\\ud83d", flush=True)
     sys.stdin.readline()
-
-run_main(collective_that_nobody_else_enters, dataclasses.make_dataclass("Config", []))
+run_main(nobody_else_comes, dataclasses.make_dataclass("Config", []))
 """
 
 
@@ -215,8 +211,7 @@ def test_a_process_that_hangs_prints_its_stacks_when_it_is_asked_and_goes_on():
     with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready \\ud83d\n"
         process.send_signal(signal.SIGUSR1)
-        stack = [process.stderr.readline() for _ in range(3)]
-        assert "collective_that_nobody_else_enters" in "".join(stack)
+        assert "nobody_else_comes" in "".join(process.stderr.readline() for _ in range(3))
         process.communicate("\n")
     assert process.returncode == 0
 
@@ -251,8 +246,8 @@ def test_the_command_is_one_that_can_be_given_again(tmp_path):
     code = "from common.log import command_line; print(command_line())"
     (tmp_path / "tools/plan.py").write_text(code)
 
-    def says(*command, **environment):
-        ours = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    def says(*command, **ours):
+        ours = os.environ | ours
         return subprocess.check_output([sys.executable, *command], cwd=tmp_path, env=ours).decode()
 
     assert says("tools/plan.py", "--out", "a b") == "python tools/plan.py --out 'a b'\n"
@@ -272,8 +267,6 @@ def test_a_fingerprint_is_of_names_and_bytes_and_not_of_dates(tmp_path, monkeypa
     assert (fingerprint(file), fingerprint(tmp_path)) == (before, folder)
     moved = file.rename("valid.jsonl")
     assert fingerprint(moved) == before and fingerprint(tmp_path) != folder
-    moved.write_text('{"a": 2}\n')
-    assert fingerprint(moved) != before
     Path("data/set").mkdir(parents=True)
     assert "0 files" in fingerprint("data/set")  # looks like a hub id, and is a directory
 
@@ -299,10 +292,3 @@ def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_d
     assert "vllm serve 'my model' --generation-config vllm --max-model-len 4096\n" in card
     card = model_card("OVR", Config(model=str(tmp_path)), tmp_path, run)
     assert "base_model" not in card and "--max-model-len" not in card
-
-
-def test_what_changed_is_named_with_both_values_and_two_paths_to_one_place_are_the_same():
-    before = {"model": "a/b", "gone": 1, "lr": 1.0, "lengths": [[0, 8]], "seed": 0}
-    now = {"model": "./a/c/../b/", "new": "", "lr": 2.0, "lengths": [[0, 9]], "seed": 0}
-    lines = ["gone 1 -> None", "lr 1.0 -> 2.0", "lengths [[0, 8]] -> [[0, 9]]", "new None -> ''"]
-    assert log.changes(before, now) == lines and log.changes(now, now) == []

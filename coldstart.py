@@ -1,15 +1,19 @@
 """Stage 1, the linguistic cold start: the language model is fine-tuned on text-only reasoning.
 
+    rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
+
 Vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large learning rate are the
-paper's: meant to break the instruct model's habits. How it departs from a textbook SFT script:
+paper's: meant to break the instruct model's habits. That what is learnt here on text also helps
+with pictures is its claim, which eval.py measures. How it departs from a textbook SFT script:
   1  No padding: documents lie back to back in packs, and attention stays inside each.
   2  One denominator: the trained tokens of the whole step, over all packs and ranks, known before
      backward. The gradient is the same however the batch is cut.
   3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
   4  A batch can be counted in packs. The paper's 640 must be packs of 64k tokens: its Figure 3
-     shows epochs of 212 steps, which fits about 9,500 rows each.
+     shows epochs of 212 steps, which fits about 9,500 rows a step.
 
-    torchrun --nproc-per-node 2 coldstart.py   # the miniature, on a laptop; also without torchrun
+    torchrun coldstart.py                      # the miniature: minutes on a laptop
+    torchrun --nproc-per-node 2 coldstart.py   # the same numbers from two processes
     bash runs/ovr_7b.sh                        # both stages at 7B, with the paper's numbers
 """
 
@@ -112,6 +116,8 @@ def rows_a_step(cfg: Config, train: Sequence, encode: Callable) -> int:
     chosen = random.Random(cfg.seed).sample(range(len(train)), min(1024, len(train)))
     lengths = [len(encode(train[i])) for i in chosen]
     tokens = sum(x for x in lengths if x <= cfg.max_tokens)
+    if not tokens:
+        raise ValueError(f"{cfg.data}: no row of {len(chosen)} fits --max-tokens {cfg.max_tokens}")
     return max(1, round(cfg.batch_packs * cfg.pack_tokens * len(chosen) / tokens))
 
 
@@ -191,9 +197,11 @@ def main(cfg: Config):
     with stop_on_signal(run, world.main) as stop:
         for step in range(start, steps):
             began, last = time.perf_counter(), step == steps - 1
-            timer("read")  # 1. the same batch on every rank, each trains its share
+            # 1. read: the same batch on every rank, each trains its share
+            timer("read")
             packs, tokens, too_long = share(stream.batch(step, count))
-            timer("update")  # 2. unless all rows of this step were too long
+            # 2. update, unless all rows of this step were too long
+            timer("update")
             lr = cosine_lr(step, steps, cfg.lr, cfg.lr_end, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr

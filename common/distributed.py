@@ -134,6 +134,9 @@ def finish(world: World):
         atexit.register(sys.stderr.flush)
 
 
+# ------------------------------------------------------------------ models
+
+
 def load(
     directory: str | Path,
     world: World,
@@ -282,6 +285,9 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scales the gradient to at most `limit` in norm, over all shards; returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ------------------------------------------------------------------ numbers of all ranks
 
 
 def everyone(value) -> list:

@@ -3,10 +3,9 @@
     the Hub, or a directory ──raw_rows──▶ rows as the set has them ──the set's reader──▶ question,
     answer, pictures ──finished──▶ {"id", "source", "prompt", "answer", "images", ...} or Dropped
 
-A reader is five lines for one set; what all of them need stands here once. <image> stands in the
-prompt where a picture stands, and "images" are paths relative to the directory around `images_to`,
-so the file of the rows belongs there. A row that cannot be used comes out as Dropped, with its
-reason. A column that the first row does not have stops the reader with those that it has.
+<image> stands in the prompt where a picture stands, and "images" are paths relative to the
+directory around `images_to`, so the file of the rows belongs there. A row that cannot be used comes
+out as Dropped, with its reason; a column that the first row lacks stops the reader.
 
 The Hub is read through `datasets`, which streams. JSON on disk is read here, because arrow wants
 one type a column, and PuzzleVQA's options are numbers and texts in one list.
@@ -36,6 +35,7 @@ BATCH = 32  # rows of parquet in memory; with pictures of 1 MB that is 32 MB
 ROW_FILES = (".parquet", ".jsonl", ".json")
 VALIDATION = "validation|valid|val|dev"
 SPLITS = rf"train|{VALIDATION}|test|testmini|sample(_variant)?\d+|phyx_mini_\w+"  # in file names
+SPLIT = "the split that it is from"  # a column that every reader gets: DynaMath's variants
 LETTERS = string.ascii_uppercase
 ODD = (LookupError, TypeError, AttributeError, ValueError, SyntaxError)  # a row of another shape
 LONGEST = {  # characters
@@ -62,7 +62,7 @@ class PublicSet:
     name: str
     hub: str  # id on the Hub; "" if it is read from local copies only
     reader: Callable[[dict], dict | list]  # raw row -> our row so far, or several, or Unfit for one
-    split: str
+    split: str  # or several, by commas
     size: int  # raw rows of the split, or items; 0: unknown
     configs: tuple[str | None, ...] = field(default=(None,), kw_only=True)
 
@@ -86,19 +86,26 @@ def columns(rows: list[tuple]) -> str:
 
 
 def read_set(
-    entry: PublicSet, place: str, split: str, reader: Callable, images_to: Path
+    entry: PublicSet, reader: Callable, place: str, images_to: Path
 ) -> Iterator[tuple[int, dict | Dropped]]:
     """(running number of the raw row, row of ours). place: a file or a directory with the files as
     the Hub has them; "": the Hub. The id is the set's own, or else the running number."""
     ids = set()
-    for index, (raw, folders) in enumerate(progress(raw_rows(entry, place, split), entry.name)):
-        number = index if split == entry.split else f"{split}-{index}"
-        parts = parts_of(reader, raw)
-        if index == 0:
-            refuse_missing_column(parts, raw, f"{entry.name}, {place or entry.hub}")
+    for index, (raw, split, folders) in enumerate(progress(raw_rows(entry, place), entry.name)):
+        try:
+            parts = reader(raw | {SPLIT: split})
+            parts = parts if isinstance(parts, list) else [parts]
+        except (Unfit, *ODD) as error:
+            column = error.args[0] if isinstance(error, KeyError) else None
+            if index == 0 and isinstance(column, str) and column not in raw:
+                raise ValueError(
+                    f"{entry.name}, {place or entry.hub}: no column {column!r}; there are "
+                    f"{sorted(raw)}. Is it this set, or has it changed since its line here?"
+                ) from error
+            parts = [error]
         for k, part in enumerate(parts):
             own = part.pop("id", None) if isinstance(part, dict) else None
-            default = f"{number}/{k}" if len(parts) > 1 else number
+            default = f"{index}/{k}" if len(parts) > 1 else index
             name = f"{entry.name}/{default if own in (None, '') else own}"
             try:
                 if isinstance(part, Exception):
@@ -112,24 +119,6 @@ def read_set(
             except ODD as error:
                 row = Dropped(name, "malformed row", repr(error))
             yield index, row
-
-
-def parts_of(reader: Callable, raw: Any) -> list[dict | Exception]:
-    """What the reader makes of a row: one or several, or what is wrong with it."""
-    try:
-        parts = reader(raw)
-    except (Unfit, *ODD) as error:
-        return [error]
-    return parts if isinstance(parts, list) else [parts]
-
-
-def refuse_missing_column(parts: list, raw: dict, where: str) -> None:
-    for column in (part.args[0] for part in parts if isinstance(part, KeyError)):
-        if isinstance(column, str) and column not in raw:
-            raise ValueError(
-                f"{where}: no column {column!r}; there are {sorted(raw)}. Is it this set, or has "
-                f"the set changed since its line in the table?"
-            ) from parts[0]
 
 
 def finished(row: dict, folders: list[Path], images_to: Path) -> dict:
@@ -163,32 +152,20 @@ def text_of(value: Any, column: str) -> str:
     return text
 
 
-def option_texts(options: Any) -> list[str]:
+def multiple_choice(question: Any, options: Any, gold: int | str) -> dict:
+    """The options stand in the prompt as (A), (B), ... gold: the place of the right one, from 0, or
+    its letter as "B", "(B)", "b."; never its text."""
     texts = [str(option).strip() for option in options]
     if not 2 <= len(texts) <= 26 or not all(texts):
         raise Unfit("bad options", f"{texts!r:.200}")
-    return texts
-
-
-def multiple_choice(question: Any, options: Any, place: int) -> dict:
-    """The options stand in the prompt as (A), (B), ...; the answer is the letter at the place."""
-    texts = option_texts(options)
+    letter = str(gold).strip("() .").upper()
+    by_letter = LETTERS.find(letter) if len(letter) == 1 else -1
+    place = gold if isinstance(gold, int) else by_letter
     if not 0 <= place < len(texts):
-        raise Unfit("answer not among the options", f"{place} of {texts!r:.200}")
+        raise Unfit("answer not among the options", f"{gold!r} of {texts!r:.200}")
     lines = [f"({x}) {text}" for x, text in zip(LETTERS, texts, strict=False)]
     prompt = "\n".join([text_of(question, "prompt"), "Choices:", *lines])
     return {"prompt": prompt, "answer": LETTERS[place], "choices": texts}
-
-
-def letter_place(letter: Any) -> int:
-    """Of "B", "(B)" or "b." 1, of what is no letter -1."""
-    letter = str(letter).strip("() .").upper()
-    return LETTERS.find(letter) if len(letter) == 1 else -1
-
-
-def joined_blanks(answer: Any) -> Any:
-    """MMK12's two blanks are two formulas side by side, $$a$$ $$b$$: for the matcher a list."""
-    return re.sub(r"\$\$\s+\$\$", "$$, $$", answer) if isinstance(answer, str) else answer
 
 
 # ---- pictures
@@ -219,19 +196,17 @@ def keep_image(picture: Any, folders: list[Path], images_to: Path) -> str:
 
 def image_bytes(picture: Any, folders: list[Path]) -> bytes:
     """Of {"bytes", "path"} as `datasets` stores it, or of a path below one of the folders."""
-    about = picture if isinstance(picture, dict) else {"path": picture}
-    if isinstance(about.get("bytes"), bytes):
-        return about["bytes"]
-    name = about.get("path")
-    if not isinstance(name, str) or not name:
-        raise Unfit("no picture", f"{picture!r:.80}")
+    cell = picture if isinstance(picture, dict) else {"path": picture}
+    if isinstance(cell.get("bytes"), bytes):
+        return cell["bytes"]
+    name = str(cell.get("path") or "")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise Unfit("picture outside the set", name)
     files = [folder / name for folder in folders if os.path.isfile(folder / name)]
     if not files:
-        raise Unfit("no picture", f"{name:.200} is not in {[*map(str, folders)] or 'the rows'}")
+        raise Unfit("no picture", f"{picture!r:.99} is not in {[*map(str, folders)] or 'the rows'}")
     content = files[0].read_bytes()
-    if "sha256" in about and hashlib.sha256(content).hexdigest() != about["sha256"]:
+    if "sha256" in cell and hashlib.sha256(content).hexdigest() != cell["sha256"]:
         raise Unfit("picture has changed", f"{name} is not what the set was made of")
     return content
 
@@ -239,21 +214,24 @@ def image_bytes(picture: Any, folders: list[Path]) -> bytes:
 # ---- raw rows
 
 
-def raw_rows(entry: PublicSet, place: str, split: str) -> Iterator[tuple[Any, list[Path]]]:
-    """(row, folders where its pictures may lie) over all configs of the set."""
+def raw_rows(entry: PublicSet, place: str) -> Iterator[tuple[Any, str, list[Path]]]:
+    """(row, its split, folders where its pictures may lie) over all splits and configs."""
+    splits, top = entry.split.split(", "), Path(place)
     if not place:
-        for config in entry.configs:
-            yield from ((raw, []) for raw in hub_rows(entry.hub, config, split))
+        for split in splits:
+            for config in entry.configs:
+                yield from ((raw, split, []) for raw in hub_rows(entry.hub, config, split))
         return
     # a folder for each config, or one that holds them all
-    top = Path(place)
     tops = [top / config for config in entry.configs if config and (top / config).is_dir()]
     if tops and len(tops) < len(entry.configs):
         missing = sorted({*entry.configs} - {path.name for path in tops})
         raise FileNotFoundError(f"{entry.name}: {place} lacks the folders {missing}")
-    for file in (file for path in tops or [top] for file in files_of(path, split)):
-        root = top.parent if top.is_file() else top
-        yield from ((raw, [file.parent, root, root / "images"]) for raw in file_rows(file))
+    root = top.parent if top.is_file() else top
+    for split in splits:
+        for file in (file for path in tops or [top] for file in files_of(path, split)):
+            folders = [file.parent, root, root / "images"]
+            yield from ((raw, split, folders) for raw in file_rows(file))
 
 
 def hub_rows(hub: str, config: str | None, split: str) -> Iterator[dict]:
@@ -274,7 +252,7 @@ def files_of(top: Path, split: str) -> list[Path]:
     testmini), else all if none names one. Never two splits mixed."""
     if top.is_file():
         return [top]
-    near = [path for folder in {top, top / "data", top / split} for path in folder.glob("*")]
+    near = {*top.iterdir(), *(top / "data").glob("*"), *(top / split).glob("*")}
     files = sorted(f for f in near if f.suffix in ROW_FILES)
     files = files or sorted(f for f in top.rglob("*") if f.suffix in ROW_FILES)
 
@@ -288,8 +266,6 @@ def files_of(top: Path, split: str) -> list[Path]:
     for kind in ROW_FILES:  # a set that lies there as parquet and as JSON is read once
         if alike := [file for file in ours if file.suffix == kind]:
             return alike
-    if not top.exists():
-        raise FileNotFoundError(f"{top}: no such file or directory in {Path.cwd()}")
     there = [file.name for file in files] or f"no {', '.join(ROW_FILES)} at all"
     raise FileNotFoundError(f"{top}: no file of split {split!r}, but {there}; give the file itself")
 
@@ -297,7 +273,7 @@ def files_of(top: Path, split: str) -> list[Path]:
 def file_rows(path: Path) -> Iterator[Any]:
     """Parquet; or JSON lines or one list of JSON, whatever the name says. A list is held whole:
     AtomThink's 214 MB take 1 GB. A row that is a list of turns becomes {"0": ..., "1": ...}, as
-    `datasets` has it."""
+    `datasets` has it; a broken line stays bytes, which no reader takes, and counts as malformed."""
     if path.suffix == ".parquet":
         # by default the whole file is held, and more
         table = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
@@ -307,21 +283,12 @@ def file_rows(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         is_list = file.read(1) == b"["
         file.seek(0)
-        rows = json_list(path) if is_list else (json_line(line) for line in file if line.strip())
-        for row in rows:
-            yield {str(k): turn for k, turn in enumerate(row)} if isinstance(row, list) else row
-
-
-def json_list(path: Path) -> list:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
-
-
-def json_line(line: bytes) -> Any:
-    """A broken line stays bytes, which no reader takes: a malformed row, and counted as one."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
+        for text in [file.read()] if is_list else filter(bytes.strip, file):
+            try:
+                rows = json.loads(text)
+            except ValueError as error:
+                if is_list:
+                    raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+                rows = text
+            for row in rows if is_list else [rows]:
+                yield {str(k): t for k, t in enumerate(row)} if isinstance(row, list) else row

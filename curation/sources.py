@@ -1,15 +1,12 @@
 """The public sets that the paper names, others like them, and one reader that makes rows of them.
 
     the Hub, or a directory ──common/sets.py and Source.reader──▶ {"id", "source", "prompt",
-    "images", "answer", "response"?, "choices"?, "level"?, "origin"} or Dropped
+    "images", "answer", "response"?, "choices"?, "level"?, "origin"} or Dropped, with its reason
 
-    row      options are in "choices" and in the prompt as (A), (B), ...; "answer" is then the
-             letter. Some sets bring a "response", R1's trace; for others it has to be distilled.
-    Dropped  a row that cannot be used, with its reason: none goes silently.
-
-The paper lists names, no Hub ids, splits or sizes (sec. 3.3); these are ours, from data set cards
-and loaders; what could not be read there is marked "unsure". A column that is not there stops the
-reader with the list of those that are.
+Options are in "choices" and in the prompt as (A), (B), ...; "answer" is then the letter. Some sets
+bring a "response", R1's trace; for others it has to be distilled. The paper lists names, no Hub
+ids, splits or sizes (sec. 3.3); these are ours, from data set cards and loaders; what could not be
+read there is marked "unsure".
 
     python -m curation.sources   # prints the table
     python -m curation.sources --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
@@ -29,7 +26,7 @@ from typing import Any
 from common import sets
 from common.data import IMAGE_MARKER
 from common.log import beside, run_main, write_report
-from common.sets import Dropped, Unfit, multiple_choice
+from common.sets import Dropped, Unfit, multiple_choice, text_of
 from reward import extract
 
 
@@ -37,36 +34,27 @@ from reward import extract
 class Source(sets.PublicSet):
     """A public set of training data."""
 
-    used_for: str  # "coldstart", "rl" or "both"
-    license: str
+    used_for: str = "rl"  # or "coldstart", or "both"
+    license: str = "not stated"
     note: str = ""
     local: str = ""  # why it cannot come from the Hub as it is, and where it comes from
 
 
-def named(name: str) -> Source:
-    return sets.named(SOURCES, name)
-
-
-def read(source: Source, place: str, images_to: Path, limit: int = 0) -> Iterator[dict | Dropped]:
-    """The rows of a set; Dropped where one cannot be used. limit: stop after so many good rows.
+def read(source: Source, place: str, images_to: Path) -> Iterator[dict | Dropped]:
+    """The rows of a set; Dropped where one cannot be used.
 
     place: "" for the Hub; or a file, or a directory with the files as the Hub has them: parquet,
     JSON or JSONL whose names carry the split (or none), pictures embedded or as files.
     """
     if source.local and not place:
         raise ValueError(f"set {source.name}: {source.local}")
-    origin, count = {"set": source.hub or source.name, "split": source.split}, 0
-    for index, row in sets.read_set(source, place, source.split, source.reader, images_to):
-        if isinstance(row, Dropped):
-            yield row
-            continue
-        yield row | {"origin": origin | {"index": index, "license": source.license}}
-        count += 1
-        if count == limit:
-            return
+    origin = {"set": source.hub or source.name, "split": source.split, "index": 0}
+    origin["license"] = source.license
+    for index, row in sets.read_set(source, source.reader, place, images_to):
+        yield row if isinstance(row, Dropped) else row | {"origin": origin | {"index": index}}
 
 
-# ---- what the sets have in common
+# ---- answers, options and traces
 
 
 def last_box(text: str) -> str | None:
@@ -86,11 +74,20 @@ def final_answer(text: str) -> str | None:
 def chosen(question: str, options: list, answer: Any) -> dict:
     """The answer is the text of an option, else its letter: PuzzleVQA's 3 is what an option says,
     and not its place."""
-    texts, text = sets.option_texts(options), sets.text_of(answer, "answer")
-    places = [k for k, option in enumerate(texts) if option == text]
-    if len(places) > 1:
+    texts, text = [str(option).strip() for option in options], text_of(answer, "answer")
+    if texts.count(text) > 1:
         raise Unfit("bad options", f"{text!r:.80} twice in {texts!r:.200}")
-    return multiple_choice(question, texts, places[0] if places else sets.letter_place(text))
+    return multiple_choice(question, texts, texts.index(text) if text in texts else text)
+
+
+def traced(prompt: str, answer: Any, trace: Any, **more) -> dict | Unfit:
+    """A row with R1's response. Some sets leave out <think>, which R1's chat template writes."""
+    if not isinstance(trace, str) or not trace.strip():
+        return Unfit("no trace", f"{trace!r:.40} to {prompt!r:.40}")
+    if trace.count("</think>") != 1 or "<think>" in trace.strip()[1:]:
+        return Unfit("trace without <think>", f"{trace!r:.40}")
+    opened = trace if trace.lstrip().startswith("<think>") else f"<think>\n{trace}"
+    return {"prompt": prompt, "answer": answer, "response": opened} | more
 
 
 # ---- text sets
@@ -116,24 +113,13 @@ def openr1_rows(raw: dict) -> list:
     rows = []
     for k, trace in enumerate(raw["generations"]):
         name = f"{raw['uuid']}/{k}"
+        row = traced(raw["problem"], raw["answer"], trace, id=name, level=raw["source"])
         if raw["is_reasoning_complete"][k] is not True:
-            rows.append(Unfit("trace incomplete", name))
-        elif not any(k < len(verdict) and verdict[k] is True for verdict in verdicts):
-            rows.append(Unfit("trace not verified", name))
-        else:
-            row = traced(raw["problem"], raw["answer"], trace, id=name, level=raw["source"])
-            rows.append(row)
+            row = Unfit("trace incomplete", name)
+        elif not any(verdict[k : k + 1] == [True] for verdict in verdicts):
+            row = Unfit("trace not verified", name)
+        rows.append(row)
     return rows or [Unfit("no trace", raw["uuid"])]
-
-
-def traced(prompt: str, answer: Any, trace: Any, **more) -> dict | Unfit:
-    """A row with R1's response. Some sets leave out <think>, which R1's chat template writes."""
-    if not isinstance(trace, str) or not trace.strip():
-        return Unfit("no trace", f"{trace!r:.40} to {prompt!r:.40}")
-    if trace.count("</think>") != 1 or "<think>" in trace.strip()[1:]:
-        return Unfit("trace without <think>", f"{trace!r:.40}")
-    opened = trace if trace.lstrip().startswith("<think>") else f"<think>\n{trace}"
-    return {"prompt": prompt, "answer": answer, "response": opened} | more
 
 
 def deepmath_rows(raw: dict) -> list:
@@ -142,7 +128,7 @@ def deepmath_rows(raw: dict) -> list:
 
 
 def octomed_rows(raw: dict) -> list:
-    """Several R1-0528 traces a problem, right ones and wrong ones: curate.py grades each."""
+    """Right traces and wrong ones, which curate.py grades."""
     return [traced(raw["question"], raw["answer"], trace) for trace in raw["responses"]]
 
 
@@ -173,8 +159,7 @@ def aime_rows(raw: dict) -> dict:
 
 def orz_rows(raw: dict) -> dict:
     truth = raw["1"]["ground_truth"]
-    row = {"prompt": raw["0"]["value"], "answer": truth["value"]}
-    return row | {"level": truth.get("pass_at_n")}
+    return {"prompt": raw["0"]["value"], "answer": truth["value"], "level": truth.get("pass_at_n")}
 
 
 # ---- sets with pictures
@@ -207,15 +192,15 @@ def iconqa_rows(raw: dict) -> dict:
 
 
 def verl_rows(raw: dict) -> dict:
-    """The layout of verl: turns, pictures, and the gold in reward_model."""
+    """The layout of verl: turns, pictures (or none: a text problem), the gold in reward_model."""
     kind = raw.get("reward_type") or "exact_match"
     if kind not in ("multiple_choice", "numeric", "exact_match", "list_match"):
         raise Unfit("graded otherwise", kind)  # by a model, or by where a box lies
     turns = raw["prompt"] if isinstance(raw["prompt"], list) else [raw["prompt"]]
     prompt = next(turn["content"] for turn in turns if turn["role"] == "user")
     images = raw["images"] if "images" in raw else raw["image"]
-    row = {"prompt": prompt, "answer": raw["reward_model"]["ground_truth"]}
-    return row | {"images": images or []}  # none: a text problem
+    gold = raw["reward_model"]["ground_truth"]
+    return {"prompt": prompt, "answer": gold, "images": images or []}
 
 
 def virl_rows(raw: dict) -> dict:
@@ -232,13 +217,12 @@ def llava_rows(raw: dict) -> dict:
 def pixmo_rows(raw: dict) -> dict:
     """The set gives URLs and hashes. Fetched pictures: a column `image`, or files by their hash."""
     picture = raw.get("image") or {"path": raw["image_sha256"], "sha256": raw["image_sha256"]}
-    prompt = f"How many {sets.text_of(raw['label'], 'prompt')} are there in the picture?"
+    prompt = f"How many {text_of(raw['label'], 'prompt')} are there in the picture?"
     return {"prompt": prompt, "answer": raw["count"], "images": picture}
 
 
 def chartqa_rows(raw: dict) -> dict:
-    label = raw["label"]
-    answer = label[0] if isinstance(label, list) and label else label or None
+    answer = raw["label"][0] if isinstance(raw["label"], list) else raw["label"]
     return {"prompt": raw["query"], "answer": answer, "images": raw["image"]}
 
 
@@ -256,31 +240,28 @@ def scienceqa_rows(raw: dict) -> dict:
 
 
 def mmk12_rows(raw: dict) -> dict:
-    row = {"id": raw.get("id"), "prompt": raw["question"], "images": raw["image"]}
-    return row | {"answer": sets.joined_blanks(raw["answer"]), "level": raw.get("subject")}
+    """Two blanks are two formulas side by side, $$a$$ $$b$$: for the matcher a list."""
+    row = {"id": raw.get("id"), "prompt": raw["question"], "answer": raw["answer"]}
+    if isinstance(row["answer"], str):
+        row["answer"] = re.sub(r"\$\$\s+\$\$", "$$, $$", row["answer"])
+    return row | {"images": raw["image"], "level": raw.get("subject")}
 
 
 def atomthink_rows(raw: dict) -> dict:
     """The solution names its answer at the end; a row that holds only single steps has none."""
     question, *_, solution = (turn["value"] for turn in raw["conversations"])
     prompt = question.split("THE GIVEN QUESTION:\n")[-1].split("HISTORICAL REASONING STEPS:")[0]
-    images = raw.get("image") or []  # none: a text problem
-    return {"prompt": prompt, "answer": final_answer(solution), "images": images}
+    return {"prompt": prompt, "answer": final_answer(solution), "images": raw.get("image") or []}
 
 
 # ---- the table
 
-SUBJECTS = (
-    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
-    *("number_theory", "prealgebra", "precalculus"),
-)
-ORZ = "Open-Reasoner-Zero/orz_math_"
-ZIP = (
-    "its pictures are in images.zip; `hf download` the set to DIR, unpack images.zip there and "
-    "give --place DIR"
-)
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra")
+SUBJECTS += ("number_theory", "prealgebra", "precalculus")
 OPENMMREASONER = ("virl39k", "thinklite_vl_hard", "wemath_standard", "mmk12", "wemath_pro")
 OPENMMREASONER += ("algopuzzle",)
+ORZ = "Open-Reasoner-Zero/orz_math_"
+ZIP = "its pictures are in images.zip: `hf download` to DIR, unpack there, and give --place DIR"
 
 # fmt: off
 SOURCES = (
@@ -297,8 +278,8 @@ SOURCES = (
     Source("orz_72k", f"{ORZ}72k_collection_extended", orz_rows, "train", 72_400, "both", "MIT",
            "a user of it found duplicates"),
     Source("orz_13k_hard", "", orz_rows, "train", 13_000, "both", "MIT",
-           local="it is not on the Hub; fetch orz_math_13k_collection_hard.json from the "
-           "repository Open-Reasoner-Zero, data/, and give --place FILE"),
+           local="not on the Hub; fetch orz_math_13k_collection_hard.json from data/ of the "
+           "repository Open-Reasoner-Zero, and give --place FILE"),
     # text: R1's traces, in place of distilling
     Source("openr1_math", "open-r1/OpenR1-Math-220k", openr1_rows, "train", 93_733, "coldstart",
            "Apache-2.0", "R1, several a row", configs=("default",)),
@@ -317,8 +298,8 @@ SOURCES = (
            "MathVista and MathVerse draw on it"),
     Source("geoqa", "leonardPKU/GEOQA_R1V_Train_8K", geoqa_rows, "train", 8_031, "rl",
            "not stated", "MathVista and MathVerse draw on it"),
-    Source("geos", "lmms-lab/LLaVA-OneVision-Data", llava_rows, "train", 186, "rl", "not stated",
-           "unsure", configs=("GEOS(MathV360K)",)),
+    Source("geos", "lmms-lab/LLaVA-OneVision-Data", llava_rows, "train", 186, note="unsure",
+           configs=("GEOS(MathV360K)",)),
     Source("iconqa", "lmms-lab-encoder/ICON-QA", iconqa_rows, "val", 21_488, "rl",
            "CC BY-NC-SA 4.0", "val, for it has no train; more than two pictured options go"),
     Source("pixmo_count", "allenai/pixmo-count", pixmo_rows, "train", 36_916, "rl", "ODC-BY 1.0",
@@ -338,35 +319,22 @@ SOURCES = (
     Source("mmk12", "FanqingM/MMK12", mmk12_rows, "train", 15_616, "rl", "Apache-2.0",
            "K12 of MM-Eureka; level is the subject; test is a benchmark"),
     Source("atomthink", "Kun-Xiang/AMATH-SFT", atomthink_rows, "train", 124_000, "rl",
-           "Apache-2.0", "unsure: how its solutions name the answer",
-           local=ZIP),
+           "Apache-2.0", "unsure: how its solutions name the answer", ZIP),
     # pictures: others, ready for RL
-    Source("mmr1_rl", "MMR1/MMR1-RL", geometry3k_rows, "train", 14_996, "rl", "not stated"),
-    Source("mmrl", "csfufu/mmrl", geometry3k_rows, "train", 30_937, "rl", "not stated"),
-    Source("virl39k_embedded", "Kun-Xiang/ViRL39K", geometry3k_rows, "train", 38_870, "rl",
-           "not stated", "with its pictures inside"),
+    Source("mmr1_rl", "MMR1/MMR1-RL", geometry3k_rows, "train", 14_996),
+    Source("mmrl", "csfufu/mmrl", geometry3k_rows, "train", 30_937),
+    Source("virl39k_embedded", "Kun-Xiang/ViRL39K", geometry3k_rows, "train", 38_870),
     Source("virl39k", "TIGER-Lab/ViRL39K", virl_rows, "train", 38_870, "rl", "MIT", local=ZIP),
     Source("openmmreasoner", "OpenMMReasoner/OpenMMReasoner-RL-74K", verl_rows, "train", 74_000,
-           "rl", "not stated", "without tqa_train", configs=OPENMMREASONER),
-    Source("mmpr_tiny", "OpenGVLab/MMPR-Tiny", verl_rows, "train", 70_000, "rl", "not stated",
-           local=ZIP),
-    Source("vero", "zlab-princeton/Vero-600k", verl_rows, "train", 600_000, "rl", "not stated",
-           "unsure", local="it has a config a source; `hf download` those that you want and give "
-           "--place one of their folders"),
-    Source("clevr_cogen", "leonardPKU/clevr_cogen_a_train", geoqa_rows, "train", 0, "rl",
-           "not stated", "counting"),
+           note="without tqa_train", configs=OPENMMREASONER),
+    Source("mmpr_tiny", "OpenGVLab/MMPR-Tiny", verl_rows, "train", 70_000, local=ZIP),
+    Source("vero", "zlab-princeton/Vero-600k", verl_rows, "train", 600_000, note="unsure",
+           local="a config a source: `hf download` those that you want, and --place one of them"),
+    Source("clevr_cogen", "leonardPKU/clevr_cogen_a_train", geoqa_rows, "train", 0),  # counting
     Source("multimodal_open_r1", "lmms-lab/multimodal-open-r1-8k-verified", geoqa_rows, "train",
-           8_000, "rl", "not stated"),
+           8_000),
 )
 # fmt: on
-
-
-def table() -> str:
-    rows = [("set", "for", "rows", "split", "licence", "hub", "note")]
-    for s in SOURCES:
-        size = f"{s.size:,}" if s.size else "?"
-        rows.append((s.name, s.used_for, size, s.split, s.license, s.hub or "-", s.note))
-    return sets.columns(rows)
 
 
 # ---- a set into a file
@@ -382,27 +350,32 @@ class Config:
     limit: int = 0  # stop after so many good rows; 0: all
 
     def __post_init__(self):
-        if self.set and not self.out:
-            raise ValueError(f"--set {self.set} needs --out, the file to write")
-        if not self.set and (self.out or self.place):
-            raise ValueError("--out and --place need a --set")
+        if bool(self.set) != bool(self.out):
+            raise ValueError("--set and --out belong together: the set, and the file to write")
 
 
 def main(cfg: Config) -> None:
     """Rows into cfg.out, what was dropped and the report beside it; an error if no row is left."""
     if not cfg.set:
-        return print(table())
-    source, out, good, reasons = named(cfg.set), Path(cfg.out), 0, Counter()
+        table = [("set", "for", "rows", "split", "licence", "hub", "note")]
+        for s in SOURCES:
+            size = f"{s.size:,}" if s.size else "?"
+            table.append((s.name, s.used_for, size, s.split, s.license, s.hub or "-", s.note))
+        return print(sets.columns(table))
+    source, out = sets.named(SOURCES, cfg.set), Path(cfg.out)
+    good, reasons = 0, Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     part, why = beside(out, "part"), beside(out, "dropped.jsonl")
     with part.open("w") as rows, why.open("w") as dropped:
-        for row in read(source, cfg.place, out.parent / "images", cfg.limit):
+        for row in read(source, cfg.place, out.parent / "images"):
             if isinstance(row, Dropped):
                 reasons[row.reason] += 1
                 dropped.write(json.dumps(row._asdict() | {"step": "read"}) + "\n")
-            else:
-                good += 1
-                rows.write(json.dumps(row) + "\n")
+                continue
+            good += 1
+            rows.write(json.dumps(row) + "\n")
+            if good == cfg.limit:
+                break
     part.replace(out)
     counts = {"in": good + reasons.total(), "kept": good, "reasons": dict(reasons)}
     inputs, hub = ([cfg.place], "") if cfg.place else ([], source.hub)

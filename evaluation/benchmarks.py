@@ -9,13 +9,9 @@
                     MMBench's rotations, MME's pairs), where a gap would spoil it
     judge, rubric   whether officially one grades, and by what
 
-The paper gives no prompt, split, k or temperature for its tables. Prompts are ours: the question,
-options as (A) ..., and one constant below that asks for a box. Options in a column whose order the
-set chose (GPQA, MMLU-Pro) are shuffled by a hash of the item's id.
-
-Ids, splits and columns are those that public loaders read (lmms-eval, lighteval, official code). A
-local copy has them, or {id, question, options?, answer, image?, category?}, with a letter as answer
-if there are options.
+The paper gives no prompt, split, k or temperature for its tables. Prompts are ours; ids, splits and
+columns are those that public loaders read (lmms-eval, lighteval, official code). A local copy has
+them, or {id, question, options?, answer, image?, category?}, with a letter for one of the options.
 
     python eval.py --list             # the table
     python -m evaluation.benchmarks --bench mathvision pope --out out/bench    # items, no model
@@ -26,8 +22,8 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,7 @@ from common import sets
 from common.data import IMAGE_MARKER
 from common.log import run_main
 from common.records import write_rows
-from common.sets import Dropped, Unfit, letter_place, multiple_choice, text_of
+from common.sets import SPLIT, Dropped, Unfit, multiple_choice, text_of
 
 # how to answer: the end of every prompt; ours
 FREE = "Think step by step. Put the final answer in \\boxed{}."
@@ -45,13 +41,13 @@ KINDS = {FREE: "free", CHOICES: "choice", YES_NO: "yes/no"}  # as extract.py's
 
 # said before it, where the set is strict about the form
 DECIMALS = "Give a decimal number; digits after the point: {}."
-INTEGER, LIST = "Give an integer.", "Give a list, as [1, 2, 3]."
+HINTS = {"integer": "Give an integer.", "list": "Give a list, as [1, 2, 3]."}
 IN_PICTURE = "Answer the question in the picture."
 
 # sets that the paper trains on (sec. 3.3), as other sets call them
 SEEN = ("geometry3k", "geoqa", "geos", "iconqa", "pixmo", "chartqa", "tqa", "scienceqa")
-SPLIT = "the split that it is from"  # a column that we add: DynaMath's variants are splits
 PICTURE = re.compile(r"<image ?(\d+)>")  # MMMU-Pro's <image 2>, MathVision's <image2>
+LETTERS = re.compile(r"\(?[A-J]\)?([,\s]+\(?[A-J]\)?)*")  # a gold of one or several
 
 
 @dataclass(frozen=True)
@@ -89,107 +85,77 @@ def write_items(bench: Benchmark, place: str, folder: Path, limit: int = 0) -> N
 def read(
     bench: Benchmark, place: str, images_to: Path, limit: int = 0
 ) -> tuple[list[dict], list[Dropped]]:
-    """-> items, and what cannot be asked. ValueError for a group with a gap.
-
-    place: a file or a directory; empty: the Hub. limit: so many items, or whole groups where the
-    metric has groups (which may lie anywhere in the set: it is read to its end); 0: all.
-    """
+    """-> items, and what cannot be asked. place: a file or a directory; empty: the Hub. limit: so
+    many items, or whole groups where the metric has groups (a group may lie anywhere in the set, so
+    that is read to its end); 0: all."""
     items, dropped = [], []
-    for split in bench.split.split(", "):
-        for _, row in sets.read_set(bench, place, split, reader_of(bench, split), images_to):
-            (dropped if isinstance(row, Dropped) else items).append(row)
-            if not bench.group and len(items) == limit > 0:
-                break
-    if bench.group:
-        refuse_gaps(bench, items)
-        groups = list(dict.fromkeys(item["group"][bench.group] for item in items))
-        items = [item for item in items if item["group"][bench.group] in groups[: limit or None]]
-    return items, dropped
-
-
-def reader_of(bench: Benchmark, split: str) -> Callable[[dict], list]:
-    """The official reader, or the simple one for rows that have its columns alone."""
-
-    def read_row(raw: dict) -> list:
-        try:
-            items = bench.reader(raw | {SPLIT: split})
-        except KeyError as error:
-            is_simple = {"id", "question", "answer"} <= raw.keys() and not bench.group
-            if error.args[0] in raw or not is_simple:
-                raise
-            items = simple(raw)
-        items = items if isinstance(items, list) else [items]
-        return [{"judge": bench.judge != "no"} | item for item in items]
-
-    return read_row
-
-
-def refuse_gaps(bench: Benchmark, items: list[dict]) -> None:
-    """Before anything is sampled: what is missing of a group would be missing in its score."""
-    groups = [item["group"] for item in items]
-    sizes = Counter(group[bench.group] for group in groups)
-    wholes = {group[bench.group]: group.get("of") for group in groups}
-    gaps = [f"{g} ({n} of {wholes[g]})" for g, n in sizes.items() if wholes[g] not in (None, n)]
-    if gaps:
+    for _, row in sets.read_set(bench, partial(read_row, bench), place, images_to):
+        (dropped if isinstance(row, Dropped) else items).append(row)
+        if not bench.group and len(items) == limit > 0:
+            break
+    if not bench.group:
+        return items, dropped
+    names = [item["group"][bench.group] for item in items]
+    grouped, sizes = [*zip(names, items, strict=True)], Counter(names)
+    wholes = {name: item["group"].get("of", sizes[name]) for name, item in grouped}
+    gaps = [f"{name} ({n} of {wholes[name]})" for name, n in sizes.items() if n != wholes[name]]
+    if gaps:  # what is missing of a group would be missing in its score
         raise ValueError(
             f"benchmark {bench.name}: {len(gaps)} of {len(sizes)} groups by {bench.group} have "
             f"gaps, and {bench.metric} wants them whole: {', '.join(gaps[:5])}"
         )
+    first = [*sizes][: limit or None]
+    return [item for name, item in grouped if name in first], dropped
+
+
+def read_row(bench: Benchmark, raw: dict) -> list[dict]:
+    """By the benchmark's own columns, or by the simple ones of a row that has those alone."""
+    try:
+        items = bench.reader(raw)
+    except KeyError as error:
+        if error.args[0] in raw or bench.group or not {"id", "question", "answer"} <= raw.keys():
+            raise
+        items = simple(raw)
+    items = items if isinstance(items, list) else [items]
+    return [{"judge": bench.judge != "no"} | item for item in items]
 
 
 # ---- what the items have in common
 
 
-def ask(question: Any, answer: Any, how: str, *hints: str, **more) -> dict:
-    """An item: the text that is asked, how it is to be answered, and the gold."""
-    question = text_of(question, "prompt")
-    prompt = f"{question}\n\n{' '.join([*hints, how])}"
-    item = {"question": question, "prompt": prompt, "answer": answer}
-    return item | {"kind": KINDS[how], "chance": 0.0} | more
+def ask(question: Any, answer: Any, how: str = "", hint: str = "", **more) -> dict:
+    """An item: the text that is asked, how it is to be answered, and the gold. how: empty: letters,
+    Yes or No, or free, as the gold is. For a guess at a letter four options are assumed."""
+    chance, gold = 0.0, str(answer).strip()
+    if not how:
+        is_yes_no = gold.lower() in ("yes", "no")
+        how = CHOICES if LETTERS.fullmatch(gold) else YES_NO if is_yes_no else FREE
+    if how == CHOICES:
+        letters = re.findall("[A-J]", gold)
+        answer, chance = ", ".join(letters), 0.25 if len(letters) == 1 else 0.0
+    elif how == YES_NO:
+        if gold.lower() not in ("yes", "no"):
+            raise Unfit("no answer", "neither yes nor no")
+        answer, chance = gold.capitalize(), 0.5
+        question = re.sub(r"\s*Please answer yes or no\.?", "", question, flags=re.I)
+    if "precision" in more:
+        hint = DECIMALS.format(more["precision"])
+    question, ending = text_of(question, "prompt"), f"{hint} {how}".strip()
+    item = {"question": question, "prompt": f"{question}\n\n{ending}"}
+    return item | {"answer": answer, "kind": KINDS[how], "chance": chance} | more
 
 
-def ask_decimal(question: Any, answer: Any, decimals: int, **more) -> dict:
-    return ask(question, answer, FREE, DECIMALS.format(decimals), precision=decimals, **more)
-
-
-def ask_options(question: Any, options: list, gold: int | str, show=True, **more) -> dict:
+def ask_options(question: Any, options: list, gold: int | str, show=True, mix="", **more) -> dict:
     """gold: the place of the right option, from 0, or its letter; never its text. show=False: the
-    options stand in the question or the picture."""
-    place = gold if isinstance(gold, int) else letter_place(gold)
-    row = multiple_choice(question, options, place)
-    item = ask(question, row["answer"], CHOICES, choices=row["choices"], **more)
-    item["prompt"] = f"{row['prompt']}\n\n{CHOICES}" if show else item["prompt"]
-    return item | {"chance": 1 / len(row["choices"])}
-
-
-def ask_lettered(question: Any, letters: Any, **more) -> dict:
-    """Options that stand in the question or the picture. For a guess four of them are assumed."""
-    letters = re.findall("[A-J]", str(letters or ""))
-    chance = 0.25 if len(letters) == 1 else 0.0
-    return ask(question, ", ".join(letters), CHOICES, chance=chance, **more)
-
-
-def ask_yes_no(question: Any, answer: str, **more) -> dict:
-    if str(answer).lower() not in ("yes", "no"):
-        raise Unfit("no answer", "neither yes nor no")
-    question = re.sub(r"\s*Please answer yes or no\.?", "", question, flags=re.I)
-    return ask(question, str(answer).capitalize(), YES_NO, chance=0.5) | more
-
-
-def ask_by_gold(question: Any, answer: Any, **more) -> dict:
-    """Letters, Yes or No, or free: as the gold is."""
-    if re.fullmatch(r"\(?[A-J]\)?([,\s]+\(?[A-J]\)?)*", str(answer).strip()):
-        return ask_lettered(question, answer, **more)
-    if str(answer).lower() in ("yes", "no"):
-        return ask_yes_no(question, answer, **more)
-    return ask(question, answer, FREE, **more)
-
-
-def shuffled(name: str, options: list, gold: int) -> tuple[list, int]:
-    """In the order of a hash of the item's id and the option's place: the same on every machine."""
-    keys = [hashlib.sha256(f"{name}/{k}".encode()).digest() for k in range(len(options))]
-    order = sorted(range(len(options)), key=keys.__getitem__)
-    return [options[k] for k in order], order.index(gold)
+    options stand in the question or the picture. mix: in the order of a hash of it and the option's
+    place, the same on every machine, where the set has put the right one in a place of its own."""
+    if mix:
+        keys = [hashlib.sha256(f"{mix}/{k}".encode()).digest() for k in range(len(options))]
+        order = sorted(range(len(options)), key=keys.__getitem__)
+        options, gold = [options[k] for k in order], order.index(gold)
+    row = multiple_choice(question, options, gold)
+    item = ask(question, row["answer"], CHOICES) | row | {"chance": 1 / len(row["choices"])} | more
+    return item | {"prompt": f"{row['prompt'] if show else item['question']}\n\n{CHOICES}"}
 
 
 def placed(item: dict, pictures: dict[int, Any]) -> dict:
@@ -225,12 +191,12 @@ def filled(value: Any) -> bool:
 
 def simple(raw: dict) -> dict:
     """A local copy: {id, question, options?, answer, image?, category?}."""
+    more = {"id": raw["id"], "category": raw.get("category")}
     if raw.get("options"):
-        item = ask_options(raw["question"], raw["options"], raw["answer"])
+        item = ask_options(raw["question"], raw["options"], raw["answer"], **more)
     else:
-        item = ask_by_gold(raw["question"], raw["answer"])
-    item = of_one_picture(item, raw["image"]) if raw.get("image") else item
-    return item | {"id": raw["id"], "category": raw.get("category")}
+        item = ask(raw["question"], raw["answer"], **more)
+    return of_one_picture(item, raw["image"]) if raw.get("image") else item
 
 
 # ---- language
@@ -245,10 +211,10 @@ def math500(raw: dict) -> dict:
 
 
 def gpqa(raw: dict) -> dict:
-    wrong = [raw[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3)]
-    options, gold = shuffled(raw["Record ID"], [raw["Correct Answer"].strip(), *wrong], 0)
+    columns = ("Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3)))
     more = {"id": raw["Record ID"], "category": raw.get("High-level domain")}
-    return ask_options(raw["Question"], options, gold, **more)
+    options = [raw[column].strip() for column in columns]
+    return ask_options(raw["Question"], options, 0, mix=str(raw["Record ID"]), **more)
 
 
 def mmlu(raw: dict) -> dict:
@@ -259,8 +225,8 @@ def mmlu_pro(raw: dict) -> dict:
     """N/A is a filler, which the official code takes out, too."""
     gold = raw["options"]["ABCDEFGHIJ".index(raw["answer"])]
     options = [option for option in raw["options"] if option != "N/A"]
-    options, gold = shuffled(str(raw["question_id"]), options, options.index(gold))
-    return ask_options(raw["question"], options, gold, **about(raw, "question_id", "category"))
+    more = about(raw, "question_id", "category") | {"mix": str(raw["question_id"])}
+    return ask_options(raw["question"], options, options.index(gold), **more)
 
 
 # ---- visual reasoning
@@ -268,18 +234,16 @@ def mmlu_pro(raw: dict) -> dict:
 
 def mathvista(raw: dict) -> dict:
     """An option that is printed twice stands once: three items have one, and one has it as gold."""
-    origin, question = raw["metadata"], raw["question"]
-    more = {"id": raw["pid"], "category": origin["task"], "seen": is_seen(origin["source"])}
-    more["images"] = [raw["decoded_image"]]
+    question, answer, kind = raw["question"], raw["answer"], raw["answer_type"]
+    more = about(raw, "pid", "metadata", "decoded_image") | {"category": raw["metadata"]["task"]}
+    more["seen"] = is_seen(raw["metadata"]["source"])
     if raw["choices"]:
         options = list(dict.fromkeys(raw["choices"]))
-        gold = options.index(raw["answer"]) if raw["answer"] in options else -1
+        gold = options.index(answer) if answer in options else -1
         return ask_options(question, options, gold, **more)
     question += f" (Unit: {raw['unit']})" if raw.get("unit") else ""
-    if raw["answer_type"] == "float":
-        return ask_decimal(question, raw["answer"], int(raw["precision"]), **more)
-    hints = {"integer": [INTEGER], "list": [LIST]}.get(raw["answer_type"], [])
-    return ask(question, raw["answer"], FREE, *hints, **more)
+    more |= {"precision": int(raw["precision"])} if kind == "float" else {}
+    return ask(question, answer, FREE, HINTS.get(kind, ""), **more)
 
 
 def mathvision(raw: dict) -> dict:
@@ -297,18 +261,17 @@ def mathverse(raw: dict) -> dict:
         raise Unfit("not the vision-only version")
     origin = raw["metadata"]
     more = {"id": raw["sample_index"], "category": origin["subfield"], "images": [raw["image"]]}
-    return ask_by_gold(IN_PICTURE, raw["answer"], seen=is_seen(origin["source"]), **more)
+    return ask(IN_PICTURE, raw["answer"], seen=is_seen(origin["source"]), **more)
 
 
 def dynamath(raw: dict) -> dict:
     """A question has ten variants, a split each. Floats are asked for, and compared, to 0.001."""
-    variant, gold = int(re.search(r"\d+$", raw[SPLIT])[0]), raw["ground_truth"]
+    variant = int(re.search(r"\d+$", raw[SPLIT])[0])
     more = {"id": f"{raw['id']}/{variant}", "category": raw.get("subject")}
     more["group"] = {"question": str(raw["id"]), "variant": variant}
-    more["images"] = [raw["decoded_image"]]
-    if raw["answer_type"] == "float":
-        return ask_decimal(raw["question"], gold, 3, **more)
-    return ask_by_gold(raw["question"], gold, **more)
+    how, about_it = (FREE, {"precision": 3}) if raw["answer_type"] == "float" else ("", {})
+    more |= {"images": [raw["decoded_image"]]} | about_it
+    return ask(raw["question"], raw["ground_truth"], how, **more)
 
 
 def wemath(raw: dict) -> dict:
@@ -338,15 +301,14 @@ def wemath_options(text: str) -> list[str]:
 def logicvista(raw: dict) -> dict:
     """The letters stand in question or picture; three golds are two of them, one is a number."""
     more = {"id": raw.get("id"), "category": raw["skill"][0], "images": [raw["image"]]}
-    return ask_by_gold(raw["question"], raw["answer"], **more)
+    return ask(raw["question"], raw["answer"], **more)
 
 
 def mmmu_pro(raw: dict) -> dict:
     """`options` is a Python list in a string; <image 2> in it or in the question is image_2."""
     pictures = {k: raw[f"image_{k}"] for k in range(1, 8) if raw.get(f"image_{k}")}
-    options = ast.literal_eval(raw["options"])
-    item = ask_options(raw["question"], options, raw["answer"], **about(raw, "id", "subject"))
-    return placed(item, pictures)
+    options, more = ast.literal_eval(raw["options"]), about(raw, "id", "subject")
+    return placed(ask_options(raw["question"], options, raw["answer"], **more), pictures)
 
 
 def mmmu_pro_vision(raw: dict) -> dict:
@@ -363,11 +325,15 @@ STEP = "If the labels are no numbers or the steps differ, the answer is Not Appl
 LINES = "Grid lines, ticks and auxiliary lines do not count; without lines, it is Not Applicable."
 BAR = f"Leave out a percent sign. {NONE}"
 # fmt: off
-REASONING = {  # reasoning_a_type: kind, instruction
-    1: ("text in the chart", "The answer is text that is written in the chart, in full."),
-    2: ("other text", "Follow the question's instructions, or else answer with a short phrase."),
-    3: ("number in the chart", "The answer is a number that is written in the chart."),
-    4: ("other number", ""),
+REASONING = {  # reasoning_a_type: kind, instruction, the judge's rubric
+    1: ("text in the chart", "The answer is text that is written in the chart, in full.",
+        "Right if it is the same text, however it is spelled or abbreviated."),
+    2: ("other text", "Follow the question's instructions, or else answer with a short phrase.",
+        "Right if it means the same; of several things named, all have to be there and no more."),
+    3: ("number in the chart", "The answer is a number that is written in the chart.",
+        "Right if it is exactly the same number, in digits or words, with a unit or without."),
+    4: ("other number", "",
+        "Right if it is exactly the same number, to as many digits; one that is close is wrong."),
 }
 DESCRIPTIVE = {  # descriptive_q1..4: question, instruction
     1: ("what is the title?", f"A mere letter is no title. {NONE}"),
@@ -398,33 +364,30 @@ RUBRIC = (
 
 
 def charxiv_reasoning(raw: dict) -> dict:
-    kind, hint = REASONING[int(raw["reasoning_a_type"])]
+    kind, hint, rubric = REASONING[int(raw["reasoning_a_type"])]
     if not hint:
         decimals = len(str(raw["reasoning_a"]).partition(".")[2])
-        hint = DECIMALS.format(decimals) if decimals else INTEGER
-    more = {"category": kind, "rubric": RUBRIC, "images": [raw["image"]]}
+        hint = DECIMALS.format(decimals) if decimals else HINTS["integer"]
+    more = {"category": kind, "rubric": rubric, "images": [raw["image"]]}
     return ask(raw["reasoning_q"], raw["reasoning_a"], FREE, hint, **more)
 
 
 def charxiv_descriptive(raw: dict) -> list[dict]:
-    """Four items a figure, of 19 questions by number; one in four has the gold Not Applicable."""
+    """Four items a figure, of 19 questions by number; one in four has the gold Not Applicable. A
+    subplot is named by words, or by row and column, where there are several."""
+    plot, row = "this plot", raw["subplot_row"]
+    if filled(raw["subplot_loc"]):
+        plot = raw["subplot_loc"]
+    elif filled(row) and int(row) > 0:
+        plot = f"the subplot in row {int(row)} and column {int(raw['subplot_col'])}"
     items = []
     for k in (1, 2, 3, 4):
         number = int(raw[f"descriptive_q{k}"])
         question, hint = DESCRIPTIVE[number]
-        text = f"For {'the figure' if number in (18, 19) else subplot(raw)}, {question}"
+        text = f"For {'the figure' if number in (18, 19) else plot}, {question}"
         more = {"category": f"question {number}", "rubric": RUBRIC, "images": [raw["image"]]}
         items.append(ask(text, raw[f"descriptive_a{k}"], FREE, hint, **more))
     return items
-
-
-def subplot(raw: dict) -> str:
-    """Where there are several: by words, or by row and column."""
-    if filled(raw["subplot_loc"]):
-        return str(raw["subplot_loc"])
-    if filled(raw["subplot_row"]) and int(raw["subplot_row"]) > 0:
-        return f"the subplot in row {int(raw['subplot_row'])} and column {int(raw['subplot_col'])}"
-    return "this plot"
 
 
 # ---- perception
@@ -449,7 +412,7 @@ def blink(raw: dict) -> dict:
 def mmstar(raw: dict) -> dict:
     more = about(raw, "index", "category", "image")
     more["seen"] = is_seen((raw.get("meta_info") or {}).get("source"))
-    return ask_lettered(raw["question"], raw["answer"], **more)
+    return ask(raw["question"], raw["answer"], CHOICES, **more)
 
 
 def hallusion(raw: dict) -> dict:
@@ -459,18 +422,18 @@ def hallusion(raw: dict) -> dict:
     group = {"figure": f"{of}/{raw['figure_id']}", "question": f"{of}/{raw['question_id']}"}
     more = {"id": f"{of}/{raw['figure_id']}/{raw['question_id']}", "images": [raw["image"]]}
     more |= {"group": {"set": of} | group, "category": f"{raw['category']}/{raw['subcategory']}"}
-    return ask_yes_no(raw["question"], ["No", "Yes"][int(raw["gt_answer"])], **more)
+    return ask(raw["question"], ["No", "Yes"][int(raw["gt_answer"])], YES_NO, **more)
 
 
 def pope(raw: dict) -> dict:
     more = {"id": f"{raw['category']}/{raw['question_id']}", "category": raw["category"]}
-    return ask_yes_no(raw["question"], raw["answer"], images=[raw["image"]], **more)
+    return ask(raw["question"], raw["answer"], YES_NO, images=[raw["image"]], **more)
 
 
 def realworldqa(raw: dict) -> dict:
     """The set's last sentence asks for the bare answer, which would forbid to think."""
     question = re.sub(r"\s*Please answer directly[^\n]*$", "", raw["question"].strip())
-    return ask_by_gold(question, raw["answer"], images=[raw["image"]])
+    return ask(question, raw["answer"], images=[raw["image"]])
 
 
 def phyx(raw: dict) -> dict:
@@ -484,7 +447,7 @@ def mme(raw: dict) -> dict:
     """Two questions an image, one with the answer Yes and one with No, under the same id."""
     group = {"image": f"{raw['category']}/{raw['question_id']}", "of": 2}
     more = {"category": raw["category"], "group": group, "images": [raw["image"]]}
-    return ask_yes_no(raw["question"], raw["answer"], **more)
+    return ask(raw["question"], raw["answer"], YES_NO, **more)
 
 
 def mmvet(raw: dict) -> dict:

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Stage 0: public sets become out/data/sft.jsonl or out/data/rl.jsonl, which the stages read.
 #
-#   HF_HUB_OFFLINE=0 SETS="math openr1_math" URL=http://HOST:8000/v1 TEACHER=deepseek-r1 LM=Qwen/Qwen2.5-0.5B \
-#     bash runs/data.sh sft
-#   HF_HUB_OFFLINE=0 SETS="geometry3k puzzlevqa=downloads/PuzzleVQA/data mmk12" GPUS=8 MODEL=out/ovr_7b/coldstart/model \
-#     PASSES="--sampler vllm --kv-cache-gb 40" bash runs/data.sh rl
+#   HF_HUB_OFFLINE=0 SETS="math openr1_math" URL=http://HOST:8000/v1 TEACHER=r1 LM=Qwen/Qwen2.5-0.5B bash runs/data.sh sft
+#   HF_HUB_OFFLINE=0 SETS="mmk12 puzzlevqa=downloads/PuzzleVQA/data" MODEL=out/ovr_7b/coldstart/model GPUS=8 bash runs/data.sh rl
 #
 # SETS are names of curation/sources.py, with =DIR for a local copy (the Hub wants HF_HUB_OFFLINE=0); LOGIC problems
 # made by program come on top (0: none). URL and TEACHER write responses for the rows that have none, LM finds abnormal
@@ -21,23 +19,18 @@ OUT=${OUT:-out/data} LOGIC=${LOGIC:-10000}; mkdir -p "$OUT/raw"
 make() { [ -e "$1" ] || { echo "== $1"; python -m "${@:2}" --out "$1"; }; }  # file, module, options
 curate() { make "$1" curation.curate --workers "${WORKERS:-$(nproc)}" ${BENCHMARKS:+--benchmarks $BENCHMARKS} "${@:2}"; }
 
-raw=() traced=() untraced=()  # 1. read, or make; does the first row bring a response?
-for set in ${SETS:?names of curation/sources.py} $([ "$LOGIC" = 0 ] || echo logic); do
-  file=$OUT/raw/${set%%=*}.jsonl options=(curation.sources --set "${set%%=*}")
-  [[ $set != *=* ]] || options+=(--place "${set#*=}")
-  [ "$set" != logic ] || options=(curation.logic --count "$LOGIC")
-  make "$file" "${options[@]}"; raw+=("$file")
-  if head -n 1 "$file" | grep -q '"response":'; then traced+=("$file"); else untraced+=("$file"); fi
+rows=() untraced=() scorer=${MODEL:-} options=(--kind passes ${PASSES:-}) column=--passes
+[ "$what" = rl ] || { scorer=${LM:-} options=(--kind loss ${SCORE:-}) column=--losses; }
+for set in ${SETS:?names of curation/sources.py} $([ "$LOGIC" = 0 ] || echo logic); do  # 1. read, or make
+  file=$OUT/raw/${set%%=*}.jsonl place=; [[ $set != *=* ]] || place=${set#*=}
+  if [ "$set" = logic ]; then make "$file" curation.logic --count "$LOGIC"
+  else make "$file" curation.sources --set "${set%%=*}" ${place:+--place "$place"}; fi
+  if [ "$what" = rl ] || head -n 1 "$file" | grep -q '"response":'; then rows+=("$file"); else untraced+=("$file"); fi
 done
-if [ "$what" = rl ]; then
-  rows=("${raw[@]}") scorer=${MODEL:-} options=(--kind passes ${PASSES:-}) column=--passes
-else  # 2. distil what may stay
-  rows=("${traced[@]}") scorer=${LM:-} options=(--kind loss ${SCORE:-}) column=--losses
-  if [ -n "${URL:-}" ] && [ ${#untraced[@]} -gt 0 ]; then
-    curate "$OUT/problems.jsonl" --kind rl --rows "${untraced[@]}"
-    make "$OUT/distilled.jsonl" curation.distil --rows "$OUT/problems.jsonl" --url "$URL" --model "${TEACHER:?}" ${DISTIL:-}
-    rows+=("$OUT/distilled.jsonl")
-  fi
+if [ -n "${URL:-}" ] && [ ${#untraced[@]} -gt 0 ]; then  # 2. distil what may stay
+  curate "$OUT/problems.jsonl" --kind rl --rows "${untraced[@]}"
+  make "$OUT/distilled.jsonl" curation.distil --rows "$OUT/problems.jsonl" --url "$URL" --model "${TEACHER:?}" ${DISTIL:-}
+  rows+=("$OUT/distilled.jsonl")
 fi
 if [ -n "$scorer" ]; then  # 3. score what the rules leave
   curate "$OUT/$what.unscored.jsonl" --kind "$what" --rows "${rows[@]}"

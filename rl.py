@@ -1,22 +1,17 @@
 """Stage 2, multimodal reinforcement learning: PPO on text and pictures, with a reward that only
 asks whether the boxed answer is right (OVR, sec. 3.2 and 4.1; the recipe is Open-Reasoner-Zero's).
 
-Again and again: 1 sample, 2 reward, 3 pack, 4 advantages, 5 update, 6 sync, log, save. The loop of
-main() is numbered so. How it departs from textbook PPO, all by the paper:
+The loop of main() is numbered 1 to 6. How it departs from textbook PPO, all by the paper:
   1  No KL term and no reference model; no entropy bonus.
   2  GAE with gamma = lambda = 1: A_t = R - V(s_t), and the critic's target is R at every token.
-  3  Strictly on-policy: one policy step for each batch, so that the ratio is exactly 1 and the clip
-     never acts. With --policy-steps 4 it does, and with --finish-share 0.8, which puts the longest
-     responses of a step aside: they go on in the next, and begin with tokens of an older policy.
-  4  Policy and critic are two networks, both from the cold-start model.
+  3  Strictly on-policy: one policy step a batch, so the ratio is exactly 1 and the clip never acts.
+     It does with --policy-steps 4, or with --finish-share 0.8, which puts the longest responses of
+     a step aside: they go on in the next, and begin with tokens of an older policy.
+  4  Policy and critic are two networks, both from the cold start. (--algorithm grpo has no critic.)
   5  Advantages are normalised over all tokens of the batch.
-  6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped. The
-     budget is a penalty that the curriculum relaxes.
-`--algorithm grpo` replaces the critic by the mean of the G samples: step 4 has the `if`.
+  6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped.
 
-    torchrun rl.py                                 # the miniature: minutes on a laptop
-    torchrun --nproc-per-node 2 rl.py              # the same numbers from two processes
-    python -m tools.trace                          # one recorded problem through the six steps
+    torchrun --nproc-per-node 2 rl.py              # the miniature: minutes on a laptop
     bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
 
 Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R trained tokens.
@@ -31,10 +26,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import checkpoint, data, distributed
-from common.batches import Batches, groups_of, row_of, trace_rows
+from common.batches import Batches, newest_problems, row_of, trace_rows
 from common.data import Rollout
 from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
 from common.packs import Pack, full_pack, share_packs, with_blank_picture
@@ -44,6 +39,7 @@ from model import train_flops
 from reward import grade
 from rollout import canary, canary_gap, open_sampler, solved
 
+TITLE = "Open Vision Reasoner, stage 2: multimodal reinforcement learning"
 GAMMA = 1.0  # discount a token; paper, sec. 4.1
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.0  # AdamW; paper, sec. 4.1
 CLIP_NORM = 1.0  # of the gradient; Open-Reasoner-Zero's code
@@ -53,7 +49,7 @@ GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
 NO_BOX = ("no_box", "unclosed")  # of the matcher's statuses
 UNREAD = ("unparsed", "gold_unparsed", "too_big", "failed")
-SHOWN = ("reward", "length", "entropy", "grad_norm", "logp_diff")  # on the step line
+SHOWN = "reward length entropy grad_norm logp_diff eval_image eval_text".split()  # on the step line
 
 
 @dataclass(frozen=True)
@@ -102,37 +98,30 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1 or self.tis < 0:
-            raise ValueError("steps, samples, policy and critic steps count from 1, tis from 0")
-        if self.epsilon_high < 0:
-            raise ValueError(f"--epsilon-high {self.epsilon_high} < 0: how far above 1 it may rise")
+        if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1:
+            raise ValueError("steps, samples, policy and critic steps count from 1")
+        if min(self.tis, self.epsilon_high, self.resample) < 0:
+            raise ValueError("--tis, --epsilon-high and --resample count from 0")
         starts = [first for first, _ in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0]:
             raise ValueError(f"--lengths are pairs of step and tokens, rising from 0: {starts}")
-        if (longest := self.prompt_tokens + self.longest) > self.pack_tokens:
-            raise ValueError(f"--pack-tokens {self.pack_tokens} < prompt + response, {longest}")
-        if self.problems < self.parts:
-            cure = "raise it, or lower --critic-steps and --policy-steps"
-            raise ValueError(f"--problems {self.problems} < {self.parts} parts of a batch: {cure}")
+        if self.pack_tokens < self.context:
+            raise ValueError(f"--pack-tokens {self.pack_tokens} < {self.context}: prompt, response")
+        if not self.parts / max(self.problems, 1) <= self.finish_share <= 1:
+            fewer = f"--problems {self.problems} in --finish-share {self.finish_share} (at most 1)"
+            cure = "raise these, or lower --critic-steps and --policy-steps"
+            raise ValueError(f"{fewer} < {self.parts} parts of a batch: {cure}")
         if self.algorithm == "grpo" and (self.samples < 2 or self.finish_share < 1):
             rule = "--samples must be at least 2, and --finish-share 1"
             raise ValueError(f"grpo compares all samples of a problem: {rule}")
-        if not self.parts / self.problems <= self.finish_share <= 1:
-            least = f"{self.parts} parts of a batch / --problems {self.problems}"
-            raise ValueError(f"--finish-share {self.finish_share}: from {least} to 1")
-        if self.resample < 0 or (self.resample and self.algorithm == "ppo"):
+        if self.resample and self.algorithm == "ppo":
             why = "with ppo's critic a group that is all right or all wrong teaches, too"
-            raise ValueError(f"--resample {self.resample} counts from 0, for grpo alone: {why}")
+            raise ValueError(f"--resample {self.resample} is for grpo alone: {why}")
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest response of the run."""
-        return max(tokens for _, tokens in self.lengths)
-
-    @property
-    def clip(self) -> tuple[float, float]:
-        """How far below 1 and above 1 the ratio still counts."""
-        return self.epsilon, self.epsilon_high or self.epsilon
+    def context(self) -> int:
+        """Tokens of the longest prompt and response of the run."""
+        return self.prompt_tokens + max(tokens for _, tokens in self.lengths)
 
     @property
     def parts(self) -> int:
@@ -150,9 +139,8 @@ def gae(
 
     rewards, values (R,), tokens of each response -> advantages A (R,), critic's targets A + V (R,).
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; V_t is of the state
-    *before* token t, and past the end V = A = 0, also where the response was cut: a cut is a
-    failure, not a state with a future. With gamma = lam = 1 and one reward R at the end (OVR, sec.
-    4.1): A_t = R - V_t and the target is R.
+    *before* token t. Past the end V = A = 0, also of a cut: a failure, not a state with a future.
+    With gamma = lam = 1 and one reward R at the end (OVR, sec. 4.1): A_t = R - V_t, target R.
     """
     advantages = []
     for r, v in zip(rewards.split(counts), values.split(counts), strict=True):
@@ -182,29 +170,10 @@ def policy_loss(
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) as a loss, a term a token: all (R,).
 
     -min(ratio A, clip(ratio, 1 - low, 1 + high) A); PPO has low = high, DAPO (arXiv 2503.14476, eq.
-    10) a larger high, so that unlikely tokens may rise. On-policy, old_logps = logps.detach(), the
-    ratio is 1 and the gradient is that of -A log p.
+    10) a larger high. Where old_logps = logps.detach() the gradient is that of -A log p.
     """
     ratios = (logps - old_logps).exp()
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
-
-
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Half the squared error, a term a token, unclipped as in the paper's equation: all (R,)."""
-    return 0.5 * (values - returns) ** 2
-
-
-def importance_weights(logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling (Ionides 2008): min(pi_trainer / pi_sampler, cap), all (R,).
-
-    Constants to the gradient, exactly 1 where trainer and sampler agree; the cap bounds variance.
-    """
-    return (logps - sampler_logps).exp().clamp(max=cap).detach()
-
-
-def length_budget(step: int, lengths: tuple[tuple[int, int], ...]) -> int:
-    """Tokens a response may have (OVR, sec. 4.1: 24k, from step 300 on 32k, from 700 on 48k)."""
-    return [tokens for first, tokens in lengths if first <= step][-1]
 
 
 def rates(step: int, count: int, peak: float, warmup: int) -> list[float]:
@@ -232,6 +201,33 @@ def normalise(packs: list[Pack], world):
 # ------------------------------------------------------------------ the plumbing
 
 
+@dataclass
+class Learner:
+    """A model and how it steps. With --offload it waits in host memory and comes to its GPU to
+    work, which has no room for policy, critic and the sampler's engine together."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: distributed.World
+    lr: float
+    steps: int = 1  # of the optimiser, a batch
+    warmup: int = 0
+    norm: str = "grad_norm"  # what the metric of its gradient is called
+    offload: bool = False
+    place: str = "gpu"
+    peak_gb: float = 0.0  # that a rank had, read wherever memory may be given back
+
+    def move(self, place: str):
+        """To the "gpu", to "host" memory, or its "weights" alone: only an update needs moments."""
+        if place == self.place:
+            return
+        self.place, self.peak_gb = place, max(self.peak_gb, distributed.peak_gb(self.world))
+        if self.offload:
+            device = "cpu" if place == "host" else self.world.device
+            moments = "cpu" if place == "weights" else None
+            distributed.move(self.model, self.optimizer, device, moments)
+
+
 def reward_of(rollout: Rollout) -> float:
     """The place for a reward of one's own: it sees verdict, text and every column of the row."""
     return rollout.verdict.score * rollout.stopped  # a response that was cut is wrong
@@ -243,39 +239,35 @@ def give_rewards(rollouts: list[Rollout]):
         p = r.problem
         r.verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
         try:
-            r.reward = reward_of(r)
+            r.reward = float(reward_of(r))
         except Exception as error:  # of whoever has changed it
             where = r.problem.place or r.problem.id
             raise RuntimeError(f"{where}: reward_of fails on it: {error!r}") from error
 
 
-def without_contrast(group: list[Rollout]) -> bool:
-    """Samples of one problem that are all right or all wrong: to GRPO they say nothing."""
-    return not group_advantages(torch.tensor([[float(r.reward) for r in group]])).any()
-
-
 def resample(rollouts: list[Rollout], cfg: Config, others: Callable) -> list[Rollout]:
-    """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, sec. 3.2 and eq. 11): a group
-    without contrast has no gradient, so another problem is sampled in its place, in --resample
-    rounds at most. others(round, slots): rollouts of the problems that take these slots over.
-
-    -> all rollouts of this rank. Of a slot the last group counts: groups_of().
+    """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, sec. 3.2 and eq. 11): a group that
+    is all right or all wrong has no gradient, so another problem is sampled in its place, in
+    --resample rounds at most. others(round, slots): rollouts of problems that take these slots.
+    -> all rollouts of this rank; newest_problems() says which are learnt from.
     """
-    newest, every = groups_of(rollouts, cfg), [*rollouts]
+    every = [*rollouts]
     for round in range(1, cfg.resample + 1):
-        slots = [slot for slot, group in sorted(newest.items()) if without_contrast(group)]
-        if not slots:
-            break
-        new = others(round, slots)
-        give_rewards(new)
-        newest |= groups_of(new, cfg)
-        every += new
+        rewards = defaultdict(set)
+        for r in every:
+            rewards[r.index].add(r.reward)
+        newest = newest_problems(every, cfg.problems).items()
+        slots = [slot for place, slot in newest if len(rewards[place]) == 1]
+        if slots:
+            new = others(round, slots)
+            give_rewards(new)
+            every += new
     return every
 
 
 def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int) -> dict[str, float]:
     """GRPO: a rollout's advantage over the other samples of its problem, for each of its tokens."""
-    rewards = torch.tensor([float(r.reward) for r in rollouts])
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
     advantages = group_advantages(rewards.view(-1, samples))
     for pack in packs:
         counts = torch.tensor(pack.counts[: len(pack.members)], dtype=torch.int64)
@@ -284,18 +276,20 @@ def compare_samples(rollouts: list[Rollout], packs: list[Pack], samples: int) ->
 
 
 @torch.no_grad()
-def critic_values(critic, packs: list[Pack], world):
+def critic_values(critic: Learner, packs: list[Pack]):
     """V(s_t) before each response token, onto the packs."""
-    values = [critic.values(pack.to(world.device)) for pack in packs]
+    critic.move("gpu")
+    values = [critic.model.values(pack.to(critic.world.device)) for pack in packs]
     for pack, of_pack in zip(packs, values, strict=True):  # now, so that no pack waits for a copy
         pack.values = of_pack.cpu()
-    distributed.release(critic)
+    distributed.release(critic.model)
 
 
 def critic_metrics(packs: list[Pack], world) -> dict[str, float]:
     """How well V predicts the return: explained variance 1 if perfectly, 0 if it is a constant."""
-    values = torch.cat([pack.values for pack in packs])
-    returns = torch.cat([pack.returns for pack in packs])
+    values, returns = (
+        torch.cat([getattr(p, name) for p in packs]) for name in ("values", "returns")
+    )
     value_mean, _ = moments(values, world)
     return_mean, variance = moments(returns, world)
     _, unexplained = moments(returns - values, world)
@@ -304,16 +298,18 @@ def critic_metrics(packs: list[Pack], world) -> dict[str, float]:
 
 
 @torch.no_grad()
-def store_old_logps(policy, packs: list[Pack], world):
+def store_old_logps(policy: Learner, packs: list[Pack]):
     """Before the first of several policy steps: what the ratio is measured against."""
-    logps = [policy.logps(pack.to(world.device))[0] for pack in packs]
+    policy.move("gpu")
+    logps = [policy.model.logps(pack.to(policy.world.device))[0] for pack in packs]
     for pack, of_pack in zip(packs, logps, strict=True):
         pack.old_logps = of_pack.cpu()
-    distributed.release(policy)
+    distributed.release(policy.model)
 
 
 def critic_losses(critic, pack: Pack) -> dict[str, Tensor]:
-    return {"value_loss": value_loss(critic.values(pack), pack.returns)}
+    """Half the squared error of each token, unclipped as in the paper's equation: (R,)."""
+    return {"value_loss": 0.5 * (critic.values(pack) - pack.returns) ** 2}
 
 
 def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
@@ -321,41 +317,40 @@ def policy_losses(policy, pack: Pack, cfg: Config) -> dict[str, Tensor]:
 
     The old log-prob of a token that an earlier policy drew is what the sampler stored then.
     """
+    low, high = cfg.epsilon, cfg.epsilon_high or cfg.epsilon
     logps, entropies = policy.logps(pack)
     old_logps = logps.detach() if pack.old_logps is None else pack.old_logps
     old_logps = torch.where(pack.stale, pack.logps, old_logps)
-    weights = importance_weights(old_logps, pack.logps, cfg.tis) if cfg.tis else 1.0
-    losses = policy_loss(logps, old_logps, pack.advantages, *cfg.clip) * weights
-    with torch.no_grad():
-        gap, off = old_logps - pack.logps, (logps - old_logps).exp() - 1
-        low, high = cfg.clip
-        watched = {
-            "entropy": entropies,
-            "surprisal": -logps,  # as the entropy, if draws follow the log-probs
-            "clip_fraction": (off < -low) | (off > high),
-            "ratio_diff": off.abs(),
-            "logp_diff": gap.abs(),  # 0 of a stale token
-            "sampler_kl": gap.exp() - 1 - gap,  # k3 estimate of KL(sampler | trainer)
-            "stale_tokens": pack.stale,
-        }
-    return {"policy_loss": losses} | watched | ({"tis_weight": weights} if cfg.tis else {})
+    losses = {"policy_loss": policy_loss(logps, old_logps, pack.advantages, low, high)}
+    if cfg.tis:  # truncated importance sampling (Ionides 2008): min(pi_trainer / pi_sampler, cap)
+        losses["tis_weight"] = (old_logps - pack.logps).exp().clamp(max=cfg.tis)
+        losses["policy_loss"] = losses["policy_loss"] * losses["tis_weight"]
+    gap, off = old_logps - pack.logps, (logps.detach() - old_logps).exp() - 1
+    return losses | {
+        "entropy": entropies,
+        "surprisal": -logps,  # as the entropy, if draws follow the log-probs
+        "clip_fraction": (off < -low) | (off > high),
+        "ratio_diff": off.abs(),
+        "logp_diff": gap.abs(),  # 0 of a stale token
+        "sampler_kl": gap.exp() - 1 - gap,  # k3 estimate of KL(sampler | trainer)
+        "stale_tokens": pack.stale,
+    }
 
 
-def train(
-    pair: tuple, parts: list, rates: list[float], losses_of: Callable, step: int, world
-) -> dict[str, float]:
-    """One pass over the parts of a batch, an optimiser step for each rate; critic or policy.
+def train(learner: Learner, parts: list, losses_of: Callable, step: int) -> dict[str, float]:
+    """One pass over the parts of a batch in equal minibatches, an optimiser step for each.
 
     losses_of(model, pack) -> {name: (R,)}, of which the first is the loss. A minibatch's loss is
     its sum over all trained tokens of all ranks, divided by their number, which is known before
     backward: the gradient is the same however tokens are cut into packs, and whoever has them.
 
-    -> means over all tokens; grad_norm, lr, tokens. A loss or gradient that is not finite is a
-    FloatingPointError on all ranks, before the step.
+    -> means over all tokens; norm of the gradient, lr, tokens. A loss or gradient that is not
+    finite is a FloatingPointError on all ranks, before the step.
     """
-    (model, optimizer), size = pair, len(parts) // len(rates)
-    totals, norms, tokens_in_all = Counter(), [], 0
-    for k, rate in enumerate(rates):
+    learner.move("gpu")
+    model, optimizer, world = learner.model, learner.optimizer, learner.world
+    totals, norms, tokens_in_all, size = Counter(), [], 0, len(parts) // learner.steps
+    for k, rate in enumerate(rates(step, learner.steps, learner.lr, learner.warmup)):
         packs = sum(parts[k * size : (k + 1) * size], [])
         (tokens,) = distributed.sums(world, sum(len(pack.targets) for pack in packs))
         optimizer.param_groups[0]["lr"] = rate
@@ -376,10 +371,8 @@ def train(
         totals.update(dict(zip(columns, sums, strict=True)))
         tokens_in_all += tokens
     means = {name: total / max(tokens_in_all, 1) for name, total in totals.items()}
-    return means | {"grad_norm": sum(norms) / len(norms), "lr": rates[-1], "tokens": tokens_in_all}
-
-
-# ------------------------------------------------------------------ what a step leaves behind
+    norm = sum(norms) / len(norms)
+    return means | {learner.norm: norm, "lr": rate, "tokens": tokens_in_all}
 
 
 def describe(rollouts: list[Rollout], world) -> dict[str, float]:
@@ -391,29 +384,13 @@ def describe(rollouts: list[Rollout], world) -> dict[str, float]:
         row |= {f"reward_{kind}": r.reward, f"length_{kind}": len(r.response_ids)}
         row |= {"no_box": status in NO_BOX, "unparsed": status in UNREAD}
         row |= {f"{kind}/{name}": n > 0 for name, n in behaviors.count(r.text).items()}
-        row |= watched(r)
+        if patterns := r.problem.extra.get("watch"):  # {name: pattern}; shown by `group`
+            own = {"reward": r.reward} | behaviors.watched(r.text, patterns)
+            group = r.problem.extra.get("group", "all")
+            row |= {f"{name}/{group}": float(value) for name, value in own.items()}
         for name, value in row.items():
             values[name].append(value)
     return distributed.means(world, {name: (sum(x), len(x)) for name, x in values.items()})
-
-
-def watched(rollout: Rollout) -> dict[str, float]:
-    """What its row asks for in a column `watch`, {name: pattern}: whether the response matches,
-    and the reward, to be averaged over all rows of the same `group`.
-    """
-    row = rollout.problem.extra
-    patterns, group = row.get("watch"), row.get("group", "all")
-    if not patterns:
-        return {}
-    shown = {"reward": rollout.reward} | behaviors.watched(rollout.text, patterns)
-    return {f"{name}/{group}": float(value) for name, value in shown.items()}
-
-
-def card_of(cfg: Config, step: int) -> str:
-    """README.md of an exported policy."""
-    title, run = "Open Vision Reasoner, stage 2: multimodal reinforcement learning", Path(cfg.out)
-    context = cfg.prompt_tokens + cfg.longest
-    return model_card(title, cfg, run / "model", run, context, {"step": step})
 
 
 # ------------------------------------------------------------------ start and loop
@@ -423,19 +400,17 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequenc
     """Those whose prompts are not too long; each rank checks a share. Of no name none."""
     if not name:
         return []
-    share = (world.rank, world.size)
-    problems = data.read_problems(name, columns=cfg.columns, share=share)
-    lengths, ids = {}, {}
+    problems = data.read_problems(name, columns=cfg.columns, share=(world.rank, world.size))
+    checked, first = {}, {}  # first: row that has an id
     for i in range(world.rank, len(problems), world.size):
         p = problems[i]
-        lengths[i] = data.prompt_length(p.prompt, p.images, tokenizer, settings, p.place)
-        ids[i] = p.id
-    ids = distributed.union(world, ids)
-    if len({*ids.values()}) < len(ids):  # read_problems sees those of one rank
-        ((twin, count), *_) = Counter(ids.values()).most_common(1)
-        rows = [i + 1 for i, own in sorted(ids.items()) if own == twin]
-        raise ValueError(f"{name}: {count} rows, as {rows[:2]}, have the id {twin!r}")
-    lengths = distributed.union(world, lengths)
+        length = data.prompt_length(p.prompt, p.images, tokenizer, settings, p.place)
+        checked[i] = length, p.id
+    checked = distributed.union(world, checked)
+    for i, (_, own) in sorted(checked.items()):  # read_problems compares those of one rank
+        if first.setdefault(own, i) != i:
+            raise ValueError(f"{name}: rows {first[own] + 1} and {i + 1} have the id {own!r}")
+    lengths = {i: length for i, (length, _) in checked.items()}
     problems, too_long = data.filter_long(problems, cfg.prompt_tokens, lengths)
     fault = f"{name}: {too_long} problems left out: prompts over {cfg.prompt_tokens} tokens"
     if not len(problems):
@@ -445,21 +420,22 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequenc
     return problems
 
 
-def load_models(cfg: Config, directory: str, world) -> dict[str, tuple]:
-    """{"policy": (model, optimizer), "critic": ...}, from one model; grpo has no critic."""
+def load_models(cfg: Config, directory: str, world) -> dict[str, Learner]:
+    """{"policy": ..., "critic": ...}, from one model; grpo has no critic."""
     learns = distributed.Trained(cfg.train_vision, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    models, how = {}, (learns, cfg.recompute, cfg.compile)
-    heads = {"policy": "lm"} | ({"critic": "value"} if cfg.algorithm == "ppo" else {})
-    for name, head in heads.items():
+    kinds = {"policy": ("lm", cfg.lr, cfg.policy_steps, "grad_norm")}
+    if cfg.algorithm == "ppo":
+        kinds["critic"] = "value", cfg.critic_lr, cfg.critic_steps, "critic_grad_norm"
+    learners = {}
+    for name, (head, lr, steps, norm) in kinds.items():
         torch.manual_seed(cfg.seed)  # the value head, the same on every rank
-        model = distributed.load(directory, world, head, *how)
+        model = distributed.load(directory, world, head, learns, cfg.recompute, cfg.compile)
         trained = [p for p in model.parameters() if p.requires_grad]
         # the learning rate is train()'s
         optimizer = torch.optim.AdamW(trained, 0.0, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-        models[name] = (model, optimizer)
-        if cfg.offload:  # before the next one comes: a GPU has no room for both
-            distributed.move(model, optimizer, "cpu")
-    return models
+        learners[name] = Learner(model, optimizer, world, lr, steps, cfg.warmup, norm, cfg.offload)
+        learners[name].move("host")  # before the next one comes: a GPU has no room for both
+    return learners
 
 
 def refuse_gap(gap: float, world, when: str):
@@ -482,43 +458,27 @@ def main(cfg: Config):
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     problems = load_problems(cfg.data, cfg, world, tokenizer, settings)
     held_out = load_problems(cfg.eval_data, cfg, world, tokenizer, settings)
-    room = cfg.sampler_batch, cfg.prompt_tokens + cfg.longest, cfg.kv_cache_gb
     # before the trained models: vLLM measures the memory that is free when it starts
+    room = cfg.sampler_batch, cfg.context, cfg.kv_cache_gb
     sampler = open_sampler(cfg.sampler, directory, world, room)
     sampler.rest()
-    models = load_models(cfg, directory, world)
+    learners = load_models(cfg, directory, world)
+    policy, critic = learners["policy"], learners.get("critic")
+    pairs = {name: (learner.model, learner.optimizer) for name, learner in learners.items()}
     if state:
-        checkpoint.load_state(state, models)
-    policy, critic = models["policy"][0], models.get("critic", (None,))[0]
+        checkpoint.load_state(state, pairs)
     known_prompt = canary(problems, tokenizer, settings, cfg.prompt_tokens)
     encode = partial(data.encode_problem, tokenizer=tokenizer, settings=settings)
-    cost, losses_of = partial(train_flops, policy.config), partial(policy_losses, cfg=cfg)
-    peaks = []  # GB that a rank had, taken wherever memory may be given back
-
-    def offload(name: str, device, for_moments=None):
-        """A model comes to its GPU to work, or goes to host memory to wait."""
-        peaks.append(distributed.peak_gb(world))
-        if cfg.offload:
-            distributed.move(*models[name], device, for_moments)
-
-    def rehearse():
-        """The largest pack through both models, so that memory fails now or not at all."""
-        pack = full_pack(cfg.pack_tokens)
-        pack = with_blank_picture(pack) if cfg.train_vision else pack
-        for name in models:
-            offload(name, world.device)
-            gb = distributed.rehearse(*models[name], pack, world)
-            offload(name, "cpu")
-            if world.main:
-                print(f"rehearsal: {name}, a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
+    cost, losses_of = partial(train_flops, policy.model.config), partial(policy_losses, cfg=cfg)
+    card = partial(model_card, TITLE, cfg, run / "model", run, cfg.context)
 
     def sync(when: str):
         """The sampler gets the policy's weights, and has to agree with it on a known prompt."""
-        offload("policy", world.device, for_moments="cpu")  # which leaves their room to the engine
-        sampler.sync(distributed.whole_weights(policy, world.dtype))
-        gap = canary_gap(sampler, policy, known_prompt, cfg.train_vision)
-        distributed.release(policy)
-        offload("policy", "cpu")
+        policy.move("weights")  # which leaves the room of its moments to the engine
+        sampler.sync(distributed.whole_weights(policy.model, world.dtype))
+        gap = canary_gap(sampler, policy.model, known_prompt, cfg.train_vision)
+        distributed.release(policy.model)
+        policy.move("host")
         refuse_gap(distributed.largest(world, gap), world, when)
 
     def evaluate(step: int, budget: int) -> dict[str, float]:
@@ -529,7 +489,15 @@ def main(cfg: Config):
         timer("evaluate")
         return solved(sampler, held_out, budget, world)
 
-    rehearse()
+    # a rehearsal: the largest pack through both models, so that memory fails now or not at all
+    pack = full_pack(cfg.pack_tokens)
+    pack = with_blank_picture(pack) if cfg.train_vision else pack
+    for name, learner in learners.items():
+        learner.move("gpu")
+        gb = distributed.rehearse(*pairs[name], pack, world)
+        learner.move("host")
+        if world.main:
+            print(f"rehearsal: {name}, a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
     sync("at the start")
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     batches = Batches(cfg, world, sampler, problems, start)
@@ -538,64 +506,57 @@ def main(cfg: Config):
         for step in range(start, cfg.steps):
             # 1. sample: P problems, text and pictures mixed, G responses each, by today's policy
             timer("sample")
-            budget = length_budget(step, cfg.lengths)
+            budget = [tokens for first, tokens in cfg.lengths if first <= step][-1]
             rollouts = batches.sample(step, budget)
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
             give_rewards(rollouts)
             metrics = describe(rollouts, world) | {"length_budget": budget}
-            if cfg.resample:
-                rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
+            rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
             sampler.rest()  # also where they were read: the last sync has woken it
             # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
             timer("pack")
-            rollouts, lengths = batches.collect(step, rollouts)
-            metrics |= batches.counts
-            parts = share_packs(rollouts, lengths, cfg, cost, encode, world)
+            rollouts = batches.collect(step, rollouts)
+            parts = share_packs(rollouts, cfg, cost, encode, world)
             packs = sum(parts, [])
             # 4. advantages: of every token, how much better than expected?
             timer("advantages")
             if critic:
-                offload("critic", world.device)
-                critic_values(critic, packs, world)
+                critic_values(critic, packs)
                 for p in packs:
                     p.advantages, p.returns = gae(p.rewards, p.values, p.counts, GAMMA, cfg.lam)
                 normalise(packs, world)
                 metrics |= critic_metrics(packs, world)
             else:
                 metrics |= compare_samples(rollouts, packs, cfg.samples)
-            traced = trace_rows(step, rollouts, packs, tokenizer, world)
             # 5. update: the critic in some steps and the policy in one, by the same function
             timer("update")
             if critic:
-                lrs = rates(step, cfg.critic_steps, cfg.critic_lr, cfg.warmup)
-                of_critic = train(models["critic"], parts, lrs, critic_losses, step, world)
-                metrics |= of_critic | {"critic_grad_norm": of_critic["grad_norm"]}
-                offload("critic", "cpu")
-            offload("policy", world.device)
+                metrics |= train(critic, parts, critic_losses, step)
+                critic.move("host")
             if cfg.policy_steps > 1:
-                store_old_logps(policy, packs, world)
-            lrs = rates(step, cfg.policy_steps, cfg.lr, cfg.warmup)
-            metrics |= train(models["policy"], parts, lrs, losses_of, step, world)
+                store_old_logps(policy, packs)
+            metrics |= train(policy, parts, losses_of, step)
             refuse_gap(metrics["logp_diff"], world, f"step {step}")
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            solved_now = evaluate(step, budget)
-            metrics |= solved_now | timer.seconds() | {"peak_gb": max(peaks)}
-            log.log(step, metrics, (*SHOWN, *solved_now))
+            metrics |= evaluate(step, budget) | batches.counts | timer.seconds()
+            metrics["peak_gb"] = max(learner.peak_gb for learner in learners.values())
+            log.log(step, metrics, [name for name in SHOWN if name in metrics])
             log.append("rollouts", (row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
-            log.append("trace", traced)
-            log.append("lengths", [batches.add_lengths(step, rollouts)])
+            log.append("trace", trace_rows(step, rollouts, packs, tokenizer, world))
+            log.append("lengths", [{"step": step, "lengths": batches.new_lengths}])
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
-                saver.save(step + 1, models, policy, card_of(cfg, step + 1))
+                saver.save(step + 1, pairs, policy.model, card({"step": step + 1}))
             if stopped:
                 break
     if not stopped:
-        offload("policy", world.device)
-        checkpoint.export(policy, run / "model", directory, world.dtype, card_of(cfg, cfg.steps))
+        policy.move("gpu")
+        card_at_the_end = card({"step": cfg.steps})
+        checkpoint.export(policy.model, run / "model", directory, world.dtype, card_at_the_end)
     elif world.main:
         print(stop.advice)
     log.close()

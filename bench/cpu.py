@@ -352,25 +352,23 @@ def as_qwen2(folder: Path, kind=hf.Qwen2ForCausalLM):
 
 def our_iteration(c: rl.Config, models: dict, problems, lengths: list[int], sampler, drawn: set):
     """The steps of rl.main, all but log and checkpoint. drawn: gets its tokens."""
-    policy, cost = models["policy"][0], partial(train_flops, sampler.model.config)
+    policy, cost = models["policy"].model, partial(train_flops, sampler.model.config)
     with ending(sampler, lengths, problems, c.samples):
         rollouts = sampler.generate(problems, c.samples, max(lengths), seed=(0,))
     for r, r.reward in zip(rollouts, odd([r.response_ids for r in rollouts]), strict=True):
         r.verdict = rl.grade(r.problem.answer, r.text)
-    rollouts, sizes = packs.exchange(rollouts, problems, ALONE)
-    parts = packs.share_packs(rollouts, sizes, c, cost, None, ALONE)
+    rollouts = packs.exchange(rollouts, problems, ALONE)
+    parts = packs.share_packs(rollouts, c, cost, None, ALONE)
     if c.algorithm == "ppo":
         every = sum(parts, [])
-        rl.critic_values(models["critic"][0], every, ALONE)
+        rl.critic_values(models["critic"], every)
         for p in every:
             p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, c.lam)
         rl.normalise(every, ALONE)
-        rates = rl.rates(0, c.critic_steps, c.critic_lr, c.warmup)
-        rl.train(models["critic"], parts, rates, rl.critic_losses, 0, ALONE)
+        rl.train(models["critic"], parts, rl.critic_losses, 0)
     else:
         rl.compare_samples(rollouts, sum(parts, []), c.samples)
-    rates, losses_of = rl.rates(0, c.policy_steps, c.lr, c.warmup), partial(rl.policy_losses, cfg=c)
-    metrics = rl.train(models["policy"], parts, rates, losses_of, 0, ALONE)
+    metrics = rl.train(models["policy"], parts, partial(rl.policy_losses, cfg=c), 0)
     sampler.sync(distributed.whole_weights(policy))
     rollout.canary_gap(sampler, policy, problems[0], False)
     drawn.add(int(metrics["tokens"]))

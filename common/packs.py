@@ -6,12 +6,9 @@
 
 A pack is a micro-batch: whole documents back to back up to a budget of tokens, no padding, no cut.
 What is trained follows from lengths, never from token ids: a mask of `ids == pad` also masks the
-stop token. From here on a pack carries its own numbers, one for each trained token.
-
-Ranks run their k-th packs together and wait for the costliest, as FSDP gathers each layer from all.
-Attention grows with the square of a document's length (PaLM, arXiv 2204.02311, app. B): one of 64k
-tokens takes 1.7 times as long as eight of 8k. Hence documents are balanced by FLOPs, not by tokens.
-Every rank makes the same plan from the same lengths. The paper says "sample packing" and no more.
+stop token. Attention grows with the square of a document's length (PaLM, arXiv 2204.02311, app. B):
+one of 64k tokens takes 1.7 times as long as eight of 8k. Hence documents are balanced by FLOPs. The
+paper says "sample packing" and no more.
 
 Dimensions: T tokens of a pack, R trained, S patches, M image tokens.
 """
@@ -20,6 +17,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -150,45 +148,40 @@ def with_blank_picture(pack: Pack) -> Pack:
 # ------------------------------------------------------------------ the rollouts of all ranks
 
 
-def exchange(rollouts: list, problems: list, world) -> tuple[list, list[int]]:
-    """Every rank's rollouts on every rank, in the order of the batch; and the tokens of each.
-
-    Ids and log-probs travel as arrays, 8 bytes a token, verdicts and rewards with them; prompts and
-    texts stay where they are.
+def exchange(rollouts: list, problems: Sequence, world) -> list:
+    """Every rank's rollouts on every rank, in the order of the batch. Ids and log-probs travel as
+    arrays, 8 bytes a token, prompts without pictures; texts stay where they are.
     """
-    mine, sent = {(r.index, r.sample): r for r in rollouts}, {}
+    mine, sent, prompts = {(r.index, r.sample): r for r in rollouts}, {}, {}
     for key, r in mine.items():
+        bare = prompts[r.index] = prompts.get(r.index) or replace(r.prompt, patches=None)
         ids, logps = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
-        bare = replace(r, problem=None, prompt=None, text="", response_ids=ids, logps=logps)
-        sent[key] = bare, len(r.document)
-    every, lengths = [], []
-    for key, (bare, length) in sorted(distributed.union(world, sent).items()):
-        every.append(mine.get(key) or replace(bare, problem=problems[bare.index]))
-        lengths.append(length)
-    return every, lengths
+        sent[key] = replace(r, problem=None, prompt=bare, text="", response_ids=ids, logps=logps)
+    every = sorted(distributed.union(world, sent).items())
+    return [mine.get(key) or replace(r, problem=problems[r.index]) for key, r in every]
 
 
-def share_packs(
-    rollouts: list, lengths: list[int], cfg, cost: Callable, encode: Callable, world
-) -> list[list[Pack]]:
+def share_packs(rollouts: list, cfg, cost: Callable, encode: Callable, world) -> list[list[Pack]]:
     """This rank's packs of each part of the batch, with the sampler's log-probs and the rewards.
 
     A part is whole problems and does not depend on the number of ranks, so that an optimiser that
     takes a step a part takes the same steps on any. cfg: parts, pack_tokens, train_vision. encode:
-    a problem's prompt, for rollouts of other ranks.
+    a problem's prompt, for pictures of other ranks.
     """
-    starts = [i for i, r in enumerate(rollouts) if i == 0 or r.index != rollouts[i - 1].index]
+    lengths, groups = [len(r.document) for r in rollouts], [r.index for r in rollouts]
+    starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     edges = [starts[len(starts) * k // cfg.parts] for k in range(cfg.parts)] + [len(rollouts)]
-    prompts, shares = {}, []
-    for first, end in zip(edges, edges[1:], strict=False):
-        groups = [r.index for r in rollouts[first:end]]
-        plan = plan_packs(lengths[first:end], groups, cfg.pack_tokens, world.size, cost)
+    whole = [r for r in rollouts if r.prompt.patches is not None or not r.prompt.grids]
+    prompts, shares = {r.index: r.prompt for r in whole}, []
+    for first, end in pairwise(edges):
+        plan = plan_packs(lengths[first:end], groups[first:end], cfg.pack_tokens, world.size, cost)
         shares.append([])
         for members in plan[world.rank]:
             members = sorted((first + i for i in members), key=lengths.__getitem__)
             for r in (rollouts[i] for i in members):
-                r.prompt = r.prompt or prompts.get(r.index) or encode(r.problem)
-                prompts[r.index] = r.prompt  # samples share the object, and so its rows in a pack
+                if r.index not in prompts:
+                    prompts[r.index] = encode(r.problem)
+                r.prompt = prompts[r.index]  # samples share the object, and so its rows in a pack
             pack = rollout_pack([rollouts[i] for i in members], members)
             # ranks gather a trained tower together, and Adam wants a gradient of 0, not none
             shares[-1].append(with_blank_picture(pack) if cfg.train_vision else pack)
@@ -200,11 +193,12 @@ def rollout_pack(rollouts: list, members: list[int]) -> Pack:
     pack = make_pack(rollouts, members, share_prompts=True) if rollouts else filler_pack()
     pack.logps = torch.cat([torch.zeros(0), *(torch.as_tensor(r.logps) for r in rollouts)])
     pack.stale = torch.zeros(len(pack.targets), dtype=torch.bool)
-    for stale, r in zip(pack.stale.split(pack.counts), rollouts, strict=False):
-        stale[: r.stale] = True
     pack.rewards = torch.zeros(len(pack.targets))
-    ends = torch.tensor(pack.counts).cumsum(0)[: len(rollouts)] - 1
-    pack.rewards[ends] = torch.tensor([float(r.reward) for r in rollouts])
+    end = 0
+    for r, count in zip(rollouts, pack.counts, strict=False):  # a filler counts none
+        pack.stale[end : end + r.stale] = True
+        end += count
+        pack.rewards[end - 1] = r.reward
     return pack
 
 
@@ -220,9 +214,9 @@ def plan_packs(
 ) -> list[list[list[int]]]:
     """For each rank its packs, for each pack the indices of its documents; an empty one: a filler.
 
-    Every rank gets equally many packs. A step lasts as long as the costliest k-th packs take,
-    summed over k. So packs are filled row by row, one a rank, from the costliest documents on:
-    where there are few, long ones meet long ones.
+    Every rank gets equally many packs, and all make the same plan. Ranks run their k-th packs
+    together and wait for the costliest, as FSDP gathers each layer from all. So packs are filled
+    row by row, one a rank, from the costliest documents on: long ones meet long ones.
 
     groups: the problem of each document, whose samples stay together as far as that costs no
     waiting, since they can share their prompt. cost: FLOPs of a document of so many tokens.
@@ -238,10 +232,23 @@ def plan_packs(
         # somewhat above a pack's share, or the last pieces would find no place
         limit = 1.05 * costs.sum() / (rows * ranks) + min(costs, default=0)
         size = budget / PIECE
-    packs, rest = [], cut_groups(tokens, costs, groups, size, limit / PIECE)
-    while rest:
-        row, rest = fill(rest, tokens, costs, ranks, budget, limit)
-        packs += row
+    packs, pieces = [], cut_groups(tokens, costs, groups, size, limit / PIECE)
+    while pieces:
+        row, rest = [[] for _ in range(ranks)], []
+        room, load = np.full(ranks, budget), np.zeros(ranks)
+        # a row that begins with a costly document may be as costly as that one
+        most = max(limit, costs[pieces[0]].sum())
+        for piece in pieces:  # into the cheapest pack that has room for its tokens and its cost
+            piece_tokens, piece_cost = tokens[piece].sum(), costs[piece].sum()
+            fits = (room >= piece_tokens) & (load + piece_cost <= most)
+            best = int(np.where(fits, load, np.inf).argmin())
+            if fits[best]:
+                row[best] += piece
+                room[best] -= piece_tokens
+                load[best] += piece_cost
+            else:
+                rest.append(piece)
+        packs, pieces = packs + row, rest
     packs.sort(key=lambda members: -costs[members].sum())  # what costs about the same runs together
     return [packs[rank::ranks] for rank in range(ranks)]
 
@@ -258,26 +265,3 @@ def cut_groups(tokens, costs, groups: Sequence, size: float, work: float) -> lis
             piece = [i]
         newest[group] = piece
     return sorted([*pieces, *newest.values()], key=lambda piece: -costs[piece].sum())
-
-
-def fill(
-    pieces: list[list[int]], tokens, costs, ranks: int, budget: int, limit: float
-) -> tuple[list[list[int]], list[list[int]]]:
-    """-> a pack for each rank, and the pieces that are left over. Each piece goes into the cheapest
-    pack that has room for its tokens, and for its cost up to the limit; a row that begins with a
-    costly document may be as costly as that one.
-    """
-    packs, rest = [[] for _ in range(ranks)], []
-    room, load = np.full(ranks, budget), np.zeros(ranks)
-    limit = max(limit, costs[pieces[0]].sum())
-    for piece in pieces:
-        size, work = tokens[piece].sum(), costs[piece].sum()
-        fits = (room >= size) & (load + work <= limit)
-        best = int(np.where(fits, load, np.inf).argmin())
-        if not fits[best]:
-            rest.append(piece)
-            continue
-        packs[best] += piece
-        room[best] -= size
-        load[best] += work
-    return packs, rest

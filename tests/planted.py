@@ -52,8 +52,8 @@ def one_slot_further(inputs):
 def read_late(values):
     """A wrapper of rl.critic_values."""
 
-    def critic_values(critic, packs, world):
-        values(critic, packs, world)
+    def critic_values(critic, packs):
+        values(critic, packs)
         for pack in packs:
             parts = pack.values.split(pack.counts)
             pack.values = torch.cat([torch.cat([v[1:], v[-1:]]) for v in parts])
@@ -64,10 +64,10 @@ def read_late(values):
 def with_rewards_of_neighbours(share):
     """A wrapper of packs.share_packs."""
 
-    def share_packs(rollouts, lengths, cfg, *rest):
+    def share_packs(rollouts, cfg, *rest):
         others = rollouts[cfg.samples :] + rollouts[: cfg.samples]
         pairs = zip(rollouts, others, strict=True)
-        return share([replace(r, reward=o.reward) for r, o in pairs], lengths, cfg, *rest)
+        return share([replace(r, reward=o.reward) for r, o in pairs], cfg, *rest)
 
     return share_packs
 
@@ -79,7 +79,7 @@ def coarse(made, weights):
 
 
 def estranged(models):
-    group = models["policy"][1].param_groups[0]
+    group = models["policy"].optimizer.param_groups[0]
     group["params"] = [torch.nn.Parameter(w.detach().clone()) for w in group["params"]]
     return models
 

@@ -4,8 +4,7 @@ Of each step rl.py keeps samples of one problem, token by token: what the sample
 token (log p), what the critic expected before it (value V), and what it is credited with (advantage
 A). common/batches.py chooses and writes them; the report shows them in colour.
 
-    python -m tools.trace                                 # the last such step of out/laptop/rl
-    python -m tools.trace --run out/ovr_7b/rl --step 40
+    python -m tools.trace --run out/ovr_7b/rl --step 40       # default: out/laptop/rl
 """
 
 import math
@@ -23,8 +22,7 @@ class Config:
 
 
 def page(rows: list[dict]) -> str:
-    first, best, worst = (*rows[:1], *(f(rows, key=lambda row: row["reward"]) for f in (max, min)))
-    count = len(first["images"])
+    first, count = rows[0], len(rows[0]["images"])
     shown = f"{count} picture{'s' if count > 1 else ''}, " if count else ""
     lines = [f"step {first['step']}", f"1 sample     {first['id']}: {first['prompt']!r}"]
     lines += [f"             {shown}reference answer {first['answer']}"]
@@ -33,16 +31,15 @@ def page(rows: list[dict]) -> str:
         cut = "" if row["stopped"] else ", cut at the length budget"
         lines += [f"2 reward     #{row['sample']}  {row['status']}{cut}, reward {row['reward']:g}"]
     lines += [f"3 pack       {', '.join(str(row['length']) for row in rows)} trained tokens"]
+    best, worst = (pick(rows, key=lambda row: row["reward"]) for pick in (max, min))
     for row in [best] if best is worst else [best, worst]:
         lines += [f"4 advantages #{row['sample']}, reward {row['reward']:g}"]
         lines += ["             token           log p   value V  advantage A   5 update"]
         values = row["values"] or [math.nan] * len(row["tokens"])  # grpo has no critic
-        columns = (row["tokens"], row["logps"], values, row["advantages"])
-        for token, logp, value, advantage in zip(*columns, strict=True):
-            push = "likelier" if advantage > 0 else "less likely" if advantage < 0 else "-"
-            lines += [
-                f"             {token:14} {logp:6.2f} {value:9.2f} {advantage:12.2f}   {push}"
-            ]
+        columns = row["tokens"], row["logps"], values, row["advantages"]
+        for token, logp, value, a in zip(*columns, strict=True):
+            push = "likelier" if a > 0 else "less likely" if a < 0 else "-"
+            lines += [f"             {token:14} {logp:6.2f} {value:9.2f} {a:12.2f}   {push}"]
     return "\n".join([*lines, "6 sync       the sampler gets the new weights"])
 
 

@@ -10,8 +10,6 @@ the tower as one row per 2x2 patches, and are written over the embeddings of the
 
 Parameters are named as in the hub's files; logits and gradients equal those of transformers to
 float rounding (tests/test_model.py). FSDP, dtype and recomputation are applied from outside.
-
-Sources: Qwen2.5-VL (arXiv 2502.13923, sec. 2.1), M-RoPE: Qwen2-VL (arXiv 2409.12191, sec. 2.1).
 Dimensions: T tokens of a pack, E of its documents (T, unless they share a prompt), N rows of a KV
 cache, S patches, R rows wanted, H heads, K KV heads, D head dim, C width, V vocabulary.
 """
@@ -31,7 +29,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import hf_storage
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 try:
@@ -41,9 +38,8 @@ except ImportError:  # torch's own attention does the same
 
 VISION_ROPE_THETA = 10_000.0  # Qwen2.5-VL's vision tower; not in config.json
 HEAD_CHUNK = 2048  # rows of logits at a time: 2048 x 152k x 4 B = 1.2 GB; 64k rows would be 40 GB
-COMPANIONS = (  # a model directory's tokenizer, chat template, image and sampling settings
-    "*token*.json vocab.json merges* chat_template* *processor_config.json generation_config.json"
-)
+COMPANIONS = "*token*.json", "vocab.json", "merges*", "chat_template*", "*processor_config.json"
+COMPANIONS += ("generation_config.json",)  # what else a model directory holds
 
 Folder = str | Path
 Rope = tuple[Tensor, Tensor]  # cos and sin of the rotary angles
@@ -101,8 +97,7 @@ class Config:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        ids = self.eos_token_id
-        return ids if isinstance(ids, tuple) else (ids,)
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
@@ -117,13 +112,11 @@ def read_config(directory: Folder) -> Config:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         flat = raw | (raw.get("text_config") or {})
-        # rope holds mrope_section, in newer files rope_theta too
-        rope = flat.get("rope_scaling") or flat["rope_parameters"]
+        rope = flat.get("rope_scaling") or flat["rope_parameters"]  # in newer files, with theta
         kinds = raw["model_type"], rope.get("rope_type", rope.get("type", "mrope"))
-        if kinds not in (("qwen2_5_vl", "mrope"), ("qwen2_5_vl", "default")):
-            raise ValueError(f"model and rope are of type {kinds}, not qwen2_5_vl and mrope")
-        if flat.get("use_sliding_window") or flat.get("hidden_act", "silu") != "silu":
-            raise ValueError("it has use_sliding_window, or a hidden_act other than silu")
+        kinds += (bool(flat.get("use_sliding_window")),)
+        if kinds not in (("qwen2_5_vl", "mrope", False), ("qwen2_5_vl", "default", False)):
+            raise ValueError(f"its model_type, rope_type, use_sliding_window are {kinds}")
         # the top level says whether the head is tied: text_config may repeat a default instead
         tied = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
         vision = VisionConfig(**known_fields(VisionConfig, raw["vision_config"]))
@@ -166,8 +159,7 @@ class Inputs:
     patches: Tensor | None = None  # (S, 1176) float32: the pixels of every picture, once
     grids: list[Grid] = ()  # of the pictures, in patches
     slots: Tensor | None = None  # (M,) int64: the tokens that show them, in the tower's order
-    # (E,) int64: all documents' rows of ids, where some share a prompt that stands there once
-    expand: Tensor | None = None
+    expand: Tensor | None = None  # (E,) int64: all documents' rows of ids, if some share a prompt
 
 
 def mrope_positions(length: int, images: list[tuple[int, Grid]], merge: int = 2) -> Tensor:
@@ -210,9 +202,8 @@ def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) -> Tensor:
     """Attention within each document of a pack. q (T, H, D), k and v (T, K, D) -> (T, H, D).
 
-    One call for each run of documents of equal length, with the kernel's own causal mask: windows
-    of a picture go together, two long documents one by one. A (T, T) mask never exists. flash-attn,
-    where it is installed, does all documents in one call (not yet run on a GPU).
+    One call for each run of documents of equal length, with the kernel's own causal mask, never a
+    (T, T) one. flash-attn, where installed, does all in one call (not yet run on a GPU).
     """
     if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
         ends, longest = ends_of(tuple(lengths), q.device), max(lengths)
@@ -273,9 +264,7 @@ class KVCache:
         self.layers, self.lengths = self.layers[:, :, rows], self.lengths[rows]
 
     def keep(self, live: Tensor) -> Tensor:
-        """Drops the rows that have ended: live (N,) bool -> rows (n,), as if by take(rows), which
-        would copy the whole cache. Here the last live rows move into the gaps.
-        """
+        """Drops ended rows as take(rows) would; only the last move. live (N,) bool -> rows (n,)."""
         count = int(live.sum())
         rows = torch.arange(count, device=live.device)
         gaps, last = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
@@ -289,9 +278,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """Rounds before it multiplies, as transformers and vLLM do. nn.RMSNorm rounds after: in bf16
-    its log-probs are off from theirs by 0.005, as much as bf16 itself.
-    """
+    """Rounds before it multiplies, as transformers and vLLM do; nn.RMSNorm is 0.005 off in bf16."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -312,50 +299,28 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class VisionAttention(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.heads = c.num_heads
-        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
-        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
-
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)  # (S, H, D) each
-        q, k = (rotate(y.float(), rope).to(v.dtype) for y in (q, k))
-        return self.proj(attend(q, k, v, lengths, causal=False).flatten(1))
-
-
 class VisionBlock(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(c.hidden_size, 1e-6), RMSNorm(c.hidden_size, 1e-6)
-        self.attn = VisionAttention(c)
-        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
+        width, self.heads = c.hidden_size, c.num_heads
+        self.norm1, self.norm2 = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
+        self.attn = nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = SwiGLU(width, c.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, lengths)
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1))
+        q, k, v = qkv.unbind(1)  # (S, H, D) each
+        q, k = (rotate(y.float(), rope).to(v.dtype) for y in (q, k))
+        x = x + self.attn.proj(attend(q, k, v, lengths, causal=False).flatten(1))
         return x + self.mlp(self.norm2(x))
-
-
-class Merger(nn.Module):
-    """Four neighbouring patches become one token of the decoder."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        wide = c.hidden_size * c.spatial_merge_size**2
-        self.ln_q, out = RMSNorm(c.hidden_size, 1e-6), nn.Linear(wide, c.out_hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
 
 
 def window_order(grids: list[Grid], merge: int, side: int) -> tuple[Tensor, Tensor, list[int]]:
     """Windows without masks (arXiv 2502.13923, sec. 2.1.1): the patches of one become neighbours.
 
-    Patches come in 2x2 blocks, row by row inside a block. side: of a window in blocks. -> the new
-    order (S/4,) of the blocks, row and column (S, 2) of the patches in that order, the patches of
-    each window: fewer at the right and lower edge, never padded.
+    Patches come in 2x2 blocks; a window has `side` x `side` blocks, fewer at the edges, no padding.
+    -> new order (S/4,) of the blocks, row and column (S, 2) of patches in it, patches per window.
     """
     order, places, lengths, start = [], [], [], 0
     for _, h, w in grids:
@@ -377,60 +342,29 @@ class VisionTower(nn.Module):
         self.config = c
         # The hub has a Conv3d here. Its stride is its kernel: one product with flattened patches.
         shape = (c.hidden_size, c.in_chans, c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Module()})
         start = torch.randn(shape) / math.prod(shape[1:]) ** 0.5
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Module()
         self.patch_embed.proj.weight = nn.Parameter(start)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
-        self.merger = Merger(c)
+        self.merger, wide = nn.Module(), c.hidden_size * c.spatial_merge_size**2
+        self.merger.ln_q, out = RMSNorm(c.hidden_size, 1e-6), nn.Linear(wide, c.out_hidden_size)
+        self.merger.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), out)
 
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
         """patches (S, 1176) of B images -> (S/4, width of the decoder): a row an image token."""
         c, device, merge = self.config, patches.device, self.config.spatial_merge_size
-        side = c.window_size // c.patch_size // merge
-        order, places, windows = window_order(grids, merge, side)
+        order, places, windows = window_order(grids, merge, c.window_size // c.patch_size // merge)
         pictures = [math.prod(grid) for grid in grids]
         turns = frequencies(c.hidden_size // c.num_heads // 2, VISION_ROPE_THETA, device)
         # (S, D/2): half of the frequencies turn with the row, half with the column
         rope = rotary((places.to(device)[..., None] * turns).flatten(1))
-        order = order.to(device)
-        weight = self.patch_embed.proj.weight.flatten(1)
+        order, weight = order.to(device), self.patch_embed.proj.weight.flatten(1)
         x = patches.to(weight.dtype) @ weight.T  # (S, 1176) -> (S, C)
         x = x.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
         for index, block in enumerate(self.blocks):
             x = block(x, rope, pictures if index in c.fullatt_block_indexes else windows)
-        return self.merger(x)[order.argsort()]
-
-
-class Attention(nn.Module):
-    def __init__(self, c: Config, layer: int):
-        super().__init__()
-        self.layer, self.dim = layer, c.head_dim  # layer: which of the cache's tensors are its own
-        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, cache: KVCache | None
-    ) -> Tensor:
-        """-> (T, H D), each token having seen its document up to itself.
-
-        Where responses share a prompt (inputs.expand), everything else runs once for it. Only here
-        does each need one of its own in front of it. The copies come out equal, and the first goes
-        on; the backward of index_select adds up what their keys and values pass back.
-        """
-        if inputs.lengths is None:  # one token a row, everything before it is in the cache
-            return cache.step(self.layer, q, k, v).flatten(1)
-        if cache is not None:
-            cache.fill(self.layer, k, v, inputs.lengths)
-        if inputs.expand is None:
-            return attend(q, k, v, inputs.lengths, causal=True).flatten(1)
-        every = torch.arange(len(inputs.expand), device=q.device)
-        first = every.new_zeros(len(q))  # of a token's places among the E
-        first.scatter_reduce_(0, inputs.expand, every, "amin", include_self=False)
-        q, k, v = (x.index_select(0, inputs.expand) for x in (q, k, v))
-        return attend(q, k, v, inputs.lengths, causal=True).flatten(1).index_select(0, first)
+        x = self.merger.ln_q(x).unflatten(0, (-1, merge**2)).flatten(1)  # neighbours side by side
+        return self.merger.mlp(x)[order.argsort()]
 
 
 class Block(nn.Module):
@@ -438,24 +372,43 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
+        self.layer, self.dim = layer, c.head_dim  # layer: which of the cache's tensors are its own
+        width, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
+        self.input_layernorm, self.self_attn = RMSNorm(width, c.rms_norm_eps), nn.Module()
+        self.self_attn.q_proj = nn.Linear(width, width)
+        self.self_attn.k_proj = nn.Linear(width, kv_width)
+        self.self_attn.v_proj = nn.Linear(width, kv_width)
+        self.self_attn.o_proj = nn.Linear(width, width, bias=False)
+        self.post_attention_layernorm = RMSNorm(width, c.rms_norm_eps)
+        self.mlp = SwiGLU(width, c.intermediate_size, bias=False)
 
     def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, C) -> q (T, H, D), k and v (T, K, D)."""
         x, attn = self.input_layernorm(x), self.self_attn
         projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        q, k, v = (project(x).unflatten(1, (-1, attn.dim)) for project in projections)
+        q, k, v = (project(x).unflatten(1, (-1, self.dim)) for project in projections)
         return rotate(q, rope), rotate(k, rope), v
 
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.self_attn.o_proj(attended)
+        x = x + self.self_attn.o_proj(attended.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x: Tensor, rope: Rope, inputs: Inputs, cache: KVCache | None) -> Tensor:
-        return self.behind(x, self.self_attn(*self.before(x, rope), inputs, cache))
+        q, k, v = self.before(x, rope)
+        if inputs.lengths is None:  # one token a row, everything before it is in the cache
+            return self.behind(x, cache.step(self.layer, q, k, v))
+        if cache is not None:
+            cache.fill(self.layer, k, v, inputs.lengths)
+        if inputs.expand is None:
+            return self.behind(x, attend(q, k, v, inputs.lengths, causal=True))
+        # Responses share a prompt, for which all else runs once; only here does each have a copy.
+        # Copies come out equal, the first goes on; index_select's backward adds up what they pass.
+        every = torch.arange(len(inputs.expand), device=q.device)
+        first = every.new_zeros(len(q))  # of a token's places among the E
+        first.scatter_reduce_(0, inputs.expand, every, "amin", include_self=False)
+        q, k, v = (part.index_select(0, inputs.expand) for part in (q, k, v))
+        attended = attend(q, k, v, inputs.lengths, causal=True)
+        return self.behind(x, attended.index_select(0, first))
 
 
 class Decoder(nn.Module):
@@ -478,9 +431,6 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# ---------------------------------------------------------------------------------------- the model
-
-
 class Qwen25VL(nn.Module):
     """Policy (head="lm") or critic ("value", 1 wide), entered by logps(), values() or logits()."""
 
@@ -499,9 +449,7 @@ class Qwen25VL(nn.Module):
     def head_weight(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(
-        self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None):
         """The last layer's output at `rows` (R,), or at all tokens: (R, C)."""
         x = self.model.embed_tokens(inputs.ids)
         if inputs.patches is not None:
@@ -522,22 +470,16 @@ class Qwen25VL(nn.Module):
         """The critic's V (R,) before each trained token; near 1, bf16 would have steps of 0.008."""
         return F.linear(self.hidden(pack, pack.rows).float(), self.value_head.weight[0].float())
 
-    def logits(
-        self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def logits(self, inputs: Inputs, rows: Tensor | None = None, cache: KVCache | None = None):
         """(R, V) float32, for sampling. With a cache, a pack of N documents fills its N rows; with
         lengths=None, ids (N,) are one more token for each row.
         """
         return F.linear(self.hidden(inputs, rows, cache), self.head_weight).float()
 
 
-def chunked_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of its distribution; a long row's logits never exist.
-
-    hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,), which carry no
-    gradient. Softmax is in float32: in bf16 the log-probs are off by 0.02 on average.
+def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = HEAD_CHUNK):
+    """Log-prob of each target, and entropy of its distribution without gradient; softmax in float32
+    (bf16 is off by 0.02). hidden (R, C), weight (V, C), targets (R,) -> logps (R,), entropies (R,).
     """
     return ChunkedLogps.apply(hidden, weight, targets, chunk)
 
@@ -563,19 +505,17 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, _):
         hidden, weight, targets = ctx.saved_tensors
-        hidden_grads, weight_grad = [], None  # of a frozen head nobody wants one
-        if ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        hidden_grads, trains = [], ctx.needs_input_grad[1]  # a frozen head does not
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if trains else None
         parts = (x.split(ctx.chunk) for x in (hidden, targets, upstream[:, None]))
         for rows, wanted, slope in zip(*parts, strict=True):
             grad = F.linear(rows, weight).softmax(-1, dtype=torch.float32).neg_()  # (chunk, V)
             grad.scatter_add_(1, wanted[:, None], torch.ones_like(slope))
             grad = grad.mul_(slope).to(weight.dtype)
             hidden_grads.append(grad @ weight)
-            if weight_grad is not None:
+            if trains:
                 weight_grad += grad.T @ rows
-        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
-        return torch.cat(hidden_grads), weight_grad, None, None
+        return torch.cat(hidden_grads), weight_grad, None, None  # rounded to the weight's dtype
 
 
 def train_flops(c: Config, length: int) -> float:
@@ -615,10 +555,9 @@ def load_weights(model: Qwen25VL, directory: Folder):
     """
     stored, weights = check_weights(model, directory), model.state_dict()
     state = {stored[name][1]: weight for name, weight in weights.items() if name in stored}
-    reader = hf_storage.HuggingFaceStorageReader(str(directory))
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
     if model.value_head is not None and "value_head.weight" not in stored:
-        weight = model.value_head.weight  # each rank draws the whole head and takes its own rows
+        weight = model.value_head.weight
         put(weight, torch.empty(weight.shape).normal_(std=1 / (weight.shape[1] + 1)))
 
 
@@ -630,16 +569,14 @@ def put(weight: Tensor, whole: Tensor):
     weight.copy_(whole)
 
 
-def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str, list[int]]]:
-    """{hub name: (file, name in the file, shape)} of all weights, from the headers of the files.
+def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str]]:
+    """{hub name: (file, name in the file)} of all weights, from the headers of the files.
 
-    Every weight of the model must be there, once and in its shape, and no other: of old and new
-    files side by side nobody can tell which are meant. A head that the model lacks (tied, or of the
-    other kind) may be there, and a value head may not.
+    ValueError unless each weight of the model is there, once and in its shape, and no other; but
+    adapters and a value head may be missing, and a head of the other kind (or tied) may be there.
     """
-    wanted = {name: [*weight.shape] for name, weight in model.named_parameters()}
-    wanted = {name: shape for name, shape in wanted.items() if ".lora_" not in name}  # not theirs
-    stored, wrong = {}, []
+    wanted = {n: [*w.shape] for n, w in model.named_parameters() if ".lora_" not in n}
+    unused, stored, wrong = {"lm_head.weight", "value_head.weight"} - wanted.keys(), {}, []
     for file in sorted(Path(directory).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
@@ -650,12 +587,10 @@ def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, s
             name = hub_name(own_name)
             if name in stored:
                 wrong.append(f"{name} stands twice, in {stored[name][0].name} and {file.name}")
-            stored[name] = file, own_name, shape
-    unused = {"lm_head.weight", "value_head.weight"} - wanted.keys()
-    for name in sorted(stored.keys() - unused):
-        file, _, shape = stored[name]
-        if shape != wanted.get(name):
-            wrong.append(f"{name} in {file.name} is {shape}, by config.json {wanted.get(name)}")
+            if name not in unused and shape != wanted.get(name):
+                right = wanted.get(name)
+                wrong.append(f"{name} in {file.name} is {shape}, by config.json {right}")
+            stored[name] = file, own_name
     wrong += [f"missing {name}" for name in wanted if name not in {*stored, "value_head.weight"}]
     if wrong:
         raise ValueError(f"{len(wrong)} weights of {directory} are wrong: {'; '.join(wrong[:8])}")
@@ -671,17 +606,11 @@ def hub_name(name: str) -> str:
 def save_model(model: Qwen25VL, directory: Folder, like: Folder | None = None, dtype=None):
     """Like save_weights. dtype: of the files, the decoder's own if None."""
     weights = model.state_dict()  # of a sharded model: float32 slices, not what a forward gathered
-    dtype = dtype or weights["model.norm.weight"].dtype
-    save_weights(weights, model.config, directory, dtype, like)
+    own = weights["model.norm.weight"].dtype
+    save_weights(weights, model.config, directory, dtype or own, like)
 
 
-def save_weights(
-    weights: dict[str, Tensor],
-    config: Config,
-    directory: Folder,
-    dtype: torch.dtype,
-    like: Folder | None = None,
-):
+def save_weights(weights: dict[str, Tensor], config: Config, directory: Folder, dtype, like=None):
     """A directory that transformers and vLLM open, the weights in one file; older ones go first.
 
     like: a model directory whose tokenizer, template and image settings are copied along. All ranks
@@ -695,7 +624,7 @@ def save_weights(
         for old in directory.glob("*.safetensors*"):
             old.unlink()
     weights = {name: weight.detach().to(dtype) for name, weight in weights.items()}
-    writer = hf_storage.HuggingFaceStorageWriter(str(directory), None, 1, several, several)
+    writer = dcp.HuggingFaceStorageWriter(str(directory), None, 1, several, several)
     dcp.save(weights, storage_writer=writer, no_dist=not several)
     if not first:
         return
@@ -705,5 +634,5 @@ def save_weights(
     text = json.dumps(config_json(config, dtype), indent=1)
     (directory / "config.json").write_text(text, encoding="utf-8")
     if like and Path(like).resolve() != directory.resolve():
-        for file in (file for pattern in COMPANIONS.split() for file in Path(like).glob(pattern)):
+        for file in (file for pattern in COMPANIONS for file in Path(like).glob(pattern)):
             shutil.copy(file, directory)

@@ -2,15 +2,11 @@
 
     y = W x + b + (alpha / r) B (A x)      W (out, in) frozen; A (r, in), B (out, r) trained
 
-Every linear layer of the decoder has them, of policy and critic alike: attention alone learns less
-for as many weights (Schulman et al. 2025, "LoRA Without Regret"). A starts random and B at 0, so
-the first step starts from the base model bit for bit. What it saves is all that training adds to a
-weight: W stays in the compute dtype, 2 bytes in bfloat16 in place of 16 for a float32 master, its
-gradient and two moments.
-
-Nobody else knows of adapters: merged() turns them into W + (alpha / r) B A, one weight at a time,
-for the sampler and for files. In bfloat16 that sum is rounded while the trainer computes with the
-exact product, so sampler and trainer differ a little more than without (metric logp_diff, --tis).
+Every linear layer of the decoder has them: attention alone learns less for as many weights
+(Schulman et al. 2025, "LoRA Without Regret"). A starts random and B at 0, so the first step starts
+from the base model bit for bit. W takes 2 bytes in bfloat16 in place of 16 for master, gradient and
+moments. Sampler and files get merged(), W + (alpha / r) B A, rounded in bfloat16, where the trainer
+computes with the exact product: they differ a little more than without (metric logp_diff, --tis).
 
     python rl.py --lora-rank 16 --lr 3e-3 --critic-lr 1e-2     # ten times the rate of full training
 """
@@ -31,11 +27,9 @@ TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|dow
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter of rank r beside its weight."""
-
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.alpha, self.scale = alpha, alpha / rank
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias, self.alpha, self.scale = base.weight, base.bias, alpha, alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
 
@@ -49,19 +43,14 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def add_adapters(model: Qwen25VL, rank: int, alpha: float, dtype: torch.dtype):
-    """On a model without memory yet: freezes the decoder in `dtype`. Only adapters train, in
-    float32, a critic's value head, and the tower if it did before.
-    """
+    """On the meta device: the decoder is frozen in `dtype`, adapters in float32 train instead."""
     for part in (model.model, model.lm_head):
         if part is not None:  # a tied head is the embedding, a critic has none
             part.requires_grad_(False).to(dtype)
     with torch.device("meta"):
-        for block in model.model.layers:
-            for parent in (block.self_attn, block.mlp):
-                for name, base in [*parent.named_children()]:
-                    layer = AdaptedLinear(base, rank, alpha)
-                    layer.weight, layer.bias = base.weight, base.bias
-                    setattr(parent, name, layer)
+        for parent in (part for b in model.model.layers for part in (b.self_attn, b.mlp)):
+            for name, base in [*parent.named_children()]:
+                setattr(parent, name, AdaptedLinear(base, rank, alpha))
 
 
 @torch.no_grad()
@@ -94,22 +83,19 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_adapters(model: nn.Module, directory: Path, base: str, main: bool):
-    """The adapters alone, as peft and vLLM open them on top of `base`. All ranks call it, and the
-    main one writes.
-    """
+    """As peft and vLLM open them on top of `base`. All ranks call it, and the main one writes."""
     weights = {}
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             inside = name.replace("model.layers", "model.language_model.layers", 1)
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             weights[f"base_model.model.{inside}"] = whole.cpu()
-    if not main:
-        return
-    layer = next(iter(adapters(model).values()))
-    settings = {"r": layer.lora_A.out_features, "lora_alpha": layer.alpha, "lora_dropout": 0.0}
-    settings |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": TARGETS}
-    settings |= {"base_model_name_or_path": base, "bias": "none", "inference_mode": True}
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
-    text = json.dumps(settings, indent=1)
-    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+    if main:
+        layer = next(iter(adapters(model).values()))
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+        settings |= {"r": layer.lora_A.out_features, "lora_alpha": layer.alpha, "lora_dropout": 0.0}
+        settings |= {"bias": "none", "inference_mode": True}
+        text = json.dumps(settings | {"target_modules": TARGETS}, indent=1)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+        save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})

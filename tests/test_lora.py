@@ -9,35 +9,27 @@ import shutil
 from dataclasses import asdict
 
 import pytest
+import test_distributed as several
 import torch
 from safetensors.torch import load_file
-from test_distributed import (
-    RUNS,
-    coldstart_config,
-    half,  # noqa: F401 (a fixture)
-    learn,
-    picture_and_text,
-    rl_config,
-    rows_of,
-)
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration as Official
 
 import coldstart
 import rl
 from common import checkpoint, distributed, lora
-from model import Qwen25VL, chunked_logps, load_model
+from model import load_model
 from tools import doctor
 
+half = several.half  # a fixture
 ALONE = distributed.World(0, 1, torch.device("cpu"))
-LORA = distributed.Trained(lora_rank=4, lora_alpha=8.0, seed=3)
 OF_LORA = dict(lora_rank=4, lora_alpha=8.0)
+LORA = distributed.Trained(**OF_LORA, seed=3)
 
 
 @pytest.fixture
-def adapted(mini) -> Qwen25VL:
+def adapted(mini):
     """A policy whose adapters have learnt something: B is no longer 0."""
     model = distributed.load(mini.model, ALONE, "lm", LORA)
     generator = torch.Generator().manual_seed(1)
@@ -49,13 +41,13 @@ def adapted(mini) -> Qwen25VL:
 @pytest.fixture(scope="module")
 def whole(mini, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    rl.main(rl_config(asdict(mini), run, **RUNS["lora"]))
+    rl.main(several.rl_config(asdict(mini), run, **several.RUNS["lora"]))
     return run
 
 
 def test_the_first_step_starts_from_the_base_model_bit_for_bit(mini):
     base, model = load_model(mini.model), distributed.load(mini.model, ALONE, "lm", LORA)
-    pack = picture_and_text(asdict(mini))[0]
+    pack = several.picture_and_text(asdict(mini))[0]
     with torch.no_grad():
         assert torch.equal(model.logits(pack), base.logits(pack))
     theirs, given = dict(base.named_parameters()), dict(distributed.whole_weights(model))
@@ -66,11 +58,8 @@ def test_the_first_step_starts_from_the_base_model_bit_for_bit(mini):
 def test_every_linear_layer_of_the_decoder_has_an_adapter_drawn_from_the_seed(mini):
     one, same = (distributed.load(mini.model, ALONE, "lm", LORA) for _ in range(2))
     other = distributed.load(mini.model, ALONE, "value", distributed.Trained(False, 4, 8.0, 4))
-    linear_layers = {
-        n
-        for n, m in load_model(mini.model).model.layers.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    }
+    modules = load_model(mini.model).model.layers.named_modules()
+    linear_layers = {name for name, m in modules if isinstance(m, torch.nn.Linear)}
     assert {*lora.adapters(one.model.layers)} == linear_layers
     for name, layer in lora.adapters(one).items():
         a = layer.lora_A.weight
@@ -81,28 +70,27 @@ def test_every_linear_layer_of_the_decoder_has_an_adapter_drawn_from_the_seed(mi
 
 
 def test_merged_weights_compute_what_base_and_adapter_do(mini, adapted):
-    merged = load_model(mini.model)
-    changed = [n for n, w in lora.merged(adapted) if not torch.equal(w, merged.get_parameter(n))]
+    base, merged = load_model(mini.model), load_model(mini.model)
+    changed = [n for n, w in lora.merged(adapted) if not torch.equal(w, base.get_parameter(n))]
     assert changed == [f"{name}.weight" for name in lora.adapters(adapted)]
     merged.load_state_dict(dict(lora.merged(adapted)))
-    for pack in picture_and_text(asdict(mini)):
-        with torch.no_grad():
-            ours, theirs, base = (m.logits(pack) for m in (adapted, merged, load_model(mini.model)))
+    for pack in several.picture_and_text(asdict(mini)):
+        ours, theirs, before = (m.logits(pack).detach() for m in (adapted, merged, base))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        assert (ours - base).abs().max() > 0.1
+        assert (ours - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("head", ["lm", "value"])
-def test_adapters_and_a_value_head_learn_alone_above_a_base_in_bfloat16(mini, half, head):  # noqa: F811
+def test_adapters_and_a_value_head_learn_alone_above_a_base_in_bfloat16(mini, half, head):
     torch.manual_seed(0)
     model = distributed.load(mini.model, half, head, LORA)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
-    pack = picture_and_text(asdict(mini))[0]
+    pack = several.picture_and_text(asdict(mini))[0]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(2):  # the gradient of A is 0 as long as B is
         optimizer.zero_grad()
         if head == "lm":
-            learn(model, pack)
+            several.learn(model, pack)
         else:
             distributed.backward(model, model.values(pack).sum(), half, last=True)
         distributed.clip_gradients(model, 1.0)
@@ -111,36 +99,17 @@ def test_adapters_and_a_value_head_learn_alone_above_a_base_in_bfloat16(mini, ha
         learns = ".lora_" in name or name == "value_head.weight"
         assert (weight.grad is not None) == (weight in optimizer.state) == learns, name
         assert weight.dtype == (torch.float32 if learns else torch.bfloat16), name
-        assert (
-            torch.equal(*(getattr(w, "_local_tensor", w) for w in (weight, before[name]))) != learns
-        )
-    given = dict(distributed.whole_weights(model, half.dtype))
-    assert {weight.dtype for weight in given.values()} == {torch.bfloat16}
-
-
-def test_a_frozen_head_gives_the_same_gradient_to_what_is_below_it():
-    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(11, 8)
-    targets, slopes, grads = torch.randint(11, (7,)), torch.randn(7), []
-    for trains in (True, False):
-        hidden.grad, weight.grad = None, None
-        logps, _ = chunked_logps(hidden, weight.requires_grad_(trains), targets, chunk=3)
-        (logps * slopes).sum().backward()
-        grads.append(hidden.grad)
-        assert (weight.grad is not None) == trains
-    assert torch.equal(*grads)
-    naive = linear(hidden, weight).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    (expected,) = torch.autograd.grad((naive * slopes).sum(), hidden)
-    torch.testing.assert_close(grads[0], expected)
-
-
-# ------------------------------------------------------------------ runs
+        now, then = (getattr(w, "_local_tensor", w) for w in (weight, before[name]))
+        assert torch.equal(now, then) != learns, name
+    given = distributed.whole_weights(model, half.dtype)
+    assert {weight.dtype for _, weight in given} == {torch.bfloat16}
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit_from_its_adapters(
     mini, whole, tmp_path, monkeypatch
 ):
     run, update = tmp_path / "run", distributed.clip_gradients
-    cfg = rl_config(asdict(mini), run, **RUNS["lora"] | dict(save_every=1))
+    cfg = several.rl_config(asdict(mini), run, **several.RUNS["lora"] | dict(save_every=1))
 
     def killed(*arguments):
         if checkpoint.complete_steps(run):
@@ -156,27 +125,27 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_from_its_adapters(
     assert len(tensors) > 100 and all(".lora_" in x or "value_head" in x for x in tensors)
     torch.manual_seed(12345)
     rl.main(cfg)
-    assert rows_of(run) == rows_of(whole)
+    assert several.rows_of(run) == several.rows_of(whole)
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         one, other = load_file(run / file), load_file(whole / file)
         assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_a_cold_start_with_adapters_learns_and_goes_on_only_with_its_base_and_scale(mini, tmp_path):
-    run, how = tmp_path / "run", dict(save_every=1, lr=1e-2, epochs=2)
-    coldstart.main(coldstart_config(asdict(mini), run, **OF_LORA | how))
-    losses = [row["valid_loss"] for row in rows_of(run)]
+    run, how = tmp_path / "run", OF_LORA | dict(save_every=1, lr=1e-2, epochs=2)
+    coldstart.main(several.coldstart_config(asdict(mini), run, **how))
+    losses = [row["valid_loss"] for row in several.rows_of(run)]
     assert losses[-1] < losses[0] - 1.0
     shutil.rmtree(run / "model")
-    shutil.copytree(mini.model, tmp_path / "other")
-    for changed, named in (
-        ({"model": str(tmp_path / "other")}, "model .*other"),
-        ({"lora_alpha": 16.0}, "lora_alpha 8.0 -> 16.0"),
-        ({"lora_rank": 0}, "lora_rank 4 -> 0"),
+    other = str(shutil.copytree(mini.model, tmp_path / "other"))
+    for model, changed, named in (
+        (other, {}, "model .*other"),
+        (mini.model, {"lora_alpha": 16.0}, "lora_alpha 8.0 -> 16.0"),
+        (mini.model, {"lora_rank": 0}, "lora_rank 4 -> 0"),
     ):
-        mini_and = asdict(mini) | {"model": changed.pop("model", mini.model)}
+        cfg = several.coldstart_config(asdict(mini) | {"model": model}, run, **how | changed)
         with pytest.raises(FileExistsError, match=f"cannot go on: {named}"):
-            coldstart.main(coldstart_config(mini_and, run, **OF_LORA | how | changed))
+            coldstart.main(cfg)
 
 
 def test_the_doctor_passes_a_sound_set_up_with_adapters_and_finds_a_decoder_that_is_not_frozen(
@@ -193,9 +162,6 @@ def test_the_doctor_passes_a_sound_set_up_with_adapters_and_finds_a_decoder_that
     monkeypatch.setattr(distributed, "freeze", forgets)
     with pytest.raises(ValueError, match="gradient of model.norm.weight"):
         doctor.examine(cfg, ALONE)
-
-
-# ------------------------------------------------------------------ peft's files
 
 
 def test_the_adapters_alone_are_peft_files_that_add_up_to_the_exported_model(whole, mini):

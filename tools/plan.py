@@ -5,18 +5,11 @@
     python -m tools.plan --table         # what fits which GPUs, some minutes
 
 Memory is not estimated, it is run: the real model, cut by FSDP2 as in training, takes one full pack
-through forward and backward with its real optimiser. Only the tensors are fake (FakeTensorMode:
-shapes without contents) and so are the other ranks. The bytes of all tensors alive are added up
-after each operator; 7B takes ten to twenty seconds of a core. The parts:
-  weights    this GPU's slice in float32, and the frozen vision tower, whole, in bfloat16; with
-             --lora-rank the decoder, too, is bfloat16, and only adapters have the next two
-  gradients  of the slice, float32
-  moments    AdamW's two, float32
-  kept       what forward leaves for backward: activations, and embedding and head, gathered
-  working    the most on top of that: a block computed again, logits, gathered weights
-What shares the GPU with them is arithmetic: the engine's weights in bfloat16, its cache, and a
-model that waits (without --offload). Pictures are left out: a frozen tower has run, and its memory
-is free again, before the decoder takes more.
+through forward and backward with its real optimiser, but tensors are fake (shapes without contents)
+and so are the other ranks. 7B takes ten to twenty seconds of a core. What shares the GPU is added:
+  weights, gradients, moments   of the model at work: slices in float32, what is frozen in bfloat16
+  kept, working            what forward leaves for backward (no pictures), and the most beyond that
+  engine, cache, waiting   the sampler's, and the model whose turn it is not (without --offload)
 
 Hours are FLOPs and bytes at assumed shares of the GPU's peak and bandwidth, which are printed;
 --mfu, --decode, --mean and --reserve-gb take what you have measured (bench/gpu.py). Not counted is
@@ -109,22 +102,19 @@ TRIED = f"""
 --gpu h200 --gpus 4 --offload --kv-cache-gb 90
 --gpu h200 --gpus 2 --offload --kv-cache-gb 80
 --lora-rank 32 --offload --kv-cache-gb 30 --sampler-batch 256 {ONE}
+--lora-rank 32 --algorithm grpo --offload --kv-cache-gb 4 --gpus 1 --gpu l40s --pack-tokens 8192 --mean 3000 --batch 256
 --model 3b
 --model 3b --stage coldstart --recompute selective {ONE} --batch 12
 --model 3b --recompute selective --offload --kv-cache-gb 40 --sampler-batch 256 {ONE}
 --model 3b --recompute selective --offload --kv-cache-gb 60 --sampler-batch 256 {ONE} --gpu h200
---lora-rank 32 --algorithm grpo --offload --kv-cache-gb 4 --gpus 1 --gpu l40s --pack-tokens 8192 --mean 3000 --batch 256
 --model 3b --stage coldstart --lora-rank 64 --gpus 1 --gpu rtx4090 --pack-tokens 8192 --mean 4000 --batch 32 --reserve-gb 4
 --model 3b --lora-rank 32 --algorithm grpo --offload --kv-cache-gb 1.5 --sampler-batch 32 --gpus 1 --gpu rtx4090 --pack-tokens 6144 --mean 2000 --batch 128 --reserve-gb 4
 """  # noqa: E501  settings for GPUs of 24 to 141 GB, of both stages and sizes
 
-
-# ------------------------------------------------------------------ one model with fake tensors
-
 # GB of one GPU; sync: the most that handing over the weights takes on top of the first three
 Footprint = namedtuple("Footprint", "weights gradients moments kept working sync")
-COLUMNS = "load resume sample critic policy sync".split()  # phases of the table
-PARTS = ("engine", "cache", "waiting", *Footprint._fields[:-1])  # of a phase
+PARTS = ("engine", "cache", "waiting", *Footprint._fields[:-1])  # columns of a plan
+PHASES = "load resume sample critic policy sync".split()  # its rows, and columns of the table
 
 
 class LiveBytes(TorchDispatchMode):
@@ -137,72 +127,59 @@ class LiveBytes(TorchDispatchMode):
         self.storages, self.peak = WeakSet(), 0
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        out = operator(*arguments, **(options or {}))
-        before = len(self.storages)
-        self.watch(x for x in tree_leaves(out) if isinstance(x, Tensor))
+        out, before = operator(*arguments, **(options or {})), len(self.storages)
+        tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        local = (x._local_tensor if isinstance(x, DTensor) else x for x in tensors)
+        self.storages.update(x.untyped_storage() for x in local)
         if len(self.storages) > before:
             self.peak = max(self.peak, self.now())
         return out
 
-    def watch(self, tensors):
-        for x in tensors:
-            local = x._local_tensor if isinstance(x, DTensor) else x
-            self.storages.add(local.untyped_storage())
-
     def now(self) -> int:
         return sum(storage.nbytes() for storage in self.storages)
-
-
-def loss_of(model: qwen.Qwen25VL, tokens: int) -> Tensor:
-    pack, critic = full_pack(tokens), model.value_head is not None
-    return model.values(pack).square().sum() if critic else model.logps(pack)[0].sum()
-
-
-def follow(model: qwen.Qwen25VL, world, live: LiveBytes, tokens: int) -> Footprint:
-    """An optimiser step, another pack, and the weights on their way to the sampler."""
-    model.to_empty(device="cpu")
-    live.watch(model.parameters())
-    weights, trained = live.now(), [p for p in model.parameters() if p.requires_grad]
-    for weight in trained:  # of an earlier pack of the same step
-        weight.grad = torch.zeros_like(weight)
-    gradients = live.now() - weights
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    optimizer.step()  # makes the moments
-    live.peak = state = live.now()
-    loss = loss_of(model, tokens)
-    kept = live.now() - state
-    distributed.backward(model, loss, world, last=True)
-    working = live.peak - kept - state
-    del loss
-    live.peak = rest = live.now()
-    with torch.no_grad():
-        deque(distributed.whole_weights(model, world.dtype), maxlen=0)
-        loss_of(model, CANARY_TOKENS)
-    sizes = weights, gradients, state - weights - gradients, kept, working, live.peak - rest
-    return Footprint(*(size / 1e9 for size in sizes))
 
 
 @cache
 def measure(
     config: qwen.Config, head: str, recompute: str, tokens: int, ranks: int, lora_rank: int = 0
 ) -> Footprint:
-    """What a model (head: lm or value) takes of the first of `ranks` GPUs to train on a pack."""
+    """What a model (head: lm or value) takes of the first of `ranks` GPUs: an optimiser step,
+    another pack, and the weights on their way to the sampler.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
-        world = distributed.World(0, ranks, torch.device("cpu"), torch.bfloat16, mesh)
-        with torch.device("meta"):  # and on, in the order of distributed.load
-            model = qwen.Qwen25VL(config, head)
-        distributed.freeze(model, distributed.Trained(lora_rank=lora_rank), world.dtype)
-        distributed.recompute_blocks(model, recompute)
-        model = distributed.shard(model, world)
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            return follow(model, world, live, tokens)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    world = distributed.World(0, ranks, torch.device("cpu"), torch.bfloat16, mesh)
+    with torch.device("meta"):  # and on, in the order of distributed.load
+        model = qwen.Qwen25VL(config, head)
+    distributed.freeze(model, distributed.Trained(lora_rank=lora_rank), world.dtype)
+    distributed.recompute_blocks(model, recompute)
+    model = distributed.shard(model, world)
 
+    def loss_of(pack):
+        return model.values(pack).square().sum() if head == "value" else model.logps(pack)[0].sum()
 
-# ------------------------------------------------------------------ the phases of a run
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        model.to_empty(device="cpu")
+        weights, trained = live.now(), [p for p in model.parameters() if p.requires_grad]
+        for weight in trained:  # of an earlier pack of the same step
+            weight.grad = torch.zeros_like(weight)
+        gradients = live.now() - weights
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer.step()  # makes the moments
+        live.peak = state = live.now()
+        loss = loss_of(full_pack(tokens))
+        kept = live.now() - state
+        distributed.backward(model, loss, world, last=True)
+        working = live.peak - kept - state
+        del loss
+        live.peak = rest = live.now()
+        with torch.no_grad():
+            deque(distributed.whole_weights(model, world.dtype), maxlen=0)
+            loss_of(full_pack(CANARY_TOKENS))
+        sync = live.peak - rest
+    dist.destroy_process_group()
+    sizes = weights, gradients, state - weights - gradients, kept, working, sync
+    return Footprint(*(size / 1e9 for size in sizes))
 
 
 def engine_gb(config: qwen.Config) -> float:
@@ -217,32 +194,25 @@ def token_bytes(c: qwen.Config) -> int:
 
 def phases(cfg: Config, c: qwen.Config, models: dict[str, Footprint]) -> dict[str, dict]:
     """{phase: {part: GB of a GPU}} of policy and critic. A phase takes the sum of its parts."""
-    parts = {name: model._asdict() for name, model in models.items()}
-    syncs = {name: of_model.pop("sync") for name, of_model in parts.items()}
-    policy = parts["policy"]
-    state = {"weights": policy["weights"], "moments": policy["moments"]}
-    if cfg.stage == "coldstart":
-        return {"resume": state, "policy": policy}
-
-    def waiting(active: str, *of: str) -> dict[str, float]:
-        """What is there of the models whose turn it is not."""
-        idle = [sum(parts[name][part] for part in of) for name in parts if name != active]
-        return {"waiting": 0.0 if cfg.offload else sum(idle)}
-
-    whole = ("weights", "gradients", "moments")
+    sizes = {name: model._asdict() for name, model in models.items()}
     engine = {"engine": engine_gb(c), "cache": cfg.kv_cache_gb}
-    handed = dict.fromkeys(("gradients", "moments"), 0.0) if cfg.offload else {}  # wait elsewhere
-    sync = policy | handed | {"kept": 0, "working": syncs["policy"]}
-    return {
-        "load": waiting("policy", "weights") | {"weights": policy["weights"]},
-        "resume": waiting("policy", "weights", "moments") | state,  # read from a checkpoint
-        "sample": engine | waiting("", *whole),
-        **{name: waiting(name, *whole) | of_model for name, of_model in parts.items()},
-        "sync": engine | waiting("policy", *whole) | sync,
+    state = ("weights", "gradients", "moments")
+    turns = {  # phase: (which model's turn it is, what there is of all models, what else)
+        "load": ("policy", ["weights"], {}),
+        "resume": ("policy", ["weights", "moments"], {}),  # as read from a checkpoint
+        "sample": (None, state, engine),
     }
-
-
-# ------------------------------------------------------------------ time
+    for name, of in sizes.items():
+        turns[name] = name, state, {"kept": of["kept"], "working": of["working"]}
+    with_engine = engine | {"working": sizes["policy"]["sync"]}
+    turns["sync"] = "policy", ["weights"] if cfg.offload else state, with_engine
+    table = {}
+    for phase in ("resume", "policy") if cfg.stage == "coldstart" else turns:
+        active, parts, more = turns[phase]
+        own = {part: sizes[active][part] for part in parts} if active else {}
+        idle = sum(of[part] for name, of in sizes.items() if name != active for part in parts)
+        table[phase] = own | more | {"waiting": 0.0 if cfg.offload else idle}
+    return table
 
 
 def at_once(cfg: Config, c: qwen.Config) -> int:
@@ -271,56 +241,49 @@ def seconds(cfg: Config, c: qwen.Config) -> dict[str, float]:
     return {"sample": sample} | critic | {"policy": update}
 
 
-# ------------------------------------------------------------------ what is printed
-
-
-def plan(cfg: Config) -> tuple[qwen.Config, dict[str, Footprint], dict[str, dict]]:
-    """-> the model's config, what each model that trains takes, and phases()."""
+def plan(cfg: Config) -> tuple[qwen.Config, dict[str, Footprint], dict[str, dict], float]:
+    """-> the model's config, what each model that trains takes, phases(), the most GB of a GPU."""
     c = MODELS.get(cfg.model) or qwen.read_config(model_directory(cfg.model))
-    critic = {"critic": "value"} if cfg.stage == "rl" and cfg.algorithm == "ppo" else {}
+    heads = {"critic": "value", "policy": "lm"}
+    if cfg.stage == "coldstart" or cfg.algorithm == "grpo":
+        del heads["critic"]
     sizes = cfg.recompute, cfg.pack_tokens, min(cfg.gpus, NODE), cfg.lora_rank
-    models = {name: measure(c, head, *sizes) for name, head in (critic | {"policy": "lm"}).items()}
-    return c, models, phases(cfg, c, models)
+    models = {name: measure(c, head, *sizes) for name, head in heads.items()}
+    table = phases(cfg, c, models)
+    return c, models, table, cfg.reserve_gb + max(sum(parts.values()) for parts in table.values())
 
 
 def tried(line: str) -> str:
-    """A row of the table."""
+    """A row of the table in Markdown."""
     cfg = tyro.cli(Config, args=line.split())
-    c, _, table = plan(cfg)
-    sums = {phase: sum(parts.values()) for phase, parts in table.items()}
-    cells = " | ".join(f"{sums[name]:.1f}" if name in sums else "" for name in COLUMNS)
-    peak, minutes = cfg.reserve_gb + max(sums.values()), sum(seconds(cfg, c).values()) / 60
-    return f"| `{line}` | {cells} | {peak:.1f} of {GPUS[cfg.gpu][0]} | {minutes:.1f} |"
-
-
-def print_tried():
-    """TRIED as a table in Markdown, on two cores."""
-    print(f"| `python -m tools.plan ...` | {' | '.join(COLUMNS)} | with reserve | minutes a step |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
-    lines = TRIED.strip().splitlines()
-    with get_context("spawn").Pool(2) as pool:
-        for row in pool.imap(tried, lines, chunksize=-(-len(lines) // 2)):
-            print(row, flush=True)
+    c, _, table, peak = plan(cfg)
+    sums = (f"{sum(table[p].values()):.1f}" if p in table else "" for p in PHASES)
+    fits, minutes = f"{peak:.1f} of {GPUS[cfg.gpu][0]}", sum(seconds(cfg, c).values()) / 60
+    return f"| `{line}` | {' | '.join(sums)} | {fits} | {minutes:.1f} |"
 
 
 def main(cfg: Config):
     if cfg.table:
-        return print_tried()
-    (gb, tflops, gbs), (c, models, table) = GPUS[cfg.gpu], plan(cfg)
+        print(f"| `python -m tools.plan ...` | {' | '.join(PHASES)} | with reserve | minutes a step |")
+        print("|---" * (len(PHASES) + 3) + "|")
+        with get_context("spawn").Pool(2) as pool:
+            for row in pool.imap(tried, TRIED.strip().splitlines()):
+                print(row, flush=True)
+        return
+    (gb, tflops, gbs), (c, models, table, peak) = GPUS[cfg.gpu], plan(cfg)
     print(f"{'GB of a GPU':12}" + "".join(f"{name:>10}" for name in (*PARTS, "sum")))
     for phase, parts in table.items():
         sizes = [parts.get(name, 0.0) for name in PARTS]
         cells = (f"{x:10.1f}" if x else " " * 10 for x in (*sizes, sum(sizes)))
         print(f"{phase:12}" + "".join(cells))
-    state = sum(model.weights + model.moments for model in models.values()) * min(cfg.gpus, NODE)
     if cfg.stage == "rl" and cfg.offload:
-        print(f"host memory: {state:.0f} GB a node for models that wait")
+        state = sum(model.weights + model.moments for model in models.values())
+        print(f"host memory: {state * min(cfg.gpus, NODE):.0f} GB a node for models that wait")
     times, steps = seconds(cfg, c), cfg.steps or (900 if cfg.stage == "rl" else 1060)
     print("a step: " + ", ".join(f"{name} {t / 60:.1f} min" for name, t in times.items()))
     print(f"{steps} steps: {sum(times.values()) * steps / 3600:.0f} hours on {cfg.gpus} GPUs")
     shares = f"{cfg.mfu:.0%} of {tflops} TFLOP/s, {cfg.decode:.0%} of {gbs} GB/s"
     print(f"assumed: {shares}, {at_once(cfg, c)} rows of {PROMPT} + {cfg.mean} tokens at once")
-    peak = cfg.reserve_gb + max(sum(parts.values()) for parts in table.values())
     print(f"{peak:.1f} GB with {cfg.reserve_gb:g} GB in reserve, of {gb} GB of {cfg.gpu}")
     if peak > gb:
         cures = "--recompute full, --offload, less cache, shorter packs, --lora-rank, more GPUs"

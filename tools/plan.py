@@ -264,7 +264,8 @@ def tried(line: str) -> str:
 
 def main(cfg: Config):
     if cfg.table:
-        print(f"| `python -m tools.plan ...` | {' | '.join(PHASES)} | with reserve | minutes a step |")
+        columns = (*PHASES, "with reserve", "minutes a step")
+        print(f"| `python -m tools.plan ...` | {' | '.join(columns)} |")
         print("|---" * (len(PHASES) + 3) + "|")
         with get_context("spawn").Pool(2) as pool:
             for row in pool.imap(tried, TRIED.strip().splitlines()):

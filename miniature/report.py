@@ -4,21 +4,14 @@
     eval/STAGE/{greedy,sampled}/graded.jsonl, eval/STAGE/skills.json,  ├▶ results.json, report.html
     eval/rl/forbid_WORD/graded.jsonl                                  ─┘
 
-    python -m miniature.report --run out/laptop
+    python -m miniature.report --run out/laptop       # other runs, too: --run out/ovr_7b
 
-Numbers and figures are made here; what the page says stands in the template beside this file. The
-page is one file without a link, so it can be mailed. Every claim on it compares measured shares,
-and what was not run is "not in this run". Other runs may be reported, too: `--run out/ovr_7b`.
-
-How numbers are made. A rate is right answers over answers. Its 95 % interval is Wilson's, with as
-many observations as make his variance the one between problems: k samples of a problem are not k
-independent observations. Two rates differ where 0 lies outside Newcombe's interval of their
-difference (1998, method 10). Greedy answers give a rate its plain name, those at temperature 1 the
-ending `_sampled`. Rows of test.jsonl may name their `group` and patterns to `watch`; how often the
-answers of a group match them is counted. Rates of the lexicon (CBR, BTR) are of sampled answers.
+Numbers and figures are made here; what the page says stands in the template beside this file. Every
+claim on it compares measured shares, and what was not run is "not in this run". Greedy answers give
+a rate its plain name, those at temperature 1 the ending `_sampled`; rates of the lexicon (CBR, BTR)
+are of sampled answers. Rows of test.jsonl may name their `group` and patterns to `watch`.
 """
 
-import base64
 import io
 import json
 import math
@@ -31,12 +24,11 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from common.batches import read_trace
 from common.log import run_main
 from common.records import read_rows
-from evaluation import behaviors, metrics
+from evaluation import behaviors, gallery, metrics
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -69,7 +61,6 @@ USELESS = {"need", "plan", "idle_look", "reread"}  # in the miniature's world
 BINS = 10  # of RL steps, where a curve is asked whether it fell and rose
 EXAMPLES = 5  # problems with the answers of all stages
 END = 1000  # tokens that are shown of a long response, at its beginning and at its end
-SIDE = 320  # pixels of a picture on the page
 INK, GRID = "#010203", "#030201"  # stand-ins: become currentColor and var(--line), light or dark
 
 
@@ -79,7 +70,7 @@ class Config:
     step: int = -1  # of RL, shown token by token; -1: the last in which samples differ in reward
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- reading and measuring
 
 
 @dataclass(frozen=True)
@@ -91,50 +82,26 @@ class Rate:
     high: float | None = None
 
     def above(self, other: "Rate") -> bool:
-        """Larger by more than chance: Newcombe's interval of the difference lies above 0."""
+        """Larger by more than chance: 0 lies below Newcombe's interval of the difference (1998,
+        method 10)."""
         below, over = self.value - self.low, other.high - other.value
         return self.value - other.value > math.hypot(below, over)
 
 
-def share(records: list[dict], holds: Callable[[dict], bool]) -> Rate:
-    """Share of the answers for which it holds; the interval counts problems (see the header)."""
+def share(records: list[dict], *names: str) -> Rate:
+    """Share of the answers that show one of the names. The interval is Wilson's, with as many
+    observations as make his variance the one between problems: k samples of a problem are not k
+    independent observations."""
     by_problem = defaultdict(list)
     for record in records:
-        by_problem[record["id"]].append(bool(holds(record)))
+        by_problem[record["id"]].append(not record["shown"].isdisjoint(names))
     if not by_problem:
         return Rate()
-    right, answers = np.array([(sum(r), len(r)) for r in by_problem.values()]).T  # (P,), (P,)
-    p = float(right.sum() / answers.sum())
-    variance = float(((right - p * answers) ** 2).sum() / answers.sum() ** 2)
-    n = p * (1 - p) / variance if variance > 1e-9 else len(right)
+    shown, answers = np.array([(sum(s), len(s)) for s in by_problem.values()]).T  # (P,), (P,)
+    p = float(shown.sum() / answers.sum())
+    variance = float(((shown - p * answers) ** 2).sum() / answers.sum() ** 2)
+    n = p * (1 - p) / variance if variance > 1e-9 else len(shown)
     return Rate(p, *metrics.wilson(p, n))
-
-
-def transfer(records: list[dict], pair: tuple[str, str]) -> Rate:
-    """BTR = CBR_visual / CBR_linguistic, bootstrapped over problems; n/a under ten carriers."""
-    shown = [[name in record["shown"] for name in behaviors.NAMES] for record in records]
-    shown = np.array(shown).reshape(-1, len(behaviors.NAMES))
-    interval = behaviors.transfer_interval(shown, pair, [record["id"] for record in records])
-    return Rate(behaviors.transfer_rates(shown)[pair], *(interval or (None, None)))
-
-
-def right(record: dict) -> bool:
-    return record["score"] == 1
-
-
-def thinks(record: dict) -> bool:
-    return "</think>" in record["response"] and bool(behaviors.thinking(record["response"]))
-
-
-def habits(records: list[dict]) -> dict[str, Rate]:
-    """Of a group of problems: accuracy, and how often answers match what their rows watch for."""
-    wrong = [record for record in records if record["watched"].get("wrong_first")]
-    return {
-        "accuracy": share(records, right),
-        **{name: share(records, lambda r, n=name: r["watched"].get(n)) for name in HABITS},
-        "useless": share(records, lambda r: any(r["watched"].get(name) for name in USELESS)),
-        "second_look_where_wrong": share(wrong, lambda r: r["watched"].get("second_look")),
-    }
 
 
 def measure(greedy: list[dict], sampled: list[dict]) -> dict[str, Rate]:
@@ -142,45 +109,70 @@ def measure(greedy: list[dict], sampled: list[dict]) -> dict[str, Rate]:
     found = {}
     for kind in ("image", "text"):
         one, many = ([r for r in rows if r["kind"] == kind] for rows in (greedy, sampled))
-        found[f"{kind}_accuracy"] = share(one, right)
-        found[f"{kind}_accuracy_sampled"] = share(many, right)
+        found[f"{kind}_accuracy"] = share(one, "right")
+        found[f"{kind}_accuracy_sampled"] = share(many, "right")
         spoken = many or one
-        found[f"thinks.{kind}"] = share(spoken, thinks)
+        found[f"thinks.{kind}"] = share(spoken, "thinks")
         for name in behaviors.NAMES:
-            found[f"behaviors.{kind}.{name}"] = share(spoken, lambda r, n=name: n in r["shown"])
-        found |= {f"transfer.{kind}.{pair[0]}": transfer(spoken, pair) for pair in behaviors.PAIRS}
+            found[f"behaviors.{kind}.{name}"] = share(spoken, name)
+        # BTR = CBR_visual / CBR_linguistic, bootstrapped over problems; n/a under ten carriers
+        shown = [[name in record["shown"] for name in behaviors.NAMES] for record in spoken]
+        shown, ids = np.array(shown).reshape(-1, len(behaviors.NAMES)), [r["id"] for r in spoken]
+        for pair, value in behaviors.transfer_rates(shown).items():
+            ends = behaviors.transfer_interval(shown, pair, ids) or (None, None)
+            found[f"transfer.{kind}.{pair[0]}"] = Rate(value, *ends)
     for ending, rows in (("", greedy), ("_sampled", sampled)):
         for group in sorted({record["group"] for record in rows} - {None}):
-            rates = habits([record for record in rows if record["group"] == group])
+            mine = [record for record in rows if record["group"] == group]
+            wrong = [record for record in mine if "wrong_first" in record["shown"]]
+            rates = {"accuracy": share(mine, "right")}
+            rates |= {name: share(mine, name) for name in HABITS}
+            rates["useless"] = share(mine, *USELESS)
+            rates["second_look_where_wrong"] = share(wrong, "second_look")
             found |= {f"groups.{group}.{name}{ending}": rate for name, rate in rates.items()}
     return found
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_records(folder: Path, problems: dict[str, dict]) -> list[dict]:
     """Graded answers with what they show: the lexicon's behaviours, their row's own patterns."""
     rows = read_rows(folder / "graded.jsonl")
     for row in rows:
-        problem = problems.get(row["id"], {})
+        problem, said = problems.get(row["id"], {}), row["response"]
         row["kind"], row["group"] = "image" if row["image"] else "text", problem.get("group")
-        row["shown"] = {span.name for span in behaviors.find(row["response"])}
-        row["watched"] = behaviors.watched(row["response"], problem.get("watch", {}))
+        watched = behaviors.watched(said, problem.get("watch", {}))
+        row["shown"] = {span.name for span in behaviors.find(said)}
+        row["shown"] |= {name for name, there in watched.items() if there}
+        row["shown"] |= {"right"} if row["score"] == 1 else set()
+        row["shown"] |= {"thinks"} if "</think>" in said and behaviors.thinking(said) else set()
     return rows
 
 
-@dataclass(frozen=True)
 class Run:
     """What the directory holds. Absent stages are absent keys."""
 
-    folder: Path
-    problems: dict[str, dict]  # id -> row of test.jsonl
-    about: dict[str, dict]  # stage -> run.json
-    metrics: dict[str, list[dict]]  # stage -> metrics.jsonl
-    answers: dict[str, list[dict]]  # stage -> greedy records
-    stages: dict[str, dict[str, Rate]]  # stage, or forbid_WORD -> measure(...)
-    skills: dict[str, dict[str, float]]  # stage -> skills.json, and scores of runs/eval.sh
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.problems = {row["id"]: row for row in read_rows(folder / "data/test.jsonl")}
+        self.about, self.metrics = {}, {}  # stage -> run.json, metrics.jsonl
+        self.answers, self.stages = {}, {}  # stage or forbid_WORD -> greedy records, measure(...)
+        self.skills = {}  # stage -> skills.json, and scores of runs/eval.sh
+        for file in sorted(folder.glob("*/run.json")):
+            self.about[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
+            self.metrics[file.parent.name] = read_rows(file.with_name("metrics.jsonl"))
+        places = [*(folder / "eval").glob("*"), *(folder / "eval/rl").glob("forbid_*")]
+        order = [*STAGES, *sorted(path.name for path in places)]
+        for path in sorted(places, key=lambda path: order.index(path.name)):
+            parts = [read_records(path / how, self.problems) for how in ("greedy", "sampled", "")]
+            greedy, sampled = parts[0] or parts[2], parts[1]  # a forbidden word has greedy answers
+            if greedy or sampled:
+                self.answers[path.name], self.stages[path.name] = greedy, measure(greedy, sampled)
+            if (path / "skills.json").exists():
+                self.skills[path.name] = json.loads((path / "skills.json").read_text())
+        for file in sorted(folder.glob("bench/*/end/*/summary.json")):
+            summary = json.loads(file.read_text())
+            skills = self.skills.setdefault(file.parts[-4], {})
+            for score, value in summary["headline"].items():  # shares, but for the points of MME
+                skills[f"{file.parent.name}, {score}"] = value["score"] * summary["scale"] / 100
 
     def seconds(self, stage: str) -> float:
         return sum(row["seconds"] for row in self.metrics.get(stage, ()))
@@ -195,33 +187,10 @@ class Run:
         return self.stages.get(stage, {}).get(path, Rate())
 
 
-def read_run(folder: Path) -> Run:
-    problems = {row["id"]: row for row in read_rows(folder / "data/test.jsonl")}
-    run = Run(folder, problems, {}, {}, {}, {}, {})
-    for file in sorted(folder.glob("*/run.json")):
-        run.about[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
-        run.metrics[file.parent.name] = read_rows(file.with_name("metrics.jsonl"))
-    found = [*(folder / "eval").glob("*"), *(folder / "eval/rl").glob("forbid_*")]
-    order = [*STAGES, *sorted(path.name for path in found)]
-    for path in sorted(found, key=lambda path: order.index(path.name)):
-        parts = [read_records(path / how, problems) for how in ("greedy", "sampled", "")]
-        greedy, sampled = parts[0] or parts[2], parts[1]  # a forbidden word has greedy answers
-        if greedy or sampled:
-            run.answers[path.name], run.stages[path.name] = greedy, measure(greedy, sampled)
-        if (path / "skills.json").exists():
-            run.skills[path.name] = json.loads((path / "skills.json").read_text())
-    for file in sorted(folder.glob("bench/*/end/*/summary.json")):
-        summary, skills = json.loads(file.read_text()), run.skills.setdefault(file.parts[-4], {})
-        for score, value in summary["headline"].items():  # shares, but for the points of MME
-            skills[f"{file.parent.name}, {score}"] = value["score"] * summary["scale"] / 100
-    return run
-
-
 def results(run: Run) -> dict:
     """results.json: every rate of a stage under its path, None where it was not measured."""
-    of = {}
+    of = {stage: {"skills": run.skills.get(stage, {})} for stage in run.stages}
     for stage, rates in run.stages.items():
-        of[stage] = {"skills": run.skills.get(stage, {})}
         for path, rate in rates.items():
             node, *inner, name = of[stage], *path.split(".")
             for key in inner:
@@ -237,7 +206,7 @@ def results(run: Run) -> dict:
     }
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- figures and claims
 
 
 def name_of(stage: str) -> str:
@@ -257,9 +226,12 @@ STYLE |= {f"{name}.facecolor": "none" for name in ("figure", "axes", "savefig")}
 STYLE |= {"xtick.major.size": 0, "ytick.major.size": 0}
 
 
-def chart(name: str, draw: Callable) -> str:
-    """What draw(axes) draws as an SVG in the page's colours; name: its own on the page."""
-    with plt.rc_context(STYLE | {"svg.hashsalt": name}):  # so that no two charts share an id
+def chart(title: str, draw: Callable, lost: list[str]) -> dict:
+    """What draw(axes) draws, as an SVG in the page's colours, "" without draw; lost: labels of what
+    is not in this run."""
+    if not draw:
+        return {"title": title, "svg": "", "lost": lost}
+    with plt.rc_context(STYLE | {"svg.hashsalt": title}):  # so that no two charts share an id
         canvas, axes = plt.subplots(figsize=(4.3, 2.75), layout="constrained")
         draw(axes)
         file = io.StringIO()
@@ -269,14 +241,14 @@ def chart(name: str, draw: Callable) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'width="[^"]*pt"|height="[^"]*pt"', "", text, count=2)
-    return text.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    return {"title": title, "svg": text, "lost": lost}
 
 
 def curves(run: Run, title: str, series: list[tuple], share: bool = True) -> dict:
     """A figure of metrics over steps, each step faint, the mean of a tenth of them bold.
 
     series: (stage, metric, label, colour), the last two, if they are not given, of the stage.
-    lost: labels of what is not in this run.
     """
     series = [(s, m, *(look or (name_of(s), color_of(s)))) for s, m, *look in series]
     there = [one for one in series if len(run.curve(*one[:2])[0])]
@@ -293,28 +265,26 @@ def curves(run: Run, title: str, series: list[tuple], share: bool = True) -> dic
             axes.yaxis.set_major_formatter("{x:.0%}")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
-    lost = [one[2] for one in series if one not in there]
-    return {"title": title, "svg": chart(title, draw) if there else "", "lost": lost}
+    return chart(title, there and draw, [one[2] for one in series if one not in there])
 
 
 def bars(run: Run, title: str, stages: list[str], path: str) -> dict:
     """A figure of one rate, with its interval, by stage."""
-    there = [stage for stage in stages if run.rate(stage, path).value is not None]
-    top = max([1.0, *(run.rate(stage, path).high for stage in there)])  # a transfer rate may be 4
+    rates = {name_of(stage): (run.rate(stage, path), color_of(stage)) for stage in stages}
+    there = {name: look for name, look in rates.items() if look[0].value is not None}
+    top = max([1.0, *(rate.high for rate, _ in there.values())])  # a transfer rate may be 4
 
     def draw(axes):
-        for y, stage in enumerate(there):
-            rate = run.rate(stage, path)
-            axes.barh(y, rate.value, 0.7, color=color_of(stage), lw=0)
+        for y, (rate, color) in enumerate(there.values()):
+            axes.barh(y, rate.value, 0.7, color=color, lw=0)
             axes.hlines(y, rate.low, rate.high, color=INK, lw=1, alpha=0.6)
             axes.text(rate.high + 0.02 * top, y, f"{100 * rate.value:.0f}", va="center")
-        axes.set_yticks(range(len(there)), map(name_of, there))
+        axes.set_yticks(range(len(there)), there)
         axes.yaxis.grid(visible=False)
         axes.set(xlim=(0, 1.12 * top), ylim=(len(there) - 0.4, -0.6))
         axes.xaxis.set_major_formatter("{x:.0%}")
 
-    lost = [name_of(stage) for stage in stages if stage not in there]
-    return {"title": title, "svg": chart(title, draw) if there else "", "lost": lost}
+    return chart(title, there and draw, [name for name in rates if name not in there])
 
 
 def lines_of_lexicon(kind: str, names: list[str]) -> list[tuple]:
@@ -323,72 +293,62 @@ def lines_of_lexicon(kind: str, names: list[str]) -> list[tuple]:
     return [("rl", f"{kind}/{name}", name.replace("_", " "), color) for name, color in pairs]
 
 
-# ---------------------------------------------------------------- claims
-
-
 def claim(run: Run, way: str, stages: list[str], paths: list[str], text: str) -> dict:
     """{text, holds, numbers}: do the rates, of stages or of paths, go this way from first to last?
     way: rises, falls, stays, or dips (of a curve). holds is None where it was not measured."""
-    pairs = [(stage, path) for stage in stages for path in paths]
-    labels = map(name_of, stages) if len(paths) == 1 else (p.split(".")[1] for p in paths)
-    rates = dict(zip(labels, (run.rate(*pair) for pair in pairs), strict=True))
-    numbers = {label: rate for label, rate in rates.items() if rate.value is not None}
     if way == "dips":
-        numbers = tenths(*run.curve(*stages, *paths))
-    if len(numbers) < 2:
-        return {"text": text, "holds": None, "numbers": numbers}
-    first, *middle, last = numbers.values()
-    ways = {"rises": last.above(first), "falls": first.above(last)}
-    ways["stays"] = not any(ways.values())
-    ways["dips"] = all(first.above(low) and last.above(low) for low in middle)
-    return {"text": text, "holds": ways[way], "numbers": numbers}
+        numbers = tenths(run.curve(*stages, *paths)[1])
+    else:
+        labels = map(name_of, stages) if len(paths) == 1 else (p.split(".")[1] for p in paths)
+        rates = [run.rate(stage, path) for stage in stages for path in paths]
+        pairs = zip(labels, rates, strict=True)
+        numbers = {label: rate for label, rate in pairs if rate.value is not None}
+    holds = None
+    if len(numbers) > 1:
+        first, *middle, last = numbers.values()
+        rises, falls = last.above(first), first.above(last)
+        ways = {"rises": rises, "falls": falls, "stays": not (rises or falls)}
+        ways["dips"] = all(first.above(low) and last.above(low) for low in middle)
+        holds = ways[way]
+    return {"text": text, "holds": holds, "numbers": numbers}
 
 
-def tenths(steps: np.ndarray, values: np.ndarray) -> dict[str, Rate]:
+def tenths(values: np.ndarray) -> dict[str, Rate]:
     """First, lowest and last tenth of a curve, with 3 standard errors of a mean of steps where a
     Rate has 2: the lowest of ten is low by luck, too."""
-    if len(steps) < 2 * BINS:
+    if len(values) < 2 * BINS:
         return {}
     rates = []
     for part in np.array_split(values, BINS):
         mean, error = float(part.mean()), float(3 * part.std(ddof=1) / math.sqrt(len(part)))
         rates.append(Rate(mean, max(0.0, mean - error), min(1.0, mean + error)))
-    low = min(range(BINS), key=lambda i: rates[i].value)
-    return {"first tenth": rates[0], "lowest tenth": rates[low], "last tenth": rates[-1]}
+    lowest = min(rates, key=lambda rate: rate.value)
+    return {"first tenth": rates[0], "lowest tenth": lowest, "last tenth": rates[-1]}
 
 
-# ---------------------------------------------------------------- examples and tokens
+# ---------------------------------------------------------------- the page
 
 
 def picture(run: Run, name: str) -> str:
     """A small copy as a data URI; "" where the file is gone. Rows name files beside them, traces
     as they were found by rl.py."""
     path = Path(name) if Path(name).is_file() else run.folder / "data" / name
-    if not path.is_file():
-        return ""
-    file = io.BytesIO()
-    with Image.open(path) as image:
-        image.thumbnail((SIDE, SIDE))
-        image.convert("RGB").save(file, "webp", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return gallery.picture(path, side=320) if path.is_file() else ""
 
 
 def examples(run: Run) -> list[dict]:
     """The first held-out pictures that not all stages solve, with their greedy answers."""
-    found, stages = [], [stage for stage in MAIN if run.answers.get(stage)]
-    answers = [{record["id"]: record for record in run.answers[stage]} for stage in stages]
+    stages, found = [stage for stage in MAIN if run.answers.get(stage)], []
+    answers = {stage: {row["id"]: row for row in run.answers[stage]} for stage in stages}
     for i, problem in run.problems.items():
-        of = {stage: by_id[i] for stage, by_id in zip(stages, answers, strict=True) if i in by_id}
-        if problem["images"] and not all(map(right, of.values())):
+        of = {stage: by_id[i] for stage, by_id in answers.items() if i in by_id}
+        if problem["images"] and not all("right" in row["shown"] for row in of.values()):
             found.append({"problem": problem, "answers": of})
     return found[:EXAMPLES]
 
 
-# ---------------------------------------------------------------- the page
-
-
 def main(config: Config) -> None:
-    run, root = read_run(config.run), Path(__file__).parents[1]
+    run, root = Run(config.run), Path(__file__).parents[1]
     if not (run.stages or run.about or run.skills):
         why = "holds no STAGE/run.json, no eval/STAGE and no bench/STAGE"
         raise SystemExit(f"{config.run} {why}: nothing to report")

@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,13 +17,19 @@ from PIL import Image
 from evaluation import behaviors, gallery
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="x" <!-- {$css}'
-THOUGHT = (
-    "<think>Let me look at the image again. It is 3.\n\nLet me double-check.</think>So \\boxed{3}"
-)
+THOUGHT = "<think>Let me look at the image again. It is 3.\n\nLet me check.</think>So \\boxed{3}"
+
+
+@dataclass(eq=False)
+class Element:
+    tag: str
+    attrs: dict
+    around: list = field(repr=False)  # the elements that it stands in
+    text: str = ""  # inside it
 
 
 class Page(HTMLParser):
-    """Every element as a namespace, in order: tag, attrs, text inside it, elements around it."""
+    """Every element, in order."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -33,9 +39,9 @@ class Page(HTMLParser):
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
-        element = SimpleNamespace(tag=tag, attrs=dict(attrs), text="", around=list(self.open))
+        element = Element(tag, dict(attrs), list(self.open))
         self.elements.append(element)
-        if tag not in ("meta", "img", "input"):
+        if tag not in ("meta", "img", "input", "br"):
             self.open.append(element)
 
     def handle_endtag(self, tag):
@@ -45,9 +51,9 @@ class Page(HTMLParser):
         for element in self.open:
             element.text += data
 
-    def all(self, tag: str, **attrs: str) -> list:
+    def all(self, tag: str, kind: str = "") -> list:
         found = [element for element in self.elements if element.tag == tag]
-        return [e for e in found if all(e.attrs.get(key) == attrs[key] for key in attrs)]
+        return [element for element in found if element.attrs.get("class", "").startswith(kind)]
 
 
 def item(i: int, **more) -> dict:
@@ -61,44 +67,39 @@ def graded(i: int, response: str = THOUGHT, **more) -> dict:
     return row | {"spans": behaviors.find_in_thought(row["response"], "")}
 
 
-def many(count: int) -> list[dict]:
-    """Of each outcome some."""
-    outcomes = [("ok", 1.0), ("ok", 0.0), ("ok", None), ("truncated", 0.0), ("refused", 0.0)]
-    pairs = random.Random(1).choices(outcomes, k=count)
-    return [graded(i, status=status, score=score) for i, (status, score) in enumerate(pairs)]
+def many(count: int) -> tuple[list[dict], list[dict], list[str]]:
+    """Rows, their items, and what came of them: of each outcome some."""
+    kinds = {"right": ("ok", 1.0), "wrong": ("ok", 0.0), "ungraded": ("ok", None)}
+    kinds |= {"truncated": ("truncated", 0.0), "refused": ("refused", 0.0)}
+    outcomes = random.Random(1).choices([*kinds], k=count)
+    rows = [graded(i, status=kinds[o][0], score=kinds[o][1]) for i, o in enumerate(outcomes)]
+    return rows, [item(i) for i in range(count)], outcomes
 
 
-def shown(rows, items, folder=Path("."), **more) -> Page:
-    return Page(gallery.page(rows, items, "title", {"k": 1}, folder, **more))
-
-
-def outcome(row: dict) -> str:
-    said = {0.0: "wrong", 1.0: "right", None: "ungraded"}
-    return row["status"] if row["status"] != "ok" else said[row["score"]]
+def shown(rows, items, folder=Path(".")) -> Page:
+    return Page(gallery.page(rows, items, "title", {"k": 1}, folder))
 
 
 def test_the_numbers_are_those_of_a_naive_count():
-    rows, items = many(90), [item(i) for i in range(90)]
-    page, counts = shown(rows, items), Counter(map(outcome, rows))
-    (numbers,) = page.all("p", **{"class": "numbers"})
+    rows, items, outcomes = many(90)
+    page, counts = shown(rows, items), Counter(outcomes)
+    (numbers,) = page.all("p", "numbers")
     assert dict(re.findall(r"([a-z]+) (\d+)", numbers.text)) == {k: str(counts[k]) for k in counts}
-    categories = Counter(each["category"] for each in items)
-    for name, naive in (("status", counts), ("category", categories)):
-        choices = {e.text for e in page.all("option")}
-        assert {f"{value} ({n})" for value, n in naive.items()} <= choices
+    for name, naive in (("status", counts), ("category", Counter(i["category"] for i in items))):
+        assert {f"{value} ({n})" for value, n in naive.items()} <= {
+            e.text for e in page.all("option")
+        }
         assert Counter(card.attrs[f"data-{name}"] for card in page.all("article")) == naive
 
 
 def test_hostile_texts_are_inert():
-    bad = item(0, question=HOSTILE, category=HOSTILE, choices=[HOSTILE])
-    bad |= {"answer": HOSTILE, "id": HOSTILE}
+    bad = item(0, question=HOSTILE, category=HOSTILE, choices=[HOSTILE], answer=HOSTILE, id=HOSTILE)
     row = graded(0, f"<think>{HOSTILE}</think>{HOSTILE}\ud800", id=HOSTILE, extracted=HOSTILE)
     rows = [row | {"rule": HOSTILE}, graded(1, HOSTILE, id=HOSTILE)]
     text = gallery.page(rows, [bad], HOSTILE, {HOSTILE: HOSTILE}, Path("."))
     page, plain = Page(text), shown([graded(0)], [item(0, choices=["x"])])
-    extra = {e.tag for e in page.elements} - {e.tag for e in plain.elements}
-    assert not extra and len(page.all("script")) == 1
-    assert page.all("script")[0].text == plain.all("script")[0].text
+    assert {e.tag for e in page.elements} <= {e.tag for e in plain.elements}
+    assert [e.text for e in page.all("script")] == [e.text for e in plain.all("script")]
     assert not [a for e in page.elements for a in e.attrs if a.startswith("on")]
     assert page.all("h1")[0].text == HOSTILE and "<!--" not in text
     assert sum(HOSTILE in e.text for e in page.all("article")) == 2
@@ -120,15 +121,14 @@ def test_the_page_has_small_pictures_no_address_and_allows_only_its_own_script(t
     assert len(nonce) > 20 and nonce != again.all("script")[0].attrs["nonce"]
 
 
-def test_of_more_replies_the_same_ones_are_drawn_each_time_and_it_is_said():
+def test_of_more_replies_the_same_ones_are_drawn_each_time_and_it_is_said(monkeypatch):
     rows, items = [graded(i) for i in range(400)], [item(i) for i in range(400)]
-    page, again = (shown(rows, items, limit=60) for _ in range(2))
-    drawn = [int(re.search(r"b/(\d+)", card.text)[1]) for card in page.all("article")]
-    assert len({*drawn}) == 60 and drawn == sorted(drawn) and drawn[-1] > 300
-    assert [e.text for e in page.all("article")] == [e.text for e in again.all("article")]
-    (note,) = page.all("p", **{"class": "note"})
-    assert note.text.startswith("60 of 400 replies")
-    assert not shown(rows, items, limit=400).all("p", **{"class": "note"})
+    monkeypatch.setattr(gallery, "CARDS", 60)
+    page, again = ([e.text for e in shown(rows, items).all("article")] for _ in range(2))
+    drawn = [int(re.search(r"b/(\d+)", card)[1]) for card in page]
+    assert page == again and len({*drawn}) == 60 and drawn == sorted(drawn) and drawn[-1] > 300
+    assert shown(rows, items).all("p", "note")[0].text.startswith("60 of 400 replies")
+    assert not shown(rows[:60], items).all("p", "note")
 
 
 def test_highlights_stand_at_the_spans_of_the_row():
@@ -163,33 +163,25 @@ def test_options_gold_judge_and_facts_stand_on_the_card():
     choice = item(0, choices=["red", "green", "blue"], answer="B")
     page = shown([row, row | unread | {"judge_score": None, "tokens": None}], [choice])
     first, second = (card.text for card in page.all("article"))
-    for part in ("A red", "Gold B", "says C", "judge: right", "7 tokens", "kind 0"):
-        assert part in first
-    for part in ("judge: ungraded", "nothing was read", "not counted tokens"):
-        assert part in second
-    looks = [e.attrs["class"] for e in page.all("li")]
-    assert looks == ["", "gold", "said", "", "gold", ""]
+    assert all(p in first for p in ("A red", "Gold B", "says C", "judge: right", "7 tokens"))
+    assert all(p in second for p in ("judge: ungraded", "nothing was read", "not counted tokens"))
+    assert [e.attrs["class"] for e in page.all("li")] == ["", "gold", "said", "", "gold", ""]
 
 
 def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium on this machine")
-    rows, items = many(60), [item(i) for i in range(60)]
+    rows, items, outcomes = many(60)
     rows[0]["response"] += "<script>document.title = 'broken'</script>"
-    text = gallery.page(rows, items, "b", {}, tmp_path)
-    (tmp_path / "gallery.html").write_text(text)
+    (tmp_path / "gallery.html").write_text(gallery.page(rows, items, "b", {}, tmp_path))
     address = f"file://{tmp_path}/gallery.html#status=wrong&category=kind 1&text=how MANY"
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", address]
-    command.insert(1, f"--user-data-dir={tmp_path / 'profile'}")
+    command = [browser, f"--user-data-dir={tmp_path / 'profile'}", "--headless=new"]
+    command += ["--no-sandbox", "--disable-gpu", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     page = Page(done.stdout)
-    pairs = zip(rows, items, strict=True)
-    wanted = [
-        row["id"] for row, of in pairs if (outcome(row), of["category"]) == ("wrong", "kind 1")
-    ]
+    wanted = [f"b/{i}" for i, outcome in enumerate(outcomes) if (outcome, i % 3) == ("wrong", 1)]
     left = [e for e in page.all("article") if "hidden" not in e.attrs]
     assert wanted and [re.search(r"b/\d+", e.text)[0] for e in left] == wanted
-    assert page.all("output")[0].text == f"{len(wanted)} of 60"
-    assert page.all("title")[0].text == "b"
+    assert page.all("output")[0].text == f"{len(wanted)} of 60" and page.all("title")[0].text == "b"
     assert all("open" in e.attrs for e in page.all("details"))  # the words may stand in the thought

@@ -1,17 +1,19 @@
 """The report on a made-up run of bills: the numbers it must find, the page it must write."""
 
 import base64
+import html
 import io
 import json
 import math
 import random
 import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import write_rows
 from PIL import Image
+from test_gallery import Page
 
 from evaluation import behaviors, metrics
 from miniature import report, world
@@ -30,9 +32,9 @@ HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", 
 HOSTILE += ["\u202e", "{{ run }}", " a ", "", "\ud800"]
 
 
-def write(path, rows):
+def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
 
 
 def read(path):
@@ -44,39 +46,33 @@ def record(rng, row, sample, rates):
     items = [[int(word.strip("~;") or 0) for word in words[i + 1 : i + 3]] for i in (0, 3, 6, 9)]
     bill = world.Bill((), int(words[13]), tuple((a, b) if b else (a,) for a, b in items))
     asked = [world.ITEMS.index(name) for name in re.findall(r"\b[A-D]\b", row["prompt"])[-2:]]
-    said = (
-        world.direct(rng.randint(2, 10)) if rates is None else world.trace(bill, asked, rng, rates)
-    )
+    thinks = rates is not None
+    said = world.trace(bill, asked, rng, rates) if thinks else world.direct(rng.randint(2, 10))
     answer = re.search(r"boxed\{ (\d+)", said)[1]
     found = {"id": row["id"], "sample": sample, "extracted": answer, "response": said}
     return found | {"image": bool(row["images"]), "score": float(answer == row["answer"])}
-
-
-def metrics_of(step, steps):
-    x = step / steps
-    row = {"step": step, "seconds": 1.5, "loss": 3 - 2 * x, "reward_image": x, "length": 40 + x}
-    row |= {f"{kind}/{name}": x for kind in ("image", "text") for name in behaviors.NAMES}
-    return row | {f"{name}/{g}": x**2 for name in report.HABITS for g in world.GROUPS}
 
 
 def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
     rng, cfg = random.Random(0), world.Config(out=str(folder / "data"))
     (folder / "data/images").mkdir(parents=True, exist_ok=True)
     rows = [world.problem_row(rng, i, "test", cfg) for i in range(problems)]
-    write(folder / "data/test.jsonl", rows)
+    write(folder / "data/test.jsonl", *rows)
     for stage in stages:
-        place = folder / "eval" / stage
-        if stage.startswith("forbid_"):
-            out = [record(rng, row, 0, STAGES[stage]) for row in rows]
-            write(folder / "eval/rl" / stage / "graded.jsonl", out)
-            continue
-        for how, count in (("greedy", 1), ("sampled", 2)):
+        word = stage.startswith("forbid_")
+        for how, count in (("", 1),) if word else (("greedy", 1), ("sampled", 2)):
             out = [record(rng, row, k, STAGES[stage]) for row in rows for k in range(count)]
-            write(place / how / "graded.jsonl", out)
-        (place / "skills.json").write_text('{"faint digit": 0.97, "log P(wait), 0 left": -6.5}')
+            write(folder / "eval" / ("rl" * word) / stage / how / "graded.jsonl", *out)
+        if word:
+            continue
+        write(folder / "eval" / stage / "skills.json", {"faint digit": 0.97, "log P, 0 left": -6.5})
         about = {"config": {"seed": 3}, "command": f"python {stage}.py", "versions": {"torch": "2"}}
-        write(folder / stage / "run.json", [about | {"commit": "0123"}])
-        write(folder / stage / "metrics.jsonl", [metrics_of(step, steps) for step in range(steps)])
+        write(folder / stage / "run.json", about | {"commit": "0123"})
+        habits = [f"{name}/{group}" for name in report.HABITS for group in world.GROUPS]
+        lexicon = [f"{kind}/{name}" for kind in ("image", "text") for name in behaviors.NAMES]
+        names = ("loss", "reward_image", "length", *lexicon, *habits)
+        rows_of = [dict.fromkeys(names, i / steps) | {"step": i} for i in range(steps)]
+        write(folder / stage / "metrics.jsonl", *[row | {"seconds": 1.5} for row in rows_of])
     return folder
 
 
@@ -88,46 +84,29 @@ def rollout(said, problem_id="train-0", **more):
     return row | {"logps": numbers, "values": numbers, "advantages": numbers[::-1]} | more
 
 
-class Page(HTMLParser):
-    """The report of a run: its tags in order, the words of every table row."""
-
-    def __init__(self, run):
-        super().__init__()
-        report.main(report.Config(run))
-        self.text, self.tags, self.rows = (run / "report.html").read_text(), [], []
-        self.results = json.loads((run / "results.json").read_text())
-        self.feed(self.text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag in ("tr", "section"):
-            self.rows.append("")
-
-    def handle_data(self, data):
-        if self.rows:
-            self.rows[-1] = f"{self.rows[-1]} {data.strip()}".strip()
-
-    def row_of(self, name):
-        return next(" ".join(row.split()) for row in self.rows if row.startswith(name))
+def reported(run):
+    """What the report writes: its text, the elements, results.json, {stage: words of its row}."""
+    report.main(report.Config(run))
+    text, row_of = (run / "report.html").read_text(), {}
+    rows = re.findall(r"<th scope.*?</tr>", text, re.DOTALL)
+    rows = [" ".join(html.unescape(re.sub("<[^>]*>", " ", row)).split()) for row in rows]
+    for stage in STAGES | report.STAGES:
+        row_of[stage] = next((x for x in rows if x.startswith(report.name_of(stage))), "")
+    page = Page(text)
+    page.run, page.text, page.row_of = run, text, row_of
+    page.results = json.loads((run / "results.json").read_text())
+    return page
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return fake_run(tmp_path_factory.mktemp("report"), problems=64)
-
-
-@pytest.fixture(scope="module")
-def page(run):
-    return Page(run)
+def page(tmp_path_factory):
+    return reported(fake_run(tmp_path_factory.mktemp("report"), problems=64))
 
 
 @pytest.fixture
 def no_charts(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr(report, "chart", lambda name, draw: "<svg></svg>")
-
-
-# ---- numbers
+    monkeypatch.setattr(report, "chart", lambda title, draw, lost: {"title": title, "lost": lost})
 
 
 def mean(values):
@@ -135,8 +114,9 @@ def mean(values):
     return pytest.approx(sum(values) / len(values)) if values else None
 
 
-def check_stage(found, ending, records, rows):
+def check_stage(found, ending, file, rows):
     """One mode of a stage in results.json, against the records."""
+    records = read(file)
     for kind in ("image", "text"):
         mine = [r for r in records if r["image"] == (kind == "image")]
         assert found[f"{kind}_accuracy{ending}"] == mean(r["score"] for r in mine)
@@ -145,35 +125,34 @@ def check_stage(found, ending, records, rows):
             for name, rate in found["behaviors"][kind].items():
                 assert rate == mean(behaviors.count(r["response"])[name] > 0 for r in mine)
     for group, rates in found["groups"].items():
-        mine = [r for r in records if rows[r["id"]]["group"] == group]
-        shown = [
-            {name for name, x in rows[r["id"]]["watch"].items() if re.search(x, r["response"])}
-            for r in mine
-        ]
-        assert rates[f"accuracy{ending}"] == mean(r["score"] for r in mine)
-        for name in report.HABITS:
-            assert rates[f"{name}{ending}"] == mean(name in s for s in shown)
-        assert rates[f"useless{ending}"] == mean(bool(s & report.USELESS) for s in shown)
+        mine, shown = [r for r in records if rows[r["id"]]["group"] == group], []
+        for r in mine:
+            watch = rows[r["id"]]["watch"].items()
+            shown.append({name for name, pattern in watch if re.search(pattern, r["response"])})
+        expected = {name: mean(name in s for s in shown) for name in report.HABITS}
+        expected["accuracy"] = mean(r["score"] for r in mine)
+        expected["useless"] = mean(bool(s & report.USELESS) for s in shown)
         looks = mean("second_look" in s for s in shown if "wrong_first" in s)
-        assert rates[f"second_look_where_wrong{ending}"] == looks
+        expected["second_look_where_wrong"] = looks
+        assert {name: rates[f"{name}{ending}"] for name in expected} == expected
 
 
-def test_the_results_are_the_shares_in_the_records(run, page):
-    rows = {row["id"]: row for row in read(run / "data/test.jsonl")}
+def test_the_results_are_the_shares_in_the_records(page):
+    rows = {row["id"]: row for row in read(page.run / "data/test.jsonl")}
     results, word = page.results, page.results["forbid"]["again"]
     assert results["seed"] == 3 and results["seconds"]["rl"] == 45
     assert {*results["stages"]} == STAGES.keys() - {"forbid_again"} and len(results["forbid"]) == 1
     for stage, found in results["stages"].items():
         assert found["skills"]["faint digit"] == 0.97 and {*found["groups"]} == {*world.GROUPS}
-        check_stage(found, "", read(run / f"eval/{stage}/greedy/graded.jsonl"), rows)
-        check_stage(found, "_sampled", read(run / f"eval/{stage}/sampled/graded.jsonl"), rows)
-    check_stage(word, "", read(run / "eval/rl/forbid_again/graded.jsonl"), rows)
+        check_stage(found, "", page.run / f"eval/{stage}/greedy/graded.jsonl", rows)
+        check_stage(found, "_sampled", page.run / f"eval/{stage}/sampled/graded.jsonl", rows)
+    check_stage(word, "", page.run / "eval/rl/forbid_again/graded.jsonl", rows)
     assert word["image_accuracy_sampled"] is None  # not measured
 
 
 def rate_of(right, n, times=1):
-    records = [{"id": i} for i in range(n)] * times
-    return report.share(records, lambda record: record["id"] < right)
+    records = [{"id": i, "shown": {"right"} if i < right else set()} for i in range(n)] * times
+    return report.share(records, "right")
 
 
 def test_the_ends_of_an_interval_are_the_shares_that_the_score_test_just_accepts():
@@ -185,8 +164,8 @@ def test_the_ends_of_an_interval_are_the_shares_that_the_score_test_just_accepts
                 width = metrics.Z * math.sqrt(end * (1 - end) / n)
                 assert abs(rate.value - end) == pytest.approx(width, abs=1e-9)
     draw, one = np.random.default_rng(0), rate_of(20, 60)
-    mixed = [{"id": i, "right": draw.random() < 1 / 3} for i in range(60) for _ in range(10)]
-    free = report.share(mixed, lambda record: record["right"])
+    mixed = [{"id": i, "shown": {draw.integers(3)}} for i in range(60) for _ in range(10)]
+    free = report.share(mixed, 0)
     assert (free.high - free.low) / (one.high - one.low) == pytest.approx(10**-0.5, rel=0.25)
 
 
@@ -202,30 +181,27 @@ def test_two_rates_differ_where_newcombe_says_so():
 def test_a_fall_before_the_rise_is_claimed_only_where_the_curve_has_both(tmp_path, ends):
     noise, shape = random.Random(1), np.interp(range(60), (0, 20, 59), ends)
     rows = [{"step": i, "seconds": 1.0, "x": v + noise.gauss(0, 0.03)} for i, v in enumerate(shape)]
-    write(tmp_path / "rl/run.json", [{"config": {}}])
-    write(tmp_path / "rl/metrics.jsonl", rows)
-    found = report.claim(report.read_run(tmp_path), "dips", ["rl"], ["x"], "")
+    write(tmp_path / "rl/run.json", {"config": {}})
+    write(tmp_path / "rl/metrics.jsonl", *rows)
+    found = report.claim(report.Run(tmp_path), "dips", ["rl"], ["x"], "")
     assert found["holds"] == (ends == (0.4, 0.1, 0.9))
 
 
-def test_a_claim_holds_where_the_rates_go_its_way_and_is_open_where_one_is_missing(run):
-    there, path = report.read_run(run), ["groups.smudged_picture.check_sampled"]
-
-    def holds(*stages):
+def test_a_claim_holds_where_the_rates_go_its_way_and_is_open_where_one_is_missing(page):
+    there, path = report.Run(page.run), ["groups.smudged_picture.check_sampled"]
+    for stages, expected in (
+        (("base", "rl"), [True, False, False]),
+        (("rl", "base"), [False, True, False]),
+        (("base", "rl_without_coldstart"), [False, False, True]),
+        (("base", "rl_grpo"), [None] * 3),
+    ):
         ways = ("rises", "falls", "stays")
-        return [report.claim(there, way, stages, path, "")["holds"] for way in ways]
-
-    assert holds("base", "rl") == [True, False, False] and holds("base", "rl_grpo") == [None] * 3
-    assert holds("rl", "base") == [False, True, False]
-    assert holds("base", "rl_without_coldstart") == [False, False, True]
-
-
-# ---- the page
+        assert [report.claim(there, way, stages, path, "")["holds"] for way in ways] == expected
 
 
 def test_the_page_is_one_file_with_every_section_and_its_figures(page):
     assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page.text)
-    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    sections = [e.attrs["id"] for e in page.elements if e.tag == "section"]
     assert sections == "stages figure-3 insights figure-5 table-4 examples tokens".split()
     assert page.text.count("<svg") == 1 + 3 + 3 * 2 + 3 and "NaN" not in page.text
     ids = re.findall(r'<clipPath id="([^"]*)"', page.text)
@@ -234,40 +210,39 @@ def test_the_page_is_one_file_with_every_section_and_its_figures(page):
 
 
 def test_the_table_and_the_headline_show_the_numbers_of_the_results(page):
-    group = "smudged_picture"
     found = page.results["stages"] | {"forbid_again": page.results["forbid"]["again"]}
     for stage, rates in found.items():
         words = re.escape(f"{report.name_of(stage)} {report.STAGES[stage][1]}")
         for key in ("accuracy", "accuracy_sampled"):
-            if (rate := rates["groups"][group].get(key)) is not None:
+            if (rate := rates["groups"]["smudged_picture"].get(key)) is not None:
                 words += rf" {100 * rate:.0f} \d+–\d+"
-        assert re.match(words, page.row_of(report.name_of(stage)))
+        assert re.match(words, page.row_of[stage])
     said = re.search(r"<h1>(.*?)</h1>", page.text, re.DOTALL)[1]
-    solved = [found[stage]["groups"][group]["accuracy"] for stage in (*MAIN, "forbid_again")]
-    assert re.findall(r"(\d+) % (?!checked)", said) == [f"{100 * rate:.0f}" for rate in solved]
+    groups = [found[stage]["groups"] for stage in (*MAIN, "forbid_again")]
+    solved = [f"{100 * rates['smudged_picture']['accuracy']:.0f}" for rates in groups]
+    assert re.findall(r"(\d+) % (?!checked)", said) == solved
 
 
 @pytest.mark.parametrize("stages", [("base",), ("mine", "rl")])
 def test_what_was_not_run_is_said_and_survived(tmp_path, stages, monkeypatch, no_charts):
     monkeypatch.setitem(STAGES, "mine", STAGES["rl"])
-    page = Page(fake_run(tmp_path, steps=12, stages=stages))
+    page = reported(fake_run(tmp_path, steps=12, stages=stages))
     assert {*page.results["stages"]} == {*stages} and "NaN" not in page.text
-    for stage in report.STAGES:
-        lost = "not in this run" in page.row_of(report.name_of(stage))
-        assert lost == (stage not in stages), stage
-    assert "mine" not in stages or page.row_of("mine")
+    lost = {stage for stage, row in page.row_of.items() if "not in this run" in row}
+    assert lost == {*report.STAGES} - {*stages}
+    assert "mine" not in stages or page.row_of["mine"]
 
 
 def test_a_run_without_groups_or_without_evaluation_is_reported_too(tmp_path, no_charts):
     """As a 7B run is, whose rows have no groups, and any run in its first minutes."""
     rows = read(fake_run(tmp_path) / "data/test.jsonl")
     keys = ("id", "prompt", "images", "answer")
-    write(tmp_path / "data/test.jsonl", [{key: row[key] for key in keys} for row in rows])
-    page = Page(tmp_path)
+    write(tmp_path / "data/test.jsonl", *[{key: row[key] for key in keys} for row in rows])
+    page = reported(tmp_path)
     accuracy = f"{100 * page.results['stages']['rl']['image_accuracy']:.0f}"
     assert re.search(rf"Picture problems solved:.* {accuracy} % after RL", page.text, re.S)
     shutil.rmtree(tmp_path / "eval")
-    assert "no stage has been evaluated yet" in Page(tmp_path).text
+    assert "no stage has been evaluated yet" in reported(tmp_path).text
     with pytest.raises(SystemExit, match="nothing to report"):
         report.main(report.Config(tmp_path / "data"))
 
@@ -275,28 +250,27 @@ def test_a_run_without_groups_or_without_evaluation_is_reported_too(tmp_path, no
 def test_hostile_text_is_text_alone(tmp_path, no_charts):
     """Prompts, ids, answers, replies and tokens that break out change no tag of the page."""
 
-    def page_of(folder, text, tokens):
+    def tags_of(folder, text, tokens):
         run = fake_run(folder, stages=MAIN)
         for file in (run / "eval").glob("*/*/graded.jsonl"):
-            rows = [r | {"response": r["response"] + text, "extracted": text} for r in read(file)]
-            write(file, rows)
+            more = {"extracted": text}
+            write(file, *[r | more | {"response": r["response"] + text} for r in read(file)])
         said = {"status": text, "prompt": text, "answer": text}
-        write(run / "data/test.jsonl", [row | said for row in read(run / "data/test.jsonl")])
-        write(run / "rl/trace.jsonl", [rollout(tokens, text, **said)])
-        return [(tag, sorted(about)) for tag, about in Page(run).tags]
+        write(run / "data/test.jsonl", *[row | said for row in read(run / "data/test.jsonl")])
+        write(run / "rl/trace.jsonl", rollout(tokens, text, **said))
+        return [(element.tag, sorted(element.attrs)) for element in reported(run).elements]
 
-    bad = page_of(tmp_path / "bad", " ".join(HOSTILE), HOSTILE)
-    assert bad == page_of(tmp_path / "plain", "a", ["a"] * len(HOSTILE))
+    bad = tags_of(tmp_path / "bad", " ".join(HOSTILE), HOSTILE)
+    assert bad == tags_of(tmp_path / "plain", "a", ["a"] * len(HOSTILE))
     assert ("span", ["data-is", "style", "tabindex"]) in bad
 
 
-def test_examples_are_pictures_that_some_stage_fails_with_the_answers_of_all(run):
-    found = report.examples(report.read_run(run))
+def test_examples_are_pictures_that_some_stage_fails_with_the_answers_of_all(page):
+    found = report.examples(report.Run(page.run))
     assert len(found) == report.EXAMPLES
     for example in found:
-        scores = [answer["score"] for answer in example["answers"].values()]
-        assert [*example["answers"]] == [*MAIN] and min(scores) == 0
-        assert example["problem"]["images"]
+        assert [*example["answers"]] == [*MAIN] and example["problem"]["images"]
+        assert min(answer["score"] for answer in example["answers"].values()) == 0
 
 
 def test_tokens_are_shown_with_their_numbers_long_responses_cut_and_grpo_has_no_values(
@@ -307,12 +281,12 @@ def test_tokens_are_shown_with_their_numbers_long_responses_cut_and_grpo_has_no_
     files = [str(run / "data/images/test-0-0.png"), "gone.png"]
     row = rollout([*"abcdefghij"], values=None, images=files)
     alike = [rollout("a", step=1), rollout("b", step=1)]  # not a step to learn from
-    write(run / "rl/trace.jsonl", [row, rollout("", reward=0.0, images=files), *alike])
-    page = Page(run)
-    pictures = [about["src"] for tag, about in page.tags if tag == "img"]
+    write(run / "rl/trace.jsonl", row, rollout("", reward=0.0, images=files), *alike)
+    page = reported(run)
+    pictures = [e.attrs["src"] for e in page.elements if e.tag == "img"]
     small = Image.open(io.BytesIO(base64.b64decode(pictures[-1].split(",")[1])))
     assert "gone.png is not there" in page.text and small.size == (84, 140)
-    shown = [about["data-is"] for _, about in page.tags if "data-is" in about]
+    shown = [e.attrs["data-is"] for e in page.elements if "data-is" in e.attrs]
     found = [re.findall(r"(?:token|log p|value V|advantage) (\S+)", text) for text in shown]
     numbers = [(str(i + 1), row["logps"][i], row["advantages"][i]) for i in (0, 1, 2, 7, 8, 9)]
     assert found == [[place, str(logp), "none", str(a)] for place, logp, a in numbers]

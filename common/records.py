@@ -15,12 +15,11 @@ def places_and_rows(path: Path) -> Iterator[tuple[int, dict]]:
     place = 0
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, byte {place}: not JSON: {error}") from error
-                yield place, row
+            try:
+                if line.endswith(b"\n"):
+                    yield place, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, byte {place}: not JSON: {error}") from error
             place += len(line)
 
 
@@ -66,8 +65,6 @@ def claim(file: Path, protocol: dict, begun: bool) -> None:
     protocol = json.loads(json.dumps(protocol))  # as it is read back: lists for tuples
     before = json.loads(file.read_text()) if begun and file.exists() else {}
     if begun and (differences := "; ".join(changes(before, protocol))):
-        raise ValueError(
-            f"{file}: what stands beside it is of another protocol ({differences}): "
-            "use another --out, or remove both"
-        )
+        fault = f"what stands beside it is of another protocol ({differences})"
+        raise ValueError(f"{file}: {fault}: use another --out, or remove both")
     write_json(file, protocol)

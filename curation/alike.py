@@ -1,15 +1,14 @@
-r"""When two texts or two pictures are the same: duplicates in the data, test questions in it.
+"""When two texts or two pictures are the same: duplicates in the data, test questions in it.
 
 duplicates  prompts alike word for word, or in >= 0.8 of their runs of five words (MinHash, Broder
-            1997); the first row stays. Near ones with other digits, signs, pictures or answers both
-            stay: "12 apples" and "13 apples" are two problems
+            1997). Near ones with other digits, signs, pictures or answers are two problems: "12
+            apples" and "13 apples"
 benchmarks  >= 0.6 of a test question's runs of eight words stand in the prompt, or the picture is
             its picture. The usual rule, any 13 words in common, flags the boilerplate of contests
 pictures    the same if the files are, as part of a problem; as a test's, if two small grey copies
             correlate, for a picture may have been saved anew
 
-All hashes are our own arithmetic and not Python's, so they are the same on every machine and day.
-Nothing here holds a row: a text becomes some numbers, and arrays of these are compared.
+Hashes are our own arithmetic and not Python's: the same on every machine and day.
 """
 
 import hashlib
@@ -18,10 +17,9 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,8 +32,6 @@ TEST_WORDS, TEST_SHARE = 8, 0.6  # contamination: runs of 8 words, share of them
 MIN_GRAMS = 8  # runs of the shorter text; one of under 15 words has to be equal as a whole
 LONG_GRAMS = 20  # 27 words: of a text with a picture, for "Which of these shapes fits?" is nobody's
 SAME_PICTURE = 0.92  # correlation of their 32 x 32 copies: saved anew 0.93 to 1, by chance < 0.75
-
-# ---- texts
 
 NOISE = re.compile(
     r"\\(?:left|right|displaystyle|text|mathrm|mathbf|quad|qquad|[,;!])(?![a-z])|\\[dt](?=frac)"
@@ -61,38 +57,35 @@ def digest(*parts: str) -> int:
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
 
-def mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): all bits depend on all bits."""
+def runs(tokens: list[str], n: int) -> np.ndarray:
+    """A hash for each run of n tokens; of a shorter text one, of all it has. -> (runs,) uint64"""
+    n = max(1, min(n, len(tokens)))
+    codes = (zlib.crc32(token.encode(errors="surrogatepass")) for token in tokens)
+    codes = np.fromiter(codes, np.uint64, len(tokens))
+    last = len(codes) - n + 1
+    x = sum((codes[i : i + last] * ODD[i] for i in range(n)), np.zeros(last, np.uint64))
+    # the finaliser of splitmix64 (Steele et al. 2014): all bits depend on all bits
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def runs(tokens: list[str], n: int) -> np.ndarray:
-    """A hash for each run of n tokens; of a shorter text one, of all it has. -> (runs,) uint64"""
-    n = max(1, min(n, len(tokens)))
-    words = (zlib.crc32(token.encode(errors="surrogatepass")) for token in tokens)
-    hashes = np.fromiter(words, np.uint64, len(tokens))
-    last = len(hashes) - n + 1
-    return mixed(sum((hashes[i : i + last] * ODD[i] for i in range(n)), np.zeros(last, np.uint64)))
+def describe(row: dict, fact: np.void) -> None:
+    """Writes down what `repeats` compares: a hash of all words and pictures, the MinHash signature,
+    and a hash of what near-duplicates have in common.
 
-
-def signature(tokens: list[str]) -> np.ndarray:
-    """MinHash (Broder 1997), of each minimum a byte: two texts have the same in a share of about J,
-    to within 0.04. (PERMUTATIONS,) uint8"""
-    grams = runs(tokens, NEAR_WORDS)[:, None]
-    return (grams * ODD >> np.uint64(32)).min(axis=0, initial=2**32 - 1).astype(np.uint8)
-
-
-def identity(tokens: list[str], pictures: Iterable[str], gold: str) -> int:
-    """Of what must be equal in near-duplicates: "12 apples" and "13 apples" are two problems.
-
-    Signs count that are written alike everywhere, and those that grids are drawn with; "1/2" may
-    also be a fraction, "*" a product. The answer counts because puzzles from a generator differ in
-    one name: who has the blue present?
+    Of each minimum the signature keeps a byte: two texts have the same in a share of about J. Equal
+    must be signs that are written alike everywhere, and those that grids are drawn with; "1/2" may
+    also be a fraction, "*" a product. So must the answer be, because puzzles from a generator
+    differ in one name: who has the blue present?
     """
+    tokens, gold = words(row["prompt"]), " ".join(words(row["answer"] or ""))
+    pictures = [fingerprint(path)[0] for path in row["images"]]
     signs = "".join(t for t in tokens if t.isdigit() or t in "+-=<>#.")
-    return digest(signs, " ".join(words(gold)), *pictures)
+    hashes = runs(tokens, NEAR_WORDS)[:, None] * ODD >> np.uint64(32)
+    fact["text"] = digest(" ".join(tokens), *pictures)
+    fact["signature"] = hashes.min(axis=0, initial=2**32 - 1).astype(np.uint8)
+    fact["identity"] = digest(signs, gold, *pictures)
 
 
 def first_equal(keys: np.ndarray) -> np.ndarray:
@@ -124,9 +117,6 @@ def repeats(facts: np.ndarray) -> np.ndarray:
     return root[root]  # of a copy whose first row is near to an earlier one
 
 
-# ---- pictures
-
-
 @lru_cache(64)  # a row's pictures are needed up to three times
 def fingerprint(path: str) -> tuple[str, np.ndarray]:
     """(sha256, a grey copy of 32 x 32 pixels, of mean 0 and length 1). ValueError if the picture is
@@ -141,20 +131,6 @@ def fingerprint(path: str) -> tuple[str, np.ndarray]:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest(), small
 
 
-# ---- benchmarks
-
-
-class Benchmarks(NamedTuple):
-    """Test questions as sorted arrays: 12 bytes a run of words, shared by the workers."""
-
-    ids: list[str]
-    sizes: list[int]  # runs of each question
-    grams: np.ndarray  # of all questions, sorted
-    owners: np.ndarray  # the question of each gram
-    small: np.ndarray  # (pictures, 1024) float32
-    shown: list[int]  # the question of each picture
-
-
 def test_grams(prompt: str) -> np.ndarray:
     """Hashes of runs of words; of a short text one, of the whole; of "find x", which is nobody's
     question, none. The code of drawings is left out, which a set with pictures has not."""
@@ -165,38 +141,37 @@ def test_grams(prompt: str) -> np.ndarray:
     return np.array([digest(*tokens)] if len(tokens) >= 3 else [], np.uint64)
 
 
-def read_benchmarks(tests: Iterable[tuple[str, str, list[str]]]) -> Benchmarks:
-    """tests: (id, prompt, paths of pictures) of each question."""
-    ids, texts, sizes, small, shown = [], [np.empty(0, np.uint64)], [], [], []
-    for item, (name, prompt, images) in enumerate(tests):
-        ids.append(name)
-        texts.append(test_grams(prompt))
-        sizes.append(len(texts[-1]))
-        small += [fingerprint(path)[1] for path in images]
-        shown += [item] * len(images)
-    grams = np.concatenate(texts)
-    order = np.argsort(grams, kind="stable")
-    owners = np.repeat(np.arange(len(ids), dtype=np.uint32), sizes)[order]
-    small = np.array(small, np.float32).reshape(-1, 32 * 32)
-    return Benchmarks(ids, sizes, grams[order], owners, small, shown)
+class Benchmarks:
+    """Test questions, (id, prompt, paths of pictures) each, as sorted arrays: 12 bytes a run of
+    words, shared by the workers."""
 
+    def __init__(self, tests: list[tuple[str, str, list[str]]]):
+        texts = [test_grams(prompt) for _, prompt, _ in tests]
+        grams = np.concatenate([np.empty(0, np.uint64), *texts])
+        order = np.argsort(grams, kind="stable")
+        self.ids, self.sizes = [test[0] for test in tests], [*map(len, texts)]  # runs of each
+        owners = np.repeat(np.arange(len(tests), dtype=np.uint32), self.sizes)
+        self.grams, self.owners = grams[order], owners[order]  # the question of each gram
+        small = [fingerprint(path)[1] for *_, images in tests for path in images]
+        self.small = np.array(small, np.float32).reshape(-1, 32 * 32)
+        self.shown = [k for k, (*_, images) in enumerate(tests) for _ in images]  # of each picture
 
-def contaminations(row: dict, tests: Benchmarks) -> Iterator[tuple[str, str, float]]:
-    """(benchmark id, "text" or "image", score) of each test question that stands in the row.
+    def hits(self, row: dict) -> Iterator[tuple[str, str, float]]:
+        """(benchmark id, "text" or "image", score) of each test question that stands in the row.
 
-    The score of a text is the share of the question that stands in the prompt; of a picture the
-    correlation. A picture is enough: another question about it still shows it. Where one of the two
-    has a picture, a short text is not: "Which figure can be made from these shapes?" is a template.
-    """
-    images, grams = row["images"], test_grams(row["prompt"])
-    left, right = (np.searchsorted(tests.grams, grams, side) for side in ("left", "right"))
-    owners = [tests.owners[a:b] for a, b in zip(left, right, strict=True) if b > a]
-    for item, common in Counter(np.concatenate(owners).tolist() if owners else ()).items():
-        is_template = tests.sizes[item] < LONG_GRAMS and (images or item in tests.shown)
-        score = common / tests.sizes[item]
-        if score >= TEST_SHARE and not is_template:
-            yield tests.ids[item], "text", round(score, 3)
-    for path in images if tests.shown else ():
-        correlations = tests.small @ fingerprint(path)[1]
-        for k in np.flatnonzero(correlations >= SAME_PICTURE):
-            yield tests.ids[tests.shown[k]], "image", round(float(correlations[k]), 3)
+        The score of a text is the share of the question that stands in the prompt; of a picture the
+        correlation. A picture is enough: another question about it still shows it. Where one of the
+        two has a picture, a short text is not: "Which figure can be made of these?" is a template.
+        """
+        images, grams = row["images"], test_grams(row["prompt"])
+        left, right = (np.searchsorted(self.grams, grams, side) for side in ("left", "right"))
+        owners = [self.owners[a:b] for a, b in zip(left, right, strict=True) if b > a]
+        for item, common in Counter(np.concatenate(owners).tolist() if owners else ()).items():
+            is_template = self.sizes[item] < LONG_GRAMS and (images or item in self.shown)
+            score = common / self.sizes[item]
+            if score >= TEST_SHARE and not is_template:
+                yield self.ids[item], "text", round(score, 3)
+        for path in images if self.shown else ():
+            correlations = self.small @ fingerprint(path)[1]
+            for k in np.flatnonzero(correlations >= SAME_PICTURE):
+                yield self.ids[self.shown[k]], "image", round(float(correlations[k]), 3)

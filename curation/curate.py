@@ -3,23 +3,11 @@ r"""Rows of many sets become the file that a stage trains on.
     a.jsonl, b.jsonl ─rules─▶ ─benchmarks─▶ ─duplicates─▶ ─loss─▶ ─passes─▶ ─sample─▶ sft.jsonl
                         └──────────┴─────────────┴──────────┴────────┴─────────┴─▶ sft.dropped.jsonl
 
-The paper (OVR, sec. 3.3) names the steps and gives no thresholds: all constants here are ours.
-
-rules       what the stages refuse, cannot teach or cannot be graded. Better keep a doubtful row
-            than lose an honest one: tests/test_curate.py has what the patterns must not hit
-benchmarks  problems that are test questions, by their words or pictures (alike.py)
-duplicates  the same problem again, nearly word for word; the first row stays (alike.py)
-loss        under a small language model (score.py): above the median of the row's source by more
-            than 5 robust standard deviations, as damage is and what is no language
-passes      problems that the cold-start model (score.py) solves never, or always: no gradient
-sample      `count` rows without replacement; a row of a stratum (source, level, third of the pass
-            rates) of n rows weighs n^-alpha: 0 keeps proportions, 1 makes them equal
-
-Rows are read twice and never held: the first pass, over all workers, looks at each row alone and
-keeps 164 bytes of it (328 MB for 2 M rows); the decisions are made on these; the second pass copies
-the rows that stay. No file in between, so there is nothing to resume, and any number of workers
-gives the same bytes. What went where is printed, and stands in sft.report.json. Scores cost far
-more, so one curates, scores what stays, and curates the same rows again with them.
+The paper (OVR, sec. 3.3) names the steps and gives no thresholds: all constants here are ours. Rows
+are read twice and never held: the first pass, over all workers, looks at each row alone and keeps
+164 bytes of it (328 MB for 2 M rows); on these is decided; the second pass copies what stays. So
+there is nothing to resume, and any number of workers gives the same bytes. What went where is
+printed, and stands in sft.report.json. Scores cost most: curate, score what stays, curate again.
 
     python -m curation.curate --rows a.jsonl b.jsonl --kind sft --out out/data/sft.jsonl
     python -m curation.curate --rows k12.jsonl --kind rl --benchmarks mathvision.jsonl \
@@ -51,7 +39,7 @@ CHUNK = 4 << 20  # bytes of a file that a worker takes at a time
 FEW = 30  # rows of a source below which its losses are judged by those of all sources
 LEAST_SPREAD = 0.02  # nats a token: where all losses are alike, none is abnormal
 
-# of the rules
+# of the rules. Better keep a doubtful row than lose an honest one
 MIN_THOUGHT = 100  # characters: a thought of less than some 20 words teaches to skip it
 MAX_RESPONSE = 4 * 65_536  # characters; mathematics has 2 to 4 a token: surely over 64k tokens
 MAX_PROMPT = 20_000  # characters; longer ones are documents, not questions
@@ -78,32 +66,16 @@ REFUSAL = re.compile(  # not "I'm sorry, I made a mistake", nor "I cannot divide
     re.I,
 )
 
-REASONS = {  # why a row goes: (step, what it means)
-    "malformed": ("rules", "The stage that reads the file would refuse the row."),
-    "lost_picture": ("rules", "A picture is missing or cannot be read."),
-    "mojibake": ("rules", "Characters were decoded wrongly: the model would learn to write them."),
-    "degenerate_length": ("rules", "A prompt of one word or a document, more than fits a pack."),
-    "bad_thought": ("rules", "Not exactly one <think>...</think>, at the start, with a thought."),
-    "no_box": ("rules", "No closed \\boxed{} after the thought: nothing that could be rewarded."),
-    "refusal": ("rules", "The response declines, or says that it sees no picture."),
-    "mixed_script": ("rules", "The response falls into a script that the question is not in."),
-    "repetition": ("rules", "The response goes round in a loop."),
-    "proof": ("rules", "The problem asks for a proof and nothing else: no box holds one."),
-    "unjudgeable": ("rules", "The matcher rejects the gold as its own answer, or it is prose."),
-    "wrong_box": ("rules", "The box does not hold the reference: one of the two is wrong."),
-    "contaminated": ("benchmarks", "It is a test question, by its words or its picture."),
-    "repeated_id": ("duplicates", "A row above has the same id."),
-    "same_words": ("duplicates", "A row above asks the same, word for word."),
-    "near": ("duplicates", "A row above asks the same, nearly word for word."),
-    "abnormal_loss": ("loss", "Far less likely than others of its source: damage, no language."),
-    "not_scored": ("loss", "The language model could not score it; score.py says why."),
-    "never_solved": ("passes", "No try was right: no gradient, or a wrong reference."),
-    "always_solved": ("passes", "Every try was right: no gradient."),
-    "not_tried": ("passes", "It could not be tried; score.py says why."),
-    "not_chosen": ("sample", "The draw took others."),
+REASONS = {  # of each step in their order: why a row goes, as docs/data.md explains
+    "rules": "malformed lost_picture mojibake degenerate_length bad_thought no_box refusal "
+    "mixed_script repetition proof unjudgeable wrong_box",
+    "benchmarks": "contaminated",
+    "duplicates": "repeated_id same_words near",
+    "loss": "abnormal_loss not_scored",
+    "passes": "never_solved always_solved not_tried",
+    "sample": "not_chosen",
 }
-STEPS = ("rules", "benchmarks", "duplicates", "loss", "passes", "sample")
-FIRST_PASS = ("rules", "benchmarks")  # look at each row alone
+STEPS = {reason: step for step, reasons in REASONS.items() for reason in reasons.split()}
 
 
 @dataclass(frozen=True)
@@ -118,15 +90,13 @@ class Config:
     passes: tuple[str, ...] = ()  # of score.py --kind passes; none: the step lets all pass
     loss_z: float = 5.0  # robust standard deviations (1.48 x MAD) above the source's median; ours
     count: int = 0  # rows to choose; 0: all
-    alpha: float = 0.5  # a row weighs (rows of its stratum) ^ -alpha; ours
+    alpha: float = 0.5  # a row weighs (rows of its stratum) ^ -alpha: 1 makes strata equal; ours
     seed: int = 0
     workers: int = 1  # processes
 
     def __post_init__(self):
-        if len({*map(os.path.realpath, self.rows)}) < len(self.rows):
-            raise ValueError(f"--rows names a file twice: {' '.join(self.rows)}")
-        if self.count < 0 or self.alpha < 0 or self.workers < 1 or self.loss_z <= 0:
-            raise ValueError("count, alpha: not negative; loss_z: positive; workers: at least 1")
+        if self.count < 0:
+            raise ValueError(f"--count {self.count}: 0 takes all")
         for path in (*self.rows, *self.benchmarks, *self.losses, *self.passes):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")
@@ -134,7 +104,109 @@ class Config:
                 raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
 
 
-# ---- reading
+# ---- rules
+
+
+def grade_row(row: dict, response: str) -> Verdict:
+    return grade(row["answer"], response, choices=row["choices"], precision=row["precision"])
+
+
+def unjudgeable(row: dict) -> str:
+    """Why no response to the row can be judged, if so."""
+    gold = row["answer"].strip()
+    words = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", gold))
+    if NO_GOLD.fullmatch(gold) or len(gold) > MAX_GOLD[0]:
+        return f"gold {gold!r:.80}"
+    if words > MAX_GOLD[1] and not row["choices"]:
+        return f"gold of {words} words"
+    itself = grade_row(row, f"\\boxed{{{gold}}}")
+    return "" if itself.score == 1 else f"gold {gold!r}: {itself.status}"
+
+
+def faults(row: dict) -> Iterator[tuple[str, str]]:
+    """(reason, detail) of all that is wrong with the texts of a row, what costs little first."""
+    prompt, text = row["prompt"], f"{row['prompt']}\n{row['response']}"
+    if found := data.MARKUP_PATTERN.search(text):
+        yield "malformed", found[0]
+    if found := MOJIBAKE.search(text):
+        yield "mojibake", repr(text[max(0, found.start() - 10) : found.end() + 10])
+    if len(prompt) > MAX_PROMPT or (not row["images"] and len(prompt.split()) < 2):
+        yield "degenerate_length", f"prompt of {len(prompt)} characters"
+    if row["response"] is not None:
+        response = row["response"].strip()
+        conclusion = response.rpartition("</think>")[2]
+        thought = len(response) - len("<think></think>") - len(conclusion)
+        markers = re.findall("</?think>", response)
+        if len(response) > MAX_RESPONSE:
+            yield "degenerate_length", f"response of {len(response)} characters"
+        if markers != ["<think>", "</think>"] or not response.startswith("<think>"):
+            yield "bad_thought", f"it begins {response[:20]!r} and has {markers[:9]}"
+        if thought < MIN_THOUGHT:
+            yield "bad_thought", f"thought of {thought} characters"
+        if found := REFUSAL.search(response):
+            yield "refusal", found[0]
+        status, box = extract(conclusion)
+        if status or not box.strip():
+            yield "no_box", status or "empty box"
+        if (found := FOREIGN.search(response)) and not FOREIGN.search(prompt):
+            yield "mixed_script", found[0]
+        ratio = len(zlib.compress(response.encode(), 1)) / len(response.encode())
+        if len(response) > 1000 and ratio < LOOP_ZLIB:
+            yield "repetition", f"zlib {ratio:.2f}"
+    if row["answer"] is not None:
+        if (found := PROOF.search(prompt)) and not ASKS.search(prompt):
+            yield "proof", found[0]
+        if detail := unjudgeable(row):
+            yield "unjudgeable", detail
+        if row["response"] is not None and (box := grade_row(row, conclusion)).score != 1:
+            yield "wrong_box", f"box {box.answer!r:.80}, gold {row['answer']!r:.80}"
+
+
+def examine(line: bytes, path: str, place: str, cfg: Config) -> tuple[dict, str, str]:
+    """(the row as the stages read it, why it goes or "", detail)"""
+    row = {"id": place, "source": Path(path).name}
+    try:
+        row |= data.parse_json(place, line)
+        columns, folder = {"response": None, "answer": None}, Path(path).parent
+        if cfg.kind == "sft":
+            columns |= vars(data.example_of(place, row, folder))
+        if cfg.kind == "rl" or row.get("answer") is not None:
+            columns |= vars(data.problem_of(place, row, folder))
+        row |= columns
+    except FileNotFoundError as error:
+        return row, "lost_picture", str(error)
+    except ValueError as error:
+        return row, "malformed", str(error)
+    for reason, detail in faults(row):
+        return row, reason, detail
+    try:
+        for image in row["images"]:
+            alike.fingerprint(image)
+    except ValueError as error:
+        return row, "lost_picture", str(error)
+    for hit in benchmarks_of(cfg.benchmarks).hits(row):
+        return row, "contaminated", "as {}: {} {}".format(*hit)
+    return row, "", ""
+
+
+# ---- first pass: what is known of a row alone
+
+SIGNATURE = ("signature", "u1", (alike.PERMUTATIONS,))  # this, text, identity: what repeats has
+# the id's hash, with the seed, is also the row's luck in the draw
+FACT = np.dtype([("id", "u8"), ("text", "u8"), ("identity", "u8"), SIGNATURE, ("stratum", "u4")])
+
+
+@cache
+def benchmarks_of(files: tuple[str, ...]) -> alike.Benchmarks:
+    """A broken question stops the run: what it tests would be missed in silence."""
+    tests = []
+    for path in files:
+        for place, row, folder in data.line_rows(Path(path)):
+            # items have the question also without what all of a benchmark are told
+            prompt = row.get("question") or data.text(place, row, "prompt")
+            images = [str(folder / name) for name in row.get("images") or []]
+            tests.append((data.text(place, row, "id"), prompt, images))
+    return alike.Benchmarks(tests)
 
 
 def lines_of(path: str, start: int = 0, end: int = sys.maxsize) -> Iterator[tuple[str, bytes]]:
@@ -148,184 +220,44 @@ def lines_of(path: str, start: int = 0, end: int = sys.maxsize) -> Iterator[tupl
                 yield f"{path}, byte {at}", line
 
 
-def columns_of(row: dict, path: str, place: str, kind: str) -> dict:
-    """As the stages read them, pictures as paths from here. A ValueError or FileNotFoundError where
-    a stage would refuse the row."""
-    columns = {"response": None, "answer": None}
-    if kind == "sft":
-        columns |= vars(data.example_of(place, row, Path(path).parent))
-    if kind == "rl" or row.get("answer") is not None:
-        columns |= vars(data.problem_of(place, row, Path(path).parent))
-    return columns
+def dropped_line(name: str, reason: str, detail: str) -> str:
+    row = {"id": name, "step": STEPS[reason], "reason": reason, "detail": detail}
+    return json.dumps(row) + "\n"
 
 
-@cache
-def benchmarks_of(files: tuple[str, ...]) -> alike.Benchmarks:
-    """A broken question stops the run: what it tests would be missed in silence."""
-    tests = []
-    for path in files:
-        for place, row, folder in data.line_rows(Path(path)):
-            # items have the question also without what all of a benchmark are told
-            prompt = row.get("question") or data.text(place, row, "prompt")
-            images = [str(folder / name) for name in row.get("images") or []]
-            tests.append((data.text(place, row, "id"), prompt, images))
-        if not tests:
-            raise ValueError(f"--benchmarks {path}: there is no question in it")
-    return alike.read_benchmarks(tests)
-
-
-# ---- rules
-
-
-def first_fault(line: bytes, path: str, place: str, kind: str) -> tuple[dict, str, str]:
-    """(the row, why it goes or "", detail)"""
-    row = {"id": place, "source": Path(path).name}
-    try:
-        row |= data.parse_json(place, line)
-        row |= columns_of(row, path, place, kind)
-    except FileNotFoundError as error:
-        return row, "lost_picture", str(error)
-    except ValueError as error:
-        return row, "malformed", str(error)
-    return row, *next(faults(row), ("", ""))
-
-
-def faults(row: dict) -> Iterator[tuple[str, str]]:
-    """(reason, detail) of all that is wrong with a row, what costs little to find first."""
-    yield from text_faults(row)
-    for path in row["images"]:
-        try:
-            alike.fingerprint(path)
-        except ValueError as error:
-            yield "lost_picture", str(error)
-
-
-def text_faults(row: dict) -> Iterator[tuple[str, str]]:
-    prompt, response = row["prompt"], row["response"]
-    text = f"{prompt}\n{response}"
-    if found := data.MARKUP_PATTERN.search(text):
-        yield "malformed", found[0]
-    if found := MOJIBAKE.search(text):
-        yield "mojibake", repr(text[max(0, found.start() - 10) : found.end() + 10])
-    if len(prompt) > MAX_PROMPT or (not row["images"] and len(prompt.split()) < 2):
-        yield "degenerate_length", f"prompt of {len(prompt)} characters"
-    if response is not None:
-        yield from response_faults(prompt, response.strip())
-    if row["answer"] is not None:
-        yield from answer_faults(row)
-
-
-def conclusion(response: str) -> str:
-    return response.rpartition("</think>")[2]
-
-
-def response_faults(prompt: str, response: str) -> Iterator[tuple[str, str]]:
-    end, markers = conclusion(response), re.findall("</?think>", response)
-    thought = len(response) - len("<think></think>") - len(end)
-    if len(response) > MAX_RESPONSE:
-        yield "degenerate_length", f"response of {len(response)} characters"
-    if markers != ["<think>", "</think>"] or not response.startswith("<think>"):
-        yield "bad_thought", f"it begins {response[:20]!r} and has {markers[:9]}"
-    if thought < MIN_THOUGHT:
-        yield "bad_thought", f"thought of {thought} characters"
-    if found := REFUSAL.search(response):
-        yield "refusal", found[0]
-    status, box = extract(end)
-    if status or not box.strip():
-        yield "no_box", status or "empty box"
-    if (found := FOREIGN.search(response)) and not FOREIGN.search(prompt):
-        yield "mixed_script", found[0]
-    ratio = len(zlib.compress(response.encode(), 1)) / len(response.encode())
-    if len(response) > 1000 and ratio < LOOP_ZLIB:
-        yield "repetition", f"zlib {ratio:.2f}"
-
-
-def answer_faults(row: dict) -> Iterator[tuple[str, str]]:
-    if (found := PROOF.search(row["prompt"])) and not ASKS.search(row["prompt"]):
-        yield "proof", found[0]
-    if detail := unjudgeable(row):
-        yield "unjudgeable", detail
-    if row["response"] is not None:
-        box = verdict(row, conclusion(row["response"]))
-        if box.score != 1:
-            yield "wrong_box", f"box {box.answer!r:.80}, gold {row['answer']!r:.80}"
-
-
-def verdict(row: dict, response: str) -> Verdict:
-    return grade(row["answer"], response, choices=row["choices"], precision=row["precision"])
-
-
-def unjudgeable(row: dict) -> str | None:
-    gold = row["answer"].strip()
-    words = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", gold))
-    if NO_GOLD.fullmatch(gold) or len(gold) > MAX_GOLD[0]:
-        return f"gold {gold!r:.80}"
-    if words > MAX_GOLD[1] and not row["choices"]:
-        return f"gold of {words} words"
-    itself = verdict(row, f"\\boxed{{{gold}}}")
-    return None if itself.score == 1 else f"gold {gold!r}: {itself.status}"
-
-
-# ---- first pass: what is known of a row alone
-
-FACT = np.dtype(
-    [
-        ("id", "u8"),  # hash of (seed, id): is also its luck in the draw
-        ("text", "u8"),  # hash of all words and pictures
-        ("identity", "u8"),  # hash of what near-duplicates have in common
-        ("signature", "u1", (alike.PERMUTATIONS,)),
-        ("stratum", "u4"),
-    ]
-)
-
-
-def look(cfg: Config, piece: tuple) -> tuple[np.ndarray, list[str], list[tuple], list[dict]]:
-    """(facts, reasons, strata, records for .dropped.jsonl) of the rows in a piece: (path, start,
-    end)."""
-    lines, tests = [*lines_of(*piece)], benchmarks_of(cfg.benchmarks)
-    facts, reasons, strata, dropped = np.zeros(len(lines), FACT), [], [], []
+def look(cfg: Config, piece: tuple) -> tuple[np.ndarray, list[str], list[tuple], list[str]]:
+    """(facts, reasons, strata, lines for .dropped.jsonl) of a piece: (path, start, end)."""
+    lines, reasons, strata, dropped = [*lines_of(*piece)], [], [], []
+    facts = np.zeros(len(lines), FACT)
     for (place, line), fact in zip(lines, facts, strict=True):
-        row, reason, detail = first_fault(line, piece[0], place, cfg.kind)
-        if not reason and (hit := next(alike.contaminations(row, tests), None)):
-            reason, detail = "contaminated", "as {}: {} {}".format(*hit)
+        row, reason, detail = examine(line, piece[0], place, cfg)
         if reason:
-            dropped.append(drop_record(row["id"], reason, detail))
+            dropped.append(dropped_line(row["id"], reason, detail))
         else:
-            compare_by(row, fact)
+            alike.describe(row, fact)
         fact["id"] = alike.digest(str(cfg.seed), str(row["id"]))
         reasons.append(reason)
         strata.append((str(row["source"]), str(row.get("level"))))
     return facts, reasons, strata, dropped
 
 
-def drop_record(name: str, reason: str, detail: str) -> dict:
-    return {"id": name, "step": REASONS[reason][0], "reason": reason, "detail": detail}
-
-
-def compare_by(row: dict, fact: np.void) -> None:
-    """Writes down what finds the duplicates of a row."""
-    tokens = alike.words(row["prompt"])
-    pictures = [alike.fingerprint(path)[0] for path in row["images"]]
-    fact["text"] = alike.digest(" ".join(tokens), *pictures)
-    fact["identity"] = alike.identity(tokens, pictures, row["answer"] or "")
-    fact["signature"] = alike.signature(tokens)
-
-
-def survey(cfg: Config, dropped) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
-    """(facts of all rows, reasons, strata by their numbers); writes the records to the file.
-    Workers are given places in files and not rows, for a pool reads ahead without end."""
-    sizes = {path: os.path.getsize(path) for path in cfg.rows}
-    pieces = [(path, at, at + CHUNK) for path, n in sizes.items() for at in range(0, n, CHUNK)]
+def survey(cfg: Config, dropped) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(facts, reasons, sources of all rows); writes to the file `dropped`. Workers are given places
+    in files and not rows, for a pool reads ahead without end."""
+    starts = [(path, at) for path in cfg.rows for at in range(0, os.path.getsize(path), CHUNK)]
+    pieces = [(path, at, at + CHUNK) for path, at in starts]
     all_facts, all_reasons, numbers = [np.empty(0, FACT)], [], {}
     benchmarks_of(cfg.benchmarks)  # before the processes part, which then share it
     with Pool(cfg.workers) as pool:
         looks = pool.imap(partial(look, cfg), pieces)
-        for facts, reasons, strata, records in progress(looks, "reading rows", total=len(pieces)):
+        for facts, reasons, strata, lines in progress(looks, "reading rows", total=len(pieces)):
             facts["stratum"] = [numbers.setdefault(stratum, len(numbers)) for stratum in strata]
             all_facts.append(facts)
             all_reasons += reasons
-            dropped.writelines(json.dumps(record) + "\n" for record in records)
-    return np.concatenate(all_facts), np.array(all_reasons, object), list(numbers)
+            dropped.writelines(lines)
+    facts = np.concatenate(all_facts)
+    sources = np.array([source for source, _ in numbers], object)[facts["stratum"]]
+    return facts, np.array(all_reasons, object), sources
 
 
 # ---- decisions: `reason` of each row is why it goes, "" while it is left
@@ -350,16 +282,13 @@ def drop_repeats(reason: np.ndarray, facts: np.ndarray) -> np.ndarray:
     return root
 
 
-def scores_of(facts, reason: np.ndarray, column: str, cfg: Config) -> np.ndarray:
+def scores_of(cfg: Config, column: str, files: tuple, facts, reason: np.ndarray) -> np.ndarray:
     """The loss of each row, or the share of its tries that passed; NaN where score.py could not
     tell it. Takes some 160 bytes a row while it reads. (N,)"""
-    scores, files = {}, cfg.losses if column == "loss" else cfg.passes
-    for path in files:
-        for _, row in places_and_rows(Path(path)):
-            if column not in row:
-                raise ValueError(f"{path}: not a file of score.py with {column!r}: {row!r:.200}")
-            score = np.nan if row[column] is None else row[column] / row.get("samples", 1)
-            scores[alike.digest(str(cfg.seed), row["id"])] = score
+    scores = {}
+    for _, row in (pair for path in files for pair in places_and_rows(Path(path))):
+        score = np.nan if row[column] is None else row[column] / row.get("samples", 1)
+        scores[alike.digest(str(cfg.seed), row["id"])] = score
     scores = np.array([scores.get(key, np.inf) for key in facts["id"].tolist()])
     if missing := np.isinf(scores[reason == ""]).sum():
         raise ValueError(
@@ -399,72 +328,61 @@ def sample(reason: np.ndarray, facts: np.ndarray, cfg: Config) -> None:
     reason[left[order[cfg.count or len(left) :]]] = "not_chosen"
 
 
-# ---- second pass
-
-
 def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -> None:
     """Writes the rows that stay, pictures relative to the new file, and why the others do not."""
     target = os.path.abspath(Path(cfg.out).parent)
     names = dict.fromkeys(root[root != np.arange(len(root))].tolist())  # of rows that come again
-    lines = ((path, *pair) for path in cfg.rows for pair in lines_of(path))
-    for i, (path, place, line) in enumerate(progress(lines, "copying rows", total=len(reason))):
-        if reason[i] and REASONS[reason[i]][0] in FIRST_PASS:
-            continue
+    lines = ((Path(path).parent, *pair) for path in cfg.rows for pair in lines_of(path))
+    for i, (folder, place, line) in enumerate(progress(lines, "copying rows", total=len(reason))):
+        if STEPS.get(reason[i]) in ("rules", "benchmarks"):
+            continue  # written by the first pass
         row = json.loads(line)
         if i in names:
             names[i] = row["id"]
         if reason[i]:
             detail = f"as {names[root[i]]}" if root[i] != i else ""
-            dropped.write(json.dumps(drop_record(row["id"], reason[i], detail)) + "\n")
+            dropped.write(dropped_line(row["id"], reason[i], detail))
             continue
-        if row.get("images") and os.path.abspath(Path(path).parent) != target:
-            images = columns_of(row, path, place, cfg.kind)["images"]
+        if row.get("images") and os.path.abspath(folder) != target:
+            images = data.question_of(place, row, folder)["images"]
             row["images"] = [os.path.relpath(image, target) for image in images]
             line = json.dumps(row).encode()
         out.write(line.rstrip(b"\r\n") + b"\n")
 
 
-# ---- report
-
-
 def count_steps(reason: np.ndarray, sources: np.ndarray) -> dict:
-    """{step: {source: {"in", "kept", "reasons"}}}"""
-    table = {step: {} for step in STEPS}
+    """{step: {source: {"in", "kept", "reasons"}}}; prints rows after each step, and why they go."""
+    table = {step: {} for step in REASONS}
+    print(f"{'source':30}{'rows':>10}" + "".join(f"{step:>12}" for step in REASONS))
     for source in dict.fromkeys(sources.tolist()):
         counts = Counter(reason[sources == source].tolist())
         left = counts.total()
-        for step in STEPS:
-            reasons = {why: n for why, n in counts.items() if why and REASONS[why][0] == step}
+        print(f"{source:30.30}{left:>10,}", end="")
+        for step in REASONS:
+            reasons = {why: n for why, n in counts.items() if STEPS.get(why) == step}
             kept = left - sum(reasons.values())
             table[step][source] = {"in": left, "kept": kept, "reasons": reasons}
             left = kept
+            print(f"{left:>12,}", end="")
+        print()
+    for why, step in STEPS.items():
+        if n := (reason == why).sum():
+            print(f"{n:>10,}  {step}: {why}")
     return table
-
-
-def show(steps: dict) -> None:
-    """Rows after each step, and why rows went."""
-    print(f"{'source':30}{'rows':>10}" + "".join(f"{step:>12}" for step in STEPS))
-    for source, first in steps["rules"].items():
-        after = "".join(f"{steps[step][source]['kept']:>12,}" for step in STEPS)
-        print(f"{source:30.30}{first['in']:>10,}{after}")
-    for why, (step, meaning) in REASONS.items():
-        if n := sum(of["reasons"].get(why, 0) for of in steps[step].values()):
-            print(f"{n:>10,}  {step}: {why.replace('_', ' ')}. {meaning}")
 
 
 def main(cfg: Config) -> None:
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(out, "part")
-    with part.open("wb") as kept, beside(out, "dropped.jsonl").open("w") as dropped:
-        facts, reason, strata = survey(cfg, dropped)
-        sources = np.array([source for source, _ in strata], object)[facts["stratum"]]
+    part, why = beside(out, "part"), beside(out, "dropped.jsonl")
+    with part.open("wb") as kept, why.open("w") as dropped:
+        facts, reason, sources = survey(cfg, dropped)
         root = drop_repeats(reason, facts)
         if cfg.losses:
-            losses = scores_of(facts, reason, "loss", cfg)
+            losses = scores_of(cfg, "loss", cfg.losses, facts, reason)
             drop_abnormal(reason, losses, sources, cfg.loss_z)
         if cfg.passes:
-            rates = scores_of(facts, reason, "passes", cfg)
+            rates = scores_of(cfg, "passes", cfg.passes, facts, reason)
             drop(reason, rates == 0, "never_solved")
             drop(reason, rates == 1, "always_solved")
             drop(reason, np.isnan(rates), "not_tried")
@@ -472,14 +390,11 @@ def main(cfg: Config) -> None:
         sample(reason, facts, cfg)
         copy_rows(cfg, reason, root, kept, dropped)
     part.replace(out)  # complete: nobody trains on half a file
-    steps = count_steps(reason, sources)
-    write_report(out, cfg, (*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes), steps)
-    show(steps)
+    inputs = [*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes]
+    write_report(out, cfg, inputs, count_steps(reason, sources))
     if not (reason == "").any():
-        file = beside(out, "dropped.jsonl")
-        with file.open() as dropped:
-            first = dropped.readline().strip()
-        sys.exit(f"{out}: no row stays of {len(facts):,}; {file} says why, first: {first:.500}")
+        first = why.read_text().partition("\n")[0]
+        sys.exit(f"{out}: no row stays of {len(facts):,}; {why} says why, first: {first:.500}")
 
 
 if __name__ == "__main__":

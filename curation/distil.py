@@ -3,16 +3,10 @@ r"""Reasoning for problems: asks a teacher until a reply is right, and keeps eve
     problems.jsonl ──ask──▶ traces.replies.jsonl ──judge──▶ traces.jsonl, traces.dropped.jsonl
 
 The paper (OVR, sec. 3.3) distilled its traces from DeepSeek-R1 and says no more. Here a problem is
-asked until `keep` replies are accepted, `tries` times at most: one is that has ended and that the
-rules of curate.py let pass, so it has a thought in <think> and a box that reward.py takes for the
-reference. Sampling is what R1's model card recommends: temperature 0.6, top-p 0.95, and the line
-that asks for a box.
-
-A reply is paid for, so it is written down the moment it is there, and nothing is asked twice: the
-same command goes on after a kill, or after more --tries, --budget or rows. Replies on disk are
-judged anew at each start, so a better matcher costs nothing, and the order and the bytes of the
-traces do not depend on the order in which replies came. What the server fails at is counted, and
-asked again by the same command. In memory are the problems, not the replies: 1 M take some 2 GB.
+asked until `keep` replies are accepted, `tries` times at most: those that have ended and that the
+rules of curate.py let pass. A reply is on disk before the next is asked and is judged anew at each
+start; nothing is asked twice: the same command goes on after a kill, or after more --tries,
+--budget or rows. In memory are the problems, not the replies: 1 M take some 2 GB.
 
     vllm serve deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --reasoning-parser deepseek_r1
     python -m curation.distil --rows problems.jsonl --url http://127.0.0.1:8000/v1 \
@@ -25,16 +19,15 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from common import data
 from common.client import Endpoint, Reply, Unusable, ask_for_all, user_message
 from common.log import beside, progress, run_main, write_report
 from common.records import Appender, claim, places_and_rows, write_rows
-from curation.curate import text_faults, unjudgeable
+from curation.curate import faults, unjudgeable
 from rollout import address
 
 SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."  # R1's card
@@ -65,19 +58,11 @@ class Config:
     def __post_init__(self):
         if Path(self.out).resolve() in {Path(path).resolve() for path in self.rows}:
             raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
-        if not 1 <= self.keep <= self.tries:
-            raise ValueError(f"keep {self.keep} must be at least 1 and at most tries {self.tries}")
         if self.tries > 1 and self.temperature == 0:
             raise ValueError(f"{self.tries} tries at temperature 0 are the same: set --tries 1")
-        _ = self.endpoint  # checks the rest
-
-    @property
-    def endpoint(self) -> Endpoint:
-        names = "url model key_env concurrency stall retries".split()
-        return Endpoint(**{name: getattr(self, name) for name in names})
 
 
-def read_problems(files: Sequence[str]) -> dict[str, data.Problem]:
+def read_problems(files: Iterable[str]) -> dict[str, data.Problem]:
     """{id: problem}. A row that could never be accepted is refused before it costs."""
     problems = {}
     for problem in (problem for path in files for problem in data.read_problems(path)):
@@ -90,14 +75,6 @@ def read_problems(files: Sequence[str]) -> dict[str, data.Problem]:
     return problems
 
 
-# ---- replies and what becomes of them
-
-
-class Verdict(NamedTuple):
-    place: int  # of the reply in X.replies.jsonl, in bytes
-    reason: str  # "accepted", or why not
-
-
 def response_of(record: dict) -> str:
     """The trace with its thought between <think> and </think>, whichever way the server tells it:
     in a field of its own, in the text, or in a text whose <think> the chat template wrote."""
@@ -107,13 +84,6 @@ def response_of(record: dict) -> str:
     if "</think>" in text and "<think>" not in text:
         return "<think>\n" + text
     return text
-
-
-def judge(problem: data.Problem, record: dict) -> str:
-    if reason := {"length": "truncated", "content_filter": "refusal"}.get(record["finish"]):
-        return reason
-    row = vars(problem) | {"response": response_of(record)}
-    return next(text_faults(row), ("accepted", ""))[0]
 
 
 def prompt_hash(problem: data.Problem) -> str:
@@ -131,27 +101,30 @@ class Replies:
 
     def __init__(self, cfg: Config, problems: dict[str, data.Problem]):
         self.cfg, self.path, self.problems = cfg, beside(cfg.out, "replies.jsonl"), problems
-        self.verdicts = {name: [] for name in problems}  # by the number of the sample
+        self.verdicts = {name: [] for name in problems}  # (byte of its line, reason) by samples
         self.usage = Counter(replies=0, prompt_tokens=0, completion_tokens=0)
         self.file = Appender(self.path)
         protocol = {name: getattr(cfg, name) for name in PROTOCOL}
         claim(beside(cfg.out, "protocol.json"), protocol, begun=self.path.stat().st_size > 0)
         for place, record in progress(places_and_rows(self.path), "judging replies"):
-            self.remember(place, record)
+            self.judge(place, record)
 
-    def remember(self, place: int, record: dict) -> None:
+    def judge(self, place: int, record: dict) -> None:
         tokens = {name: record[name] for name in ("prompt_tokens", "completion_tokens")}
         if self.cfg.budget and tokens["completion_tokens"] is None:
             raise Unusable(f"{self.cfg.url} does not count tokens: --budget cannot be kept")
         self.usage.update({name: count or 0 for name, count in tokens.items()}, replies=1)
         problem = self.problems.get(record["id"])
         if problem and record["asked"] == prompt_hash(problem):
-            self.verdicts[problem.id].append(Verdict(place, judge(problem, record)))
+            row = vars(problem) | {"response": response_of(record)}
+            ended = {"length": "truncated", "content_filter": "refusal"}.get(record["finish"])
+            reason = ended or next(faults(row), ("accepted", ""))[0]
+            self.verdicts[problem.id].append((place, reason))
 
     def add(self, problem: data.Problem, reply: Reply) -> None:
         record = {"id": problem.id, "sample": len(self.verdicts[problem.id])}
         record |= {"asked": prompt_hash(problem)} | asdict(reply)
-        self.remember(self.file.add(record), record)
+        self.judge(self.file.add(record), record)
 
     def request(self, problem: data.Problem) -> dict | None:
         """The next of a problem; None where no more is wanted, or all is spent."""
@@ -164,60 +137,49 @@ class Replies:
         body["seed"] = address((cfg.seed,), problem.id, sample)
         return body | {"messages": [user_message(prompt, problem.images)]}
 
-    def needed(self, problem: data.Problem) -> list[Verdict]:
-        """Of more than --tries now wants, the first."""
-        return self.verdicts[problem.id][: self.cfg.tries]
+    def accepted(self, problem: data.Problem) -> list[int]:
+        """Places of those that become rows; of more than --tries now wants, the first count."""
+        needed = self.verdicts[problem.id][: self.cfg.tries]
+        return [place for place, reason in needed if reason == "accepted"][: self.cfg.keep]
 
-    def accepted(self, problem: data.Problem) -> list[Verdict]:
-        right = [verdict for verdict in self.needed(problem) if verdict.reason == "accepted"]
-        return right[: self.cfg.keep]
-
-
-# ---- writing
-
-
-def traces(cfg: Config, problem: data.Problem, replies: Replies) -> Iterator[dict]:
-    """A row for each accepted reply: ID, ID/1, ...; pictures relative to the new file."""
-    names = ("source", "prompt", "answer", "choices", "precision")
-    row = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
-    row |= problem.extra
-    row["images"] = [os.path.relpath(image, Path(cfg.out).parent) for image in problem.images]
-    with replies.path.open("rb") as file:
-        for number, verdict in enumerate(replies.accepted(problem)):
-            file.seek(verdict.place)
-            record = json.loads(file.readline())
-            distilled = {"model": cfg.model, "sample": record["sample"]}
-            origin = (row.get("origin") or {}) | {"distilled": distilled}
-            name = f"{problem.id}/{number}" if number else problem.id
-            yield {"id": name} | row | {"response": response_of(record), "origin": origin}
+    def traces(self) -> Iterator[dict]:
+        """A row for each accepted reply: ID, ID/1, ...; pictures relative to the new file."""
+        names = ("source", "prompt", "answer", "choices", "precision")
+        with self.path.open("rb") as file:
+            for problem in progress(self.problems.values(), "writing"):
+                columns = {name: getattr(problem, name) for name in names}
+                row = {name: of for name, of in columns.items() if of is not None} | problem.extra
+                folder = Path(self.cfg.out).parent
+                row["images"] = [os.path.relpath(image, folder) for image in problem.images]
+                for number, place in enumerate(self.accepted(problem)):
+                    file.seek(place)
+                    record = json.loads(file.readline())
+                    distilled = {"model": self.cfg.model, "sample": record["sample"]}
+                    origin = (row.get("origin") or {}) | {"distilled": distilled}
+                    name = f"{problem.id}/{number}" if number else problem.id
+                    yield {"id": name} | row | {"response": response_of(record), "origin": origin}
 
 
-def write(cfg: Config, problems: list[data.Problem], replies: Replies) -> dict[str, dict]:
-    """The traces and the dropped rows anew. -> {source: {in, kept, reasons}}"""
-    table, dropped = {}, []
-    for problem in problems:
+def main(cfg: Config) -> None:
+    names = ("url", "model", "key_env", "concurrency", "stall", "retries")
+    endpoint = Endpoint(**{name: getattr(cfg, name) for name in names})
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    problems, table, dropped = read_problems(cfg.rows), {}, []
+    replies = Replies(cfg, problems)
+    ask_for_all(endpoint, progress(problems.values(), "asking"), replies.request, replies.add)
+    for problem in problems.values():
         count = table.setdefault(problem.source, {"in": 0, "kept": 0, "reasons": Counter()})
         count["in"] += 1
         if replies.accepted(problem):
             count["kept"] += 1
             continue
-        reasons = [verdict.reason for verdict in replies.needed(problem)]
-        most = Counter(reasons).most_common(1)[0][0] if reasons else "no_reply"
+        reasons = [reason for _, reason in replies.verdicts[problem.id][: cfg.tries]]
+        most = Counter(reasons or ["no_reply"]).most_common(1)[0][0]
         count["reasons"][most] += 1
         detail = f"{len(reasons)} replies: {', '.join(reasons)}"
         dropped.append({"id": problem.id, "step": "distil", "reason": most, "detail": detail})
     write_rows(beside(cfg.out, "dropped.jsonl"), dropped)
-    rows = (row for p in progress(problems, "writing") for row in traces(cfg, p, replies))
-    write_rows(Path(cfg.out), rows)
-    return table
-
-
-def main(cfg: Config) -> None:
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    problems = read_problems(cfg.rows)
-    replies, problems = Replies(cfg, problems), [*problems.values()]
-    ask_for_all(cfg.endpoint, progress(problems, "asking"), replies.request, replies.add)
-    table = write(cfg, problems, replies)
+    write_rows(Path(cfg.out), replies.traces())
     write_report(cfg.out, cfg, cfg.rows, {"distil": table}, usage=replies.usage)
     for source, count in table.items():
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in count["reasons"].most_common())

@@ -3,15 +3,13 @@ r"""Stage 0: what a model says about each row, from which curate.py decides what
     rows.jsonl ─▶ any free rank ─▶ X.rank0.part.jsonl, X.rank1.part.jsonl, ... ─▶ X.jsonl
 
 loss    {"id", "loss", "tokens"}: nats a token of the response given the prompt, by a small
-        pretrained model that reads plain text. The paper drops the abnormally high (OVR, sec. 3.3)
-passes  {"id", "passes", "samples", "truncated", "no_box", "tokens"}: how many of k tries by the
-        cold-start model are right. The paper drops problems always or never solved. "tokens" is the
-        mean of a try; one that was cut is wrong, as in RL, whatever stands in it
+        pretrained model that reads plain text
+passes  {"id", "passes", "samples", "truncated", "no_box", "tokens" of the mean try}: how many tries
+        by the cold-start model are right and whole
 
-A row that cannot be measured is there too: null, and "why". A run that was killed goes on with the
-same command on any number of ranks, and ends with the same bytes: draws are addressed by (seed, id,
-sample). (vLLM: up to rounding.) With another model, setting or data it is refused. Several nodes
-share --out's folder.
+The paper drops abnormal losses and problems always or never solved (OVR, sec. 3.3). What cannot be
+measured is null, and "why". After a kill the same command goes on, on any number of ranks, to the
+same bytes (vLLM: up to rounding). Several nodes share --out's folder.
 
     torchrun -m curation.score --rows out/data/sft.jsonl --kind loss --model Qwen/Qwen2.5-0.5B \
         --out out/data/sft.losses.jsonl
@@ -24,7 +22,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,17 +62,10 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        if Path(self.out).suffix != ".jsonl":
-            raise ValueError(f"--out {self.out} must be a .jsonl file: others stand beside it")
         if Path(self.out).resolve() == Path(self.rows).resolve():
             raise ValueError(f"--out {self.out} is the input and would be overwritten")
-        if min(self.samples, self.tokens, self.max_tokens, self.prompt_tokens, self.chunk) < 1:
-            raise ValueError("samples, tokens, max_tokens, prompt_tokens, chunk must be positive")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy tries are all the same: set --temperature")
-
-
-# ------------------------------------------------------------------ loss
 
 
 @torch.no_grad()
@@ -103,35 +93,6 @@ def loss_record(example: data.Example, tokenizer, model, tokens: int) -> dict:
     return record | {"loss": round(loss, 6)}
 
 
-def loss_scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
-    """-> examples to records, with the model loaded."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
-    longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
-    if longest < cfg.tokens:
-        raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")
-    tools = AutoTokenizer.from_pretrained(directory), model.to(world.device).eval()
-    return lambda examples: [loss_record(example, *tools, cfg.tokens) for example in examples]
-
-
-# ------------------------------------------------------------------ passes
-
-
-def passes(problems: Sequence[data.Problem], sampler, cfg: Config) -> list[dict]:
-    """A record of each problem, from `samples` tries at those whose prompts are short enough."""
-    tools = sampler.tokenizer, sampler.settings
-    lengths = {p.id: data.prompt_length(p.prompt, p.images, *tools, p.id) for p in problems}
-    fitting = [p for p in problems if lengths[p.id] <= cfg.prompt_tokens]
-    tries = defaultdict(list)
-    options = cfg.samples, cfg.max_tokens, cfg.temperature, (cfg.seed,)
-    for rollout in sampler.generate(fitting, *options):
-        tries[rollout.problem.id].append(rollout)
-    why = f"prompt longer than {cfg.prompt_tokens} tokens"
-    return [
-        pass_record(p, tries[p.id]) if p.id in tries else {"id": p.id, "passes": None, "why": why}
-        for p in problems
-    ]
-
-
 def pass_record(problem: data.Problem, tries: list[Rollout]) -> dict:
     """no_box counts what rl.py counts: no box, or one that is not closed, in cut responses too."""
     options = dict(choices=problem.choices, precision=problem.precision)
@@ -146,46 +107,52 @@ def pass_record(problem: data.Problem, tries: list[Rollout]) -> dict:
     }
 
 
-def pass_scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
-    """-> problems to records, with the sampler started; all ranks start theirs together."""
+def scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
+    """-> rows to records, by the model, which all ranks load together."""
+    if cfg.kind == "loss":
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
+        longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
+        if longest < cfg.tokens:
+            raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")
+        tools = AutoTokenizer.from_pretrained(directory), model.to(world.device).eval()
+        return lambda examples: [loss_record(example, *tools, cfg.tokens) for example in examples]
+
     room = cfg.sampler_batch, cfg.prompt_tokens + cfg.max_tokens, cfg.kv_cache_gb
-    return partial(passes, sampler=open_sampler(cfg.sampler, directory, world, room), cfg=cfg)
+    sampler = open_sampler(cfg.sampler, directory, world, room)
 
+    def passes(problems: Sequence[data.Problem]) -> list[dict]:
+        tools, tries = (sampler.tokenizer, sampler.settings), defaultdict(list)
+        lengths = [data.prompt_length(p.prompt, p.images, *tools, p.id) for p in problems]
+        fitting = [p for p, n in zip(problems, lengths, strict=True) if n <= cfg.prompt_tokens]
+        options = cfg.samples, cfg.max_tokens, cfg.temperature, (cfg.seed,)
+        for rollout in sampler.generate(fitting, *options):
+            tries[rollout.problem.id].append(rollout)
+        untried = {"passes": None, "why": f"prompt longer than {cfg.prompt_tokens} tokens"}
+        return [
+            pass_record(p, tries[p.id]) if p.id in tries else {"id": p.id} | untried
+            for p in problems
+        ]
 
-# ------------------------------------------------------------------ what is kept on the way
+    return passes
 
 
 def parts_of(out: str) -> list[Path]:
     """What ranks have written, of this start or an earlier one with another number of them."""
-    stem = glob.escape(beside(out, "rank").name)
-    return sorted(Path(out).parent.glob(f"{stem}*.part.jsonl"))
+    return sorted(Path(out).parent.glob(glob.escape(beside(out, "rank").name) + "*.part.jsonl"))
 
 
 def records_of(out: str) -> dict[str, dict]:
     """Of every row measured so far, by its id."""
-    files = (*parts_of(out), Path(out))
-    return {record["id"]: record for path in files for record in read_rows(path)}
-
-
-def begin(cfg: Config, directory: str) -> dict[str, dict]:
-    """The records that are there already. ValueError if they are of another protocol."""
-    protocol = {name: getattr(cfg, name) for name in PROTOCOL[cfg.kind]}
-    # a directory may be trained anew under its name; 15 GB are hashed in half a minute
-    protocol |= {"rows": fingerprint(cfg.rows), "weights": fingerprint(directory)}
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    done = records_of(cfg.out)
-    claim(beside(cfg.out, "protocol.json"), protocol, begun=bool(done))
-    return done
+    return {row["id"]: row for path in (*parts_of(out), Path(out)) for row in read_rows(path)}
 
 
 def finish(cfg: Config, rows: list[tuple[str, str]]) -> None:
     """Parts become one file in the order of the input; a kill on the way is made good by a restart.
     rows: (id, source) of each. A line for each source is printed and reported."""
-    records, values = records_of(cfg.out), defaultdict(list)
+    records, values, summary = records_of(cfg.out), defaultdict(list), {}
     write_rows(Path(cfg.out), [records[name] for name, _ in rows])
     for name, source in rows:
         values[source].append(records[name][cfg.kind])
-    summary = {}
     for source, scores in sorted(values.items()):
         measured = [value for value in scores if value is not None]
         mean = round(sum(measured) / len(measured), 4) if measured else None
@@ -203,22 +170,26 @@ def main(cfg: Config):
     world = distributed.start()
     read = {"loss": data.read_examples, "passes": data.read_problems}[cfg.kind]
     items = read(cfg.rows, share=(world.rank, world.size))
-    directory = data.model_directory(cfg.model)
-    rows, left = [], []
+    directory, rows, left = data.model_directory(cfg.model), [], []
     if world.main:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        done = records_of(cfg.out)
+        protocol = {name: getattr(cfg, name) for name in PROTOCOL[cfg.kind]}
+        # a directory may be trained anew under its name; 15 GB are hashed in half a minute
+        protocol |= {"rows": fingerprint(cfg.rows), "weights": fingerprint(directory)}
+        claim(beside(cfg.out, "protocol.json"), protocol, begun=bool(done))
         rows = [(item.id, item.source) for item in progress(items, "ids")]
-        done = begin(cfg, directory)
         left = [i for i, (name, _) in enumerate(rows) if name not in done]
         print(f"{cfg.out}: {len(left):,} of {len(rows):,} rows are to be measured")
     left = distributed.everyone(left)[0]  # nobody writes before the main rank has read
     if left:
-        scorer = {"loss": loss_scorer, "passes": pass_scorer}[cfg.kind](cfg, directory, world)
+        measure = scorer(cfg, directory, world)
         part = Appender(beside(cfg.out, f"rank{world.rank}.part.jsonl"))
         chunks = [left[at : at + cfg.chunk] for at in range(0, len(left), cfg.chunk)]
         # taken from a counter: no rank waits behind another's long responses
         turns = distributed.my_problems(world, len(chunks), f"score/{cfg.out}", dynamic=True)
         for turn in progress(turns, cfg.kind, math.ceil(len(chunks) / world.size)):
-            for record in scorer([items[i] for i in chunks[turn]]):
+            for record in measure([items[i] for i in chunks[turn]]):
                 part.add(record)
     world.wait()
     if world.main:

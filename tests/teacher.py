@@ -19,22 +19,18 @@ THOUGHT = (
 )
 
 
-def answers(files) -> dict[str, tuple[str, list]]:
-    rows = [json.loads(line) for path in files for line in Path(path).open()]
-    return {plain(row["prompt"]): (str(row["answer"]), row.get("choices") or []) for row in rows}
-
-
 def plain(prompt: str) -> str:
     return prompt.replace("<image>", "").strip()
 
 
-def reply(asked: dict, known: dict) -> tuple[str, str, str]:
+def reply(asked: dict, known: list[dict]) -> tuple[str, str, str]:
     """(thought, text, finish) for a request."""
     content = asked["messages"][-1]["content"]
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
     rng = random.Random(zlib.crc32(f"{content}/{asked.get('seed')}".encode()))
-    value, choices = next(v for prompt, v in known.items() if content.strip().startswith(prompt))
+    row = next(row for row in known if content.strip().startswith(plain(row["prompt"])))
+    value, choices = str(row["answer"]), row.get("choices") or []
     others = [x for x in "ABCDEFGH"[: len(choices)] if x != value] or [str(rng.randint(100, 999))]
     other = rng.choice(others)
     if rng.random() < WRONG:
@@ -47,17 +43,13 @@ def reply(asked: dict, known: dict) -> tuple[str, str, str]:
 
 class Teacher(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    known: dict = {}
-
-    def do_GET(self):
-        self.answer("application/json", json.dumps({"data": [{"id": NAME}]}))
+    known: list[dict] = []
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         thought, text, finish = reply(asked, self.known)
-        deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": thought}]
-        choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
-        choices.append({"index": 0, "delta": {"content": text}, "finish_reason": finish})
+        parts = [({"reasoning_content": thought}, None), ({"content": text}, finish)]
+        choices = [{"index": 0, "delta": delta, "finish_reason": end} for delta, end in parts]
         usage = {"prompt_tokens": 20, "completion_tokens": len((thought + text).split())}
         events = [*({"choices": [choice]} for choice in choices), {"choices": [], "usage": usage}]
         lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
@@ -76,6 +68,7 @@ class Teacher(BaseHTTPRequestHandler):
 
 def serve(files) -> ThreadingHTTPServer:
     """On a free port. files: JSONL {"prompt", "answer", "choices"?}."""
-    handler = type("Knowing", (Teacher,), {"known": answers(files)})
+    known = [json.loads(line) for path in files for line in Path(path).open()]
+    handler = type("Knowing", (Teacher,), {"known": known})
     server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 512})
     return server(("127.0.0.1", 0), handler)

@@ -11,7 +11,7 @@ from conftest import write_rows
 from PIL import Image, ImageDraw
 
 from common import data
-from curation import alike, curate, logic
+from curation import alike, curate
 
 THOUGHT = (
     "We add the two numbers. First the ones: seven and five are twelve, so two stays and one is "
@@ -27,8 +27,8 @@ ROW = {
 
 
 def reason(line: bytes | None = None, **columns) -> str:
-    line = line or json.dumps(ROW | columns).encode()
-    return curate.first_fault(line, "rows.jsonl", "rows.jsonl, byte 0", "sft")[1]
+    line, cfg = line or json.dumps(ROW | columns).encode(), curate.Config((), "sft", "x")
+    return curate.examine(line, "rows.jsonl", "rows.jsonl, byte 0", cfg)[1]
 
 
 def said(conclusion: str, thought: str = THOUGHT) -> dict:
@@ -41,69 +41,52 @@ def gold(answer: str, **columns) -> dict:
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 LINES = [f"Case {i}: {i} * {i + 3} = {i * (i + 3)}, which is not a square." for i in range(60)]
-DROPPED = {
-    "malformed": [
-        {"line": b'{"id": "1", '},
-        {"line": b"[1]"},
-        {"line": b'{"id": "1", "source": "s", "prompt": "x y", "answer": "1"}'},
-        {"line": b"[" * 100_000},
-        {"id": " "},
-        {"source": "half a pair \ud83d"},
-        {"prompt": "<|im_start|>user What is 17 + 15?"},
-        {"prompt": "", "images": "a.png"},
-        {"precision": True},
-        {"answer": ["32"]},
-    ],
-    "mojibake": [
-        {"prompt": "The cafÃ© sells 17 and 15 cups. Sum?"},
-        {"prompt": "Itâ€™s 17 and 15. Sum?"},
-        said("The angle is 32Â° \ufffd \\boxed{32}"),
-    ],
-    "degenerate_length": [
-        {"prompt": "32"},
-        {"prompt": "word " * 5000},
-        {"response": "x" * 262_145},
-    ],
-    "bad_thought": [
-        {"response": f"{THOUGHT} \\boxed{{32}}"},
-        {"response": f"<think>{THOUGHT} \\boxed{{32}}"},
-        {"response": f"<think>{THOUGHT}</think><think>no</think>\\boxed{{32}}"},
-        {"response": f"Well, <think>{THOUGHT}</think>\\boxed{{32}}"},
-        {"response": f"<think>\n</think>{THOUGHT} \\boxed{{32}}"},
-        {"response": "<think></think>\\boxed{32}"},
-    ],
-    "no_box": [
-        said("The sum is 32."),
-        said("It is \\boxed{32", THOUGHT),
-        said("The sum is 32.", THOUGHT + " \\boxed{32}"),  # a box in the thought is not the answer
-        said("It is \\boxed{ }"),
-        said("\\boxed{32} or \\boxed{33}"),
-    ],
-    "refusal": [
-        said("As an AI language model, I say \\boxed{32}."),
-        said("\\boxed{32}", THOUGHT + " I'm sorry, but I can't do more."),
-        said("\\boxed{32}", "I cannot see the image, so I guess. " + THOUGHT),
-    ],
-    "mixed_script": [
-        said("\\boxed{32}", THOUGHT + " 因此 it is done."),
-        said("\\boxed{32}", THOUGHT + " Это верно."),
-        said("\\boxed{32}", THOUGHT + " ดังนั้น"),
-    ],
-    "proof": [gold("1", prompt="Prove that the square of an odd number is odd.")],
-    "unjudgeable": [
-        {"answer": "proof"},
-        {"answer": "answers may vary"},
-        {"answer": "because the sum of the angles does not depend on where the point was put"},
-        {"answer": "x" * 201},
-        {"answer": "\\frac{1}{"},
-    ],
-    "wrong_box": [said("The sum is \\boxed{33}."), said("First \\boxed{32}. No: \\boxed{33}.")],
-    "repetition": [
-        said("\\boxed{32}", THOUGHT + " Wait, let me check again." * 60),
-        said("\\boxed{32}", "\n".join(LINES * 4)),
-    ],
-    "lost_picture": [{"images": ["nowhere.png"]}],
-}
+DROPPED = [
+    ("malformed", {"line": b'{"id": "1", '}),
+    ("malformed", {"line": b"[1]"}),
+    ("malformed", {"line": b'{"id": "1", "source": "s", "prompt": "x y", "answer": "1"}'}),
+    ("malformed", {"line": b"[" * 100_000}),
+    ("malformed", {"id": " "}),
+    ("malformed", {"source": "half a pair \ud83d"}),
+    ("malformed", {"prompt": "<|im_start|>user What is 17 + 15?"}),
+    ("malformed", {"prompt": "", "images": "a.png"}),
+    ("malformed", {"precision": True}),
+    ("malformed", {"answer": ["32"]}),
+    ("lost_picture", {"images": ["nowhere.png"]}),
+    ("mojibake", {"prompt": "The cafÃ© sells 17 and 15 cups. Sum?"}),
+    ("mojibake", {"prompt": "Itâ€™s 17 and 15. Sum?"}),
+    ("mojibake", said("The angle is 32Â° \ufffd \\boxed{32}")),
+    ("degenerate_length", {"prompt": "32"}),
+    ("degenerate_length", {"prompt": "word " * 5000}),
+    ("degenerate_length", {"response": "x" * 262_145}),
+    ("bad_thought", {"response": f"{THOUGHT} \\boxed{{32}}"}),
+    ("bad_thought", {"response": f"<think>{THOUGHT} \\boxed{{32}}"}),
+    ("bad_thought", {"response": f"<think>{THOUGHT}</think><think>no</think>\\boxed{{32}}"}),
+    ("bad_thought", {"response": f"Well, <think>{THOUGHT}</think>\\boxed{{32}}"}),
+    ("bad_thought", {"response": f"<think>\n</think>{THOUGHT} \\boxed{{32}}"}),
+    ("bad_thought", {"response": "<think></think>\\boxed{32}"}),
+    ("no_box", said("The sum is 32.")),
+    ("no_box", said("It is \\boxed{32", THOUGHT)),
+    ("no_box", said("The sum is 32.", THOUGHT + " \\boxed{32}")),  # the thought is no answer
+    ("no_box", said("It is \\boxed{ }")),
+    ("no_box", said("\\boxed{32} or \\boxed{33}")),
+    ("refusal", said("As an AI language model, I say \\boxed{32}.")),
+    ("refusal", said("\\boxed{32}", THOUGHT + " I'm sorry, but I can't do more.")),
+    ("refusal", said("\\boxed{32}", "I cannot see the image, so I guess. " + THOUGHT)),
+    ("mixed_script", said("\\boxed{32}", THOUGHT + " 因此 it is done.")),
+    ("mixed_script", said("\\boxed{32}", THOUGHT + " Это верно.")),
+    ("mixed_script", said("\\boxed{32}", THOUGHT + " ดังนั้น")),
+    ("repetition", said("\\boxed{32}", THOUGHT + " Wait, let me check again." * 60)),
+    ("repetition", said("\\boxed{32}", "\n".join(LINES * 4))),
+    ("proof", gold("1", prompt="Prove that the square of an odd number is odd.")),
+    ("unjudgeable", {"answer": "proof"}),
+    ("unjudgeable", {"answer": "answers may vary"}),
+    ("unjudgeable", {"answer": "because the sum of angles does not depend on where the point was"}),
+    ("unjudgeable", {"answer": "x" * 201}),
+    ("unjudgeable", {"answer": "\\frac{1}{"}),
+    ("wrong_box", said("The sum is \\boxed{33}.")),
+    ("wrong_box", said("First \\boxed{32}. No: \\boxed{33}.")),
+]
 KEPT = [
     {},
     {"response": f"\n <think>{THOUGHT}</think>\\boxed{{32}}\n"},
@@ -125,9 +108,10 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("name", DROPPED)
-def test_a_rule_drops_what_it_is_for(name):
-    assert [reason(**columns) for columns in DROPPED[name]] == [name] * len(DROPPED[name])
+@pytest.mark.parametrize("why", curate.REASONS["rules"].split())
+def test_a_rule_drops_what_it_is_for(why):
+    rows = [columns for name, columns in DROPPED if name == why]
+    assert rows and {reason(**columns) for columns in rows} == {why}
 
 
 @pytest.mark.parametrize("columns", KEPT, ids=range(len(KEPT)))
@@ -135,20 +119,8 @@ def test_no_rule_drops_an_honest_row(columns):
     assert reason(**columns) == ""
 
 
-def test_every_rule_has_a_test():
-    assert set(DROPPED) == {why for why, (step, _) in curate.REASONS.items() if step == "rules"}
-
-
-# ---- duplicates
-
-
-def shingles(text: str) -> set:
-    tokens = text.split()
-    return {tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)}
-
-
 def jaccard(a: str, b: str) -> float:
-    a, b = shingles(a), shingles(b)
+    a, b = ({tuple(t[i : i + 5]) for i in range(len(t) - 4)} for t in (a.split(), b.split()))
     return len(a & b) / len(a | b)
 
 
@@ -156,20 +128,19 @@ def babble(rng: random.Random, count: int) -> str:
     return " ".join("".join(rng.choices("abcdefghij", k=5)) for _ in range(count))
 
 
-@pytest.mark.parametrize(
-    "a, b, same",
-    [
-        ("Find $\\dfrac12$ of \\left( x \\right).", "find \\frac{1}{2} of (x)", True),
-        ("Problem 12: What is it?", "what is it", True),
-        ("Compute 2 + 3", "Compute 2 - 3", False),
-        ("Compute 2 − 3", "Compute 2-3", True),
-        ("An eight-digit number", "an eight digit number", True),
-        ("求三角形的面积", "求三角形的周长", False),
-        ("A grid:\nS . #\n. . E", "A grid:\nS # .\n. . E", False),
-    ],
-)
-def test_words_are_what_a_prompt_asks_not_how_it_is_set(a, b, same):
-    assert (alike.words(a) == alike.words(b)) is same
+WORDS = {  # the same words, or not
+    ("Find $\\dfrac12$ of \\left( x \\right).", "find \\frac{1}{2} of (x)"): True,
+    ("Problem 12: What is it?", "what is it"): True,
+    ("Compute 2 + 3", "Compute 2 - 3"): False,
+    ("Compute 2 − 3", "Compute 2-3"): True,
+    ("An eight-digit number", "an eight digit number"): True,
+    ("求三角形的面积", "求三角形的周长"): False,
+    ("A grid:\nS . #\n. . E", "A grid:\nS # .\n. . E"): False,
+}
+
+
+def test_words_are_what_a_prompt_asks_not_how_it_is_set():
+    assert {pair: alike.words(pair[0]) == alike.words(pair[1]) for pair in WORDS} == WORDS
 
 
 def read(path: Path) -> list[dict]:
@@ -180,7 +151,7 @@ def curated(tmp_path, rows: list[dict], **settings) -> tuple[list[str], dict[str
     """(ids of rows kept, dropped ones by id, {step: {source: counts}})"""
     (tmp_path / "old").mkdir(exist_ok=True, parents=True)
     source, out = write_rows(tmp_path / "old" / "rows.jsonl", rows), tmp_path / "new" / "rl.jsonl"
-    curate.main(curate.Config(rows=(source,), **{"kind": "rl", "out": str(out)} | settings))
+    curate.main(curate.Config(**{"rows": (source,), "kind": "rl", "out": str(out)} | settings))
     dropped = {row["id"]: row for row in read(out.with_suffix(".dropped.jsonl"))}
     steps = json.loads(out.with_suffix(".report.json").read_text())["steps"]
     return [row["id"] for row in read(out)], dropped, steps
@@ -224,21 +195,11 @@ def test_duplicates_are_found_and_near_misses_stay(tmp_path):
     }
 
 
-def roots(rows: list[dict | str]) -> np.ndarray:
-    facts = np.zeros(len(rows), curate.FACT)
-    for row, fact in zip(rows, facts, strict=True):
-        row = row if isinstance(row, dict) else {"prompt": row, "images": [], "answer": ""}
-        curate.compare_by(row, fact)
+def roots(texts: list[str]) -> np.ndarray:
+    facts = np.zeros(len(texts), curate.FACT)
+    for text, fact in zip(texts, facts, strict=True):
+        alike.describe({"prompt": text, "images": [], "answer": None}, fact)
     return alike.repeats(facts)
-
-
-def test_made_problems_repeat_where_they_are_equal_and_hardly_elsewhere():
-    """Prompts of a family differ in little: a grid, a number; or in a name and nothing else."""
-    quick = tuple(family for family in logic.FAMILIES if family != "zebra_puzzles")
-    rows = list(logic.problems(1_100, 5, quick))
-    prompts, root = [row["prompt"] for row in rows], roots(rows)
-    unequal = [i for i, first in enumerate(root) if prompts[first] != prompts[i]]
-    assert len(unequal) < 5 and len(set(root)) == len(set(prompts)) - len(unequal)
 
 
 def test_near_duplicates_agree_with_exact_jaccard_on_random_texts():
@@ -301,18 +262,14 @@ BOILERPLATE = (
     "integers. Find $m+n$."
 )
 SHAPES = "<image>Which of the shapes that you see in the drawing has most corners, which has least?"
+DICE = (
+    "Nine dice are thrown onto a round table, and those that fall from it are thrown again until "
+    f"none does. The probability that two of them agree {BOILERPLATE}"
+)
 TESTS = [
     {"id": "t/long", "prompt": LONG},
-    {
-        "id": "t/aime",
-        "prompt": f"Nine dice are thrown onto a round table, and those that fall from it are "
-        f"thrown again until none does. The probability that two of them agree {BOILERPLATE}",
-    },
-    {  # what all questions of a benchmark are told is not part of them
-        "id": "t/short",
-        "question": "How many primes are below fifty?",
-        "prompt": "How many primes are below fifty? Think. Put the answer in \\boxed{}.",
-    },
+    {"id": "t/aime", "prompt": DICE},
+    {"id": "t/short", "question": "How many primes are below fifty?", "prompt": "Think."},
     {"id": "t/drawing", "prompt": SHAPES, "images": ["t.png"]},
 ]
 
@@ -337,12 +294,12 @@ def test_planted_test_questions_are_found_and_boilerplate_is_not(tmp_path):
     kept, dropped, _ = curated(tmp_path, rows, benchmarks=(tests,))
     assert kept == ["aime", "short miss", "template", "words of a template"]
     assert {row["reason"] for row in dropped.values()} == {"contaminated"}
-    assert {name: row["detail"].rpartition(" ")[0] for name, row in dropped.items()} == {
-        "quoted": "as t/long: text",
-        "varied": "as t/long: text",
-        "short": "as t/short: text",
-        "copy": "as t/drawing: image",
-        "again": "as t/drawing: image",
+    assert {name: row["detail"].split()[1] for name, row in dropped.items()} == {
+        "quoted": "t/long:",
+        "varied": "t/long:",
+        "short": "t/short:",
+        "copy": "t/drawing:",
+        "again": "t/drawing:",
     }
 
 
@@ -354,10 +311,10 @@ def test_real_benchmarks_overlap_where_they_are_known_to_and_nowhere_else():
     found = set()
     for name in names:
         others = [row for other in names if other != name for row in rows[other]]
-        tests = alike.read_benchmarks([(row["id"], row["question"], []) for row in others])
+        tests = alike.Benchmarks([(row["id"], row["question"], []) for row in others])
         for row in rows[name]:
             asked = {"prompt": row["question"], "images": []}
-            found |= {(row["id"], t) for t, *_ in alike.contaminations(asked, tests)}
+            found |= {(row["id"], t) for t, *_ in tests.hits(asked)}
     known = {("math500_004", "mathvision_2665"), ("math500_301", "mathvision_2636")}
     assert found == known | {(b, a) for a, b in known}
 
@@ -365,21 +322,17 @@ def test_real_benchmarks_overlap_where_they_are_known_to_and_nowhere_else():
 # ---- strata and weights
 
 
-def draw(ids: np.ndarray, strata: np.ndarray, **settings) -> np.ndarray:
-    """The strata of the rows that are drawn."""
-    facts, reason = np.zeros(len(ids), curate.FACT), np.full(len(ids), "", object)
-    facts["id"], facts["stratum"] = ids, strata
-    curate.sample(reason, facts, curate.Config((), "rl", "x", **settings))
-    return strata[reason == ""]
-
-
 def test_alpha_0_keeps_the_proportions_and_alpha_1_makes_strata_equal():
-    strata = np.repeat([3, 8], [9000, 1000])
-    ids = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
-    rare = [(draw(ids, strata, alpha=alpha, count=500) == 8).mean() for alpha in (0, 0.5, 1)]
+    facts, shares = np.zeros(10_000, curate.FACT), []
+    facts["stratum"] = np.repeat([3, 8], [9000, 1000])
+    facts["id"] = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
+    for alpha, count in ((0, 500), (0.5, 500), (1, 500), (1, 0)):
+        reason = np.full(10_000, "", object)
+        curate.sample(reason, facts, curate.Config((), "rl", "x", alpha=alpha, count=count))
+        assert (reason == "").sum() == (count or 10_000)
+        shares.append((facts["stratum"][reason == ""] == 8).mean())
     # sqrt(1000) / (sqrt(1000) + sqrt(9000)) = 0.25; a little less, as the rare ones run out
-    assert np.allclose(rare, [0.1, 0.25, 0.5], atol=0.05)
-    assert draw(ids, strata).tolist() == strata.tolist()
+    assert np.allclose(shares, [0.1, 0.25, 0.5, 0.1], atol=0.05)
 
 
 # ---- the whole
@@ -387,12 +340,12 @@ def test_alpha_0_keeps_the_proportions_and_alpha_1_makes_strata_equal():
 
 def mixture(rng: random.Random, count: int) -> list[dict]:
     """Rows of three sources: good ones, each kind of bad one, copies."""
-    bad = [columns for group in list(DROPPED.values())[:-1] for columns in group]
+    bad = [of for _, of in DROPPED if not of.keys() & {"id", "source", "line", "images"}]
     rows = []
     for i in range(count):
         row = ROW | {"prompt": f"What is it? {babble(rng, 40)}", "level": rng.choice([1, 2, None])}
         if rng.random() < 0.3:
-            row |= {name: value for name, value in rng.choice(bad).items() if name != "line"}
+            row |= rng.choice(bad)
         elif rows and rng.random() < 0.2:
             row["prompt"] = rng.choice(rows)["prompt"]
         rows.append(row | {"id": f"{i}", "source": rng.choice("abc")})
@@ -400,23 +353,24 @@ def mixture(rng: random.Random, count: int) -> list[dict]:
 
 
 def test_any_number_of_workers_writes_the_same_bytes_and_loses_no_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(curate, "CHUNK", 20_000)  # many pieces
     rows, written = mixture(random.Random(3), 300), []
     tests = write_rows(tmp_path / "t.jsonl", [{"id": "t", "prompt": rows[5]["prompt"]}])
     settings = {"kind": "sft", "benchmarks": (tests,), "count": 60, "seed": 5}
-    for workers in (1, 3):
+    for workers, chunk in ((1, 10**9), (3, 64)):  # pieces that begin in lines, and where lines do
+        monkeypatch.setattr(curate, "CHUNK", chunk)
         kept, dropped, steps = curated(tmp_path, rows, workers=workers, **settings)
-        assert not list((tmp_path / "new").glob("*.part"))
-        files = {p.name: p.read_bytes() for p in (tmp_path / "new").glob("*.jsonl")}
+        files = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+        assert files.keys() == {"rl.jsonl", "rl.dropped.jsonl", "rl.report.json"}
+        del files["rl.report.json"]
         written.append((files, steps))
-    assert written[0] == written[1] and len(files) == 2
+    assert written[0] == written[1]
     order = [row["id"] for row in rows]
     assert sorted([*kept, *dropped], key=order.index) == order
     assert kept == sorted(kept, key=order.index)
-    assert {row["step"] for row in dropped.values()} == set(curate.STEPS) - {"loss", "passes"}
+    assert {row["step"] for row in dropped.values()} == {*curate.REASONS} - {"loss", "passes"}
     for source in "abc":
         left = sum(row["source"] == source for row in rows)
-        for step in curate.STEPS:
+        for step in curate.REASONS:
             of = steps[step][source]
             assert of["in"] == left == of["kept"] + sum(of["reasons"].values())
             left = of["kept"]
@@ -430,16 +384,6 @@ def test_another_seed_draws_other_rows_and_a_larger_count_adds_to_the_smaller(tm
         for seed, count in ((0, 50), (0, 80), (1, 50))
     }
     assert draws[0, 50] < draws[0, 80] and draws[0, 50] != draws[1, 50]
-
-
-@pytest.mark.parametrize("size", [1, 64, 10**6])
-def test_pieces_of_a_file_hold_each_line_once(tmp_path, size):
-    rng, path = random.Random(size), tmp_path / "rows.jsonl"
-    lines = ["ä" * rng.randrange(1, 40) for _ in range(30)]
-    path.write_text("\n\n".join(lines))  # no last newline
-    pieces = [(str(path), at, at + size) for at in range(0, path.stat().st_size, size)]
-    found = [line.decode().strip() for piece in pieces for _, line in curate.lines_of(*piece)]
-    assert found == lines
 
 
 def test_a_line_that_is_no_row_is_a_dropped_row_under_the_name_of_its_place(tmp_path):
@@ -510,8 +454,6 @@ def test_a_row_without_a_score_stops_the_run_unless_an_earlier_step_dropped_it(t
         curated(tmp_path, rows, passes=(file,))
     more = scored(tmp_path / "q.jsonl", "passes", {"1": 2}, samples=8)
     assert curated(tmp_path, rows, passes=(file, more))[0] == ["0", "1"]
-    with pytest.raises(ValueError, match="not a file of score.py with 'loss'"):
-        curated(tmp_path, rows, losses=(file,))
 
 
 def test_an_input_that_is_missing_or_would_be_overwritten_is_refused(tmp_path):
@@ -520,13 +462,9 @@ def test_an_input_that_is_missing_or_would_be_overwritten_is_refused(tmp_path):
         curate.Config((a,), "rl", f"{tmp_path}/./a.jsonl")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         curate.Config((a,), "rl", "b.jsonl", passes=(f"{tmp_path}/gone.jsonl",))
-    with pytest.raises(ValueError, match="--rows names a file twice"):
-        curate.Config((a, f"{tmp_path}/./a.jsonl"), "rl", "b.jsonl")
 
 
 def test_a_broken_test_question_stops_the_run(tmp_path):
     tests = write_rows(tmp_path / "t.jsonl", [{"id": "t"}])
     with pytest.raises(ValueError, match="t.jsonl, line 1: column 'prompt' is missing"):
         curated(tmp_path, babbled(1), benchmarks=(tests,))
-    with pytest.raises(ValueError, match="t.jsonl: there is no question in it"):
-        curated(tmp_path, babbled(1), benchmarks=(write_rows(tmp_path / "t.jsonl", []),))

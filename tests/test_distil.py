@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import bad_server
 import pytest
@@ -57,12 +58,9 @@ def reasons(folder: Path) -> dict[str, str]:
     return {row["id"]: row["reason"] for row in lines_of(folder / "t.dropped.jsonl")}
 
 
-def outputs(folder: Path) -> dict[str, bytes]:
-    names = ("t.jsonl", "t.dropped.jsonl")
-    return {name: (folder / name).read_bytes() for name in names}
+def outputs(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("t.jsonl", "t.dropped.jsonl")]
 
-
-# ------------------------------------------------------------------ verdicts
 
 VERDICTS = {  # what the server says -> what becomes of it
     "right": "accepted", "apart": "accepted", "vllm": "accepted", "opened": "accepted",
@@ -73,7 +71,7 @@ VERDICTS = {  # what the server says -> what becomes of it
 }  # fmt: skip
 
 
-def test_what_is_accepted_curate_keeps_and_all_else_has_a_counted_reason(server, tmp_path, capsys):
+def test_what_is_accepted_curate_keeps_and_all_else_has_a_counted_reason(server, tmp_path):
     distil.main(config(server, tmp_path, problems(tmp_path, list(VERDICTS)), tries=1))
     found, expected = reasons(tmp_path), Counter(VERDICTS.values())
     for i, (words, reason) in enumerate(VERDICTS.items()):
@@ -81,19 +79,15 @@ def test_what_is_accepted_curate_keeps_and_all_else_has_a_counted_reason(server,
     thoughts = {row["response"].partition("</think>")[0] for row in lines_of(tmp_path / "t.jsonl")}
     assert thoughts == {f"<think>\n{THOUGHT}\n"}  # whoever took it out, in marks or not
     report = json.loads((tmp_path / "t.report.json").read_text())
-    count = report["steps"]["distil"]["set"]
-    assert count["in"] == len(VERDICTS) and count["kept"] == expected.pop("accepted")
-    assert count["reasons"] == expected and "7 of 19  2 " in capsys.readouterr().out
+    kept = expected.pop("accepted")
+    count = {"in": len(VERDICTS), "kept": kept, "reasons": expected}
+    assert report["steps"]["distil"]["set"] == count
     replies = lines_of(tmp_path / "t.replies.jsonl")
     assert report["usage"]["replies"] == len(replies) == len(VERDICTS) - 2
-    for name in ("prompt_tokens", "completion_tokens"):
-        assert report["usage"][name] == sum(r[name] or 0 for r in replies) > 0
-    kept = tmp_path / "kept.jsonl"
-    curate.main(curate.Config((str(tmp_path / "t.jsonl"),), "sft", str(kept)))
-    assert [row["id"] for row in lines_of(kept)] == ids(tmp_path)
-
-
-# ------------------------------------------------------------------ the step
+    spent = sum(reply["completion_tokens"] or 0 for reply in replies)
+    assert report["usage"]["completion_tokens"] == spent > 0
+    curate.main(curate.Config((f"{tmp_path}/t.jsonl",), "sft", f"{tmp_path}/kept.jsonl"))
+    assert len(lines_of(tmp_path / "kept.jsonl")) == kept
 
 
 def test_a_problem_is_asked_until_enough_replies_are_right_and_no_more(server, tmp_path):
@@ -121,11 +115,11 @@ def test_the_bytes_do_not_depend_on_how_many_are_asked_at_a_time(tmp_path):
     for n in (1, 8):
         (folder := tmp_path / str(n)).mkdir()
         with serving(hold=0.01) as server:
-            rows = problems(folder, DRAWN * 3)
-            distil.main(config(server, folder, rows, concurrency=n, keep=2))
+            cfg = config(server, folder, problems(folder, DRAWN * 3), concurrency=n, keep=2)
+            distil.main(cfg)
         assert server.most == n
         found.append(outputs(folder))
-    assert found[0] == found[1] and all(found[0].values())
+    assert found[0] == found[1] and all(found[0])
 
 
 def test_a_second_run_asks_only_what_the_server_failed_at(server, tmp_path):
@@ -142,14 +136,6 @@ def test_a_second_run_asks_only_what_the_server_failed_at(server, tmp_path):
     assert len(server.requests) == asked + 1
 
 
-def test_more_tries_go_on_where_fewer_ended(server, tmp_path):
-    rows = problems(tmp_path, ["wrong wrong right", "right"])
-    for tries, kept in ((2, ["set/1"]), (4, ["set/0", "set/1"]), (2, ["set/1"])):
-        distil.main(config(server, tmp_path, rows, tries=tries))
-        assert ids(tmp_path) == kept
-    assert len(server.requests) == 4
-
-
 def test_replies_of_two_protocols_are_not_mixed(server, tmp_path):
     rows = problems(tmp_path, ["right"])
     distil.main(config(server, tmp_path, rows))
@@ -159,16 +145,20 @@ def test_replies_of_two_protocols_are_not_mixed(server, tmp_path):
             distil.main(config(server, tmp_path, rows, **changed))
 
 
-def test_a_changed_prompt_is_asked_anew_and_a_corrected_answer_only_judged(server, tmp_path):
-    for row, kept, asked in (
-        (problem(0, "right", answer="4"), [], 1),
-        (problem(0, "right"), ["set/0"], 1),
-        (problem(0, "right", prompt="once more: what is 0 + 3 ? [right]"), ["set/0"], 2),
+def test_what_changes_from_run_to_run_is_asked_anew_or_only_judged(server, tmp_path):
+    moved = problem(0, "right", prompt="once more: what is 0 + 3 ? [right]")
+    for row, tries, kept, asked in (
+        (problem(0, "right", answer="4"), 1, [], 1),
+        (problem(0, "right"), 1, ["set/0"], 1),  # a corrected answer
+        (moved, 1, ["set/0"], 2),
+        (problem(1, "wrong wrong right"), 2, [], 4),
+        (problem(1, "wrong wrong right"), 4, ["set/1"], 5),  # more tries go on where fewer ended
+        (problem(1, "wrong wrong right"), 2, [], 5),
     ):
         rows = write_rows(tmp_path / "problems.jsonl", [row])
-        distil.main(config(server, tmp_path, rows, tries=1))
+        distil.main(config(server, tmp_path, rows, tries=tries))
         assert ids(tmp_path) == kept and len(server.requests) == asked
-    assert lines_of(tmp_path / "t.jsonl")[0]["prompt"] == row["prompt"]
+        assert all(trace["prompt"] == row["prompt"] for trace in lines_of(tmp_path / "t.jsonl"))
 
 
 def test_a_budget_ends_the_asking_and_what_is_left_is_counted(server, tmp_path):
@@ -220,32 +210,10 @@ def test_two_runs_do_not_write_the_same_replies(server, tmp_path, monkeypatch, c
     with pytest.raises(ValueError, match="another process writes .*t.replies.jsonl"):
         distil.main(cfg)
     first.file.close()
-
-    def flock(file, how):
-        raise OSError("no locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)  # as some file systems have it
-    distil.main(cfg)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("no locks available")))
+    distil.main(cfg)  # as some file systems have it
     assert "cannot be locked (no locks available)" in capsys.readouterr().out
     assert ids(tmp_path) == ["set/0"]
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"out": "a.jsonl"}, "is one of the inputs"),
-        ({"keep": 5}, "keep 5 must be at least 1 and at most tries 4"),
-        ({"temperature": 0}, "4 tries at temperature 0 are the same"),
-        ({"url": "http://me:secret@host/v1"}, "without a password"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_named(changed, message):
-    given = dict(rows=("a.jsonl",), url="http://h/v1", model="m", out="b.jsonl")
-    with pytest.raises(ValueError, match=message):
-        distil.Config(**given | changed)
-
-
-# ------------------------------------------------------------------ killed, and a real server
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -253,20 +221,18 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
-    whole, killed = (problems(folder, ["draw"] * 60) for folder in folders)
-    replies = folders[1] / "t.replies.jsonl"
+        rows = problems(folder, ["draw"] * 60)
+    replies = tmp_path / "killed" / "t.replies.jsonl"
     with serving() as server:
-        distil.main(config(server, folders[0], whole, keep=2))
+        distil.main(config(server, folders[0], f"{folders[0]}/problems.jsonl", keep=2))
         expected = Counter((prompt, body["seed"]) for prompt, body, _ in server.requests)
     with serving(hold=0.3) as server:
-        given = f"--url {server.url} --model m --concurrency 8 --keep 2 --rows".split()
-        command = [sys.executable, "-m", "curation.distil", *given, killed]
-        command += ["--out", str(folders[1] / "t.jsonl")]
+        command = [sys.executable, "-m", "curation.distil", "--url", server.url, "--model", "m"]
+        command += f"--concurrency 8 --keep 2 --rows {rows} --out {folders[1]}/t.jsonl".split()
         # tests that run in the background of a shell are deaf to SIGINT, and so would this one be
         listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         options = dict(stdout=subprocess.PIPE, text=True, preexec_fn=listens)
-        process = subprocess.Popen(command, **options)
-        deadline = time.monotonic() + 120
+        process, deadline = subprocess.Popen(command, **options), time.monotonic() + 120
         while not replies.exists() or replies.read_bytes().count(b"\n") < 40:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -275,14 +241,14 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path, number):
         output, _ = process.communicate(timeout=20)
         assert process.returncode == (-9 if number == signal.SIGKILL else 1)
         assert ("to go on: python" in output) == (number == signal.SIGINT)
-        arrived = replies.read_bytes().count(b"\n")
+        arrived, before = replies.read_bytes().count(b"\n"), len(server.requests)
         with replies.open("ab") as file:
             file.write(b'{"id": "set/3", "sa')  # half a line, as a kill in a write leaves it
-        server.hold, before = 0, len(server.requests)
+        server.hold = 0
         finished(command, tmp_path, {}, 120)
-    asked_later = Counter((prompt, body["seed"]) for prompt, body, _ in server.requests[before:])
-    assert arrived >= 40 and asked_later.total() == expected.total() - arrived
-    assert asked_later <= expected and outputs(folders[0]) == outputs(folders[1])
+    later = Counter((prompt, body["seed"]) for prompt, body, _ in server.requests[before:])
+    assert later <= expected and later.total() == expected.total() - arrived
+    assert outputs(folders[0]) == outputs(folders[1])
     found = {(r["id"], r["sample"]) for r in lines_of(replies)}
     assert len(lines_of(replies)) == expected.total() == len(found)
 

@@ -50,7 +50,7 @@ def sft(tmp_path_factory, plain) -> Path:  # noqa: F811
     row |= {"generations": [good, good.replace("4", "5"), good]}
     row |= {"correctness_math_verify": [True, True, True], "correctness_llama": None}
     write_parquet(place / "data" / "train-00000-of-00001.parquet", [row])
-    known = write_rows(place / "known.jsonl", list(logic.problems(LOGIC, 0)))
+    known = write_rows(place / "known.jsonl", [logic.problem(0, i) for i in range(LOGIC)])
     test = {"id": "bench/1", "question": logic.problem(0, 10)["prompt"]}
     bench = write_rows(place / "bench.jsonl", [test])
     server = teacher.serve([known])

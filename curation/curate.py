@@ -95,8 +95,8 @@ class Config:
     workers: int = 1  # processes
 
     def __post_init__(self):
-        if self.count < 0:
-            raise ValueError(f"--count {self.count}: 0 takes all")
+        if min(self.count, self.alpha) < 0 or self.loss_z <= 0:
+            raise ValueError("--count and --alpha count from 0, --loss-z is above it")
         for path in (*self.rows, *self.benchmarks, *self.losses, *self.passes):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")
@@ -206,6 +206,8 @@ def benchmarks_of(files: tuple[str, ...]) -> alike.Benchmarks:
             prompt = row.get("question") or data.text(place, row, "prompt")
             images = [str(folder / name) for name in row.get("images") or []]
             tests.append((data.text(place, row, "id"), prompt, images))
+        if not tests:
+            raise ValueError(f"--benchmarks {path}: there is no question in it")
     return alike.Benchmarks(tests)
 
 
@@ -286,7 +288,9 @@ def scores_of(cfg: Config, column: str, files: tuple, facts, reason: np.ndarray)
     """The loss of each row, or the share of its tries that passed; NaN where score.py could not
     tell it. Takes some 160 bytes a row while it reads. (N,)"""
     scores = {}
-    for _, row in (pair for path in files for pair in places_and_rows(Path(path))):
+    for path, row in ((path, row) for path in files for _, row in places_and_rows(Path(path))):
+        if column not in row:
+            raise ValueError(f"{path}: not a file of score.py with {column!r}: {row!r:.200}")
         score = np.nan if row[column] is None else row[column] / row.get("samples", 1)
         scores[alike.digest(str(cfg.seed), row["id"])] = score
     scores = np.array([scores.get(key, np.inf) for key in facts["id"].tolist()])
@@ -344,7 +348,8 @@ def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -
             dropped.write(dropped_line(row["id"], reason[i], detail))
             continue
         if row.get("images") and os.path.abspath(folder) != target:
-            images = data.question_of(place, row, folder)["images"]
+            read = data.example_of if cfg.kind == "sft" else data.problem_of
+            images = read(place, row, folder).images
             row["images"] = [os.path.relpath(image, target) for image in images]
             line = json.dumps(row).encode()
         out.write(line.rstrip(b"\r\n") + b"\n")

@@ -58,6 +58,8 @@ class Config:
     def __post_init__(self):
         if Path(self.out).resolve() in {Path(path).resolve() for path in self.rows}:
             raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
+        if not 1 <= self.keep <= self.tries:
+            raise ValueError(f"keep {self.keep} must be at least 1 and at most tries {self.tries}")
         if self.tries > 1 and self.temperature == 0:
             raise ValueError(f"{self.tries} tries at temperature 0 are the same: set --tries 1")
 

@@ -64,6 +64,8 @@ class Config:
     def __post_init__(self):
         if Path(self.out).resolve() == Path(self.rows).resolve():
             raise ValueError(f"--out {self.out} is the input and would be overwritten")
+        if min(self.samples, self.tokens, self.max_tokens, self.prompt_tokens, self.chunk) < 1:
+            raise ValueError("samples, tokens, max_tokens, prompt_tokens, chunk count from 1")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy tries are all the same: set --temperature")
 

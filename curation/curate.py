@@ -288,7 +288,7 @@ def scores_of(cfg: Config, column: str, files: tuple, facts, reason: np.ndarray)
     """The loss of each row, or the share of its tries that passed; NaN where score.py could not
     tell it. Takes some 160 bytes a row while it reads. (N,)"""
     scores = {}
-    for path, row in ((path, row) for path in files for _, row in places_and_rows(Path(path))):
+    for path, row in ((file, row) for file in files for _, row in places_and_rows(Path(file))):
         if column not in row:
             raise ValueError(f"{path}: not a file of score.py with {column!r}: {row!r:.200}")
         score = np.nan if row[column] is None else row[column] / row.get("samples", 1)

@@ -268,7 +268,8 @@ def main(cfg: Config):
         print(f"| `python -m tools.plan ...` | {' | '.join(columns)} |")
         print("|---" * (len(PHASES) + 3) + "|")
         with get_context("spawn").Pool(2) as pool:
-            for row in pool.imap(tried, TRIED.strip().splitlines()):
+            # neighbours share models, which are measured once in a process
+            for row in pool.imap(tried, TRIED.strip().splitlines(), chunksize=4):
                 print(row, flush=True)
         return
     (gb, tflops, gbs), (c, models, table, peak) = GPUS[cfg.gpu], plan(cfg)

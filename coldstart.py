@@ -3,18 +3,14 @@
     rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
 
 Vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large learning rate are the
-paper's: meant to break the instruct model's habits. That what is learnt here on text also helps
-with pictures is its claim, which eval.py measures. How it departs from a textbook SFT script:
+paper's: meant to break the instruct model's habits. How it departs from a textbook SFT script:
   1  No padding: documents lie back to back in packs, and attention stays inside each.
   2  One denominator: the trained tokens of the whole step, over all packs and ranks, known before
      backward. The gradient is the same however the batch is cut.
   3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
-  4  A batch can be counted in packs. The paper's 640 must be packs of 64k tokens: its Figure 3
-     shows epochs of 212 steps, which fits about 9,500 rows a step.
+  4  A batch can be counted in packs, as the paper's 640 must be (docs/recipe.md).
 
-    torchrun coldstart.py                      # the miniature: minutes on a laptop
-    torchrun --nproc-per-node 2 coldstart.py   # the same numbers from two processes
-    bash runs/ovr_7b.sh                        # both stages at 7B, with the paper's numbers
+    torchrun --nproc-per-node 2 coldstart.py   # the miniature; runs/ovr_7b.sh has it at 7B
 """
 
 import math
@@ -38,9 +34,8 @@ from rollout import open_sampler, solved
 
 BETAS = (0.9, 0.95)  # AdamW; paper: "Qwen2.5's default"; ours: the numbers, as in stage 2
 CLIP_NORM = 1.0  # of the gradient; ours: as in stage 2
-EVALUATED = 256  # problems of --eval-data that a rank answers at once
 TITLE = "Open Vision Reasoner, stage 1: linguistic cold start"
-SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second")  # on the step line
+SHOWN = "loss lr grad_norm tokens_per_second eval_image eval_text".split()  # on the step line
 
 
 @dataclass(frozen=True)
@@ -153,8 +148,7 @@ def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world)
         losses.append(loss.detach())
     norm, losses = distributed.clip_gradients(model, CLIP_NORM), torch.stack(losses).tolist()
     metrics = {"loss": distributed.sums(world, sum(losses))[0], "grad_norm": norm}
-    broken = [pack for pack, x in zip(packs, losses, strict=True) if not math.isfinite(x)]
-    distributed.refuse_nan(world, step, metrics, [name for pack in broken for name in pack.names])
+    distributed.refuse_nan(world, step, metrics, packs, losses)
     optimizer.step()
     return metrics
 
@@ -184,13 +178,12 @@ def main(cfg: Config):
     models = {"model": (model, optimizer)}
     if state:
         checkpoint.load_state(state, models)
-    gb = distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
+    distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
     if cfg.eval_data:
         held_out = data.read_problems(cfg.eval_data, share=(world.rank, world.size))
-        sampler = open_sampler("torch", directory, world, (EVALUATED, cfg.max_tokens, 0.0))
+        sampler = open_sampler("torch", directory, world)
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")
-        print(f"rehearsal: a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
     log, timer, stopped = RunLog(run, cfg, steps, world.main, start), Timer(), False
     card = partial(model_card, TITLE, cfg, run / "model", run, cfg.max_tokens)
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
@@ -214,22 +207,21 @@ def main(cfg: Config):
                     losses = [loss_of(model, p, valid_tokens, world.device) for p in valid_packs]
                 distributed.release(model)
                 (metrics["valid_loss"],) = distributed.sums(world, sum(x.item() for x in losses))
-            solved_now = {}
             if cfg.eval_data and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
                 timer("evaluate")
                 sampler.sync(distributed.whole_weights(model, world.dtype))
-                solved_now = solved(sampler, held_out, cfg.max_tokens, world)
+                metrics |= solved(sampler, held_out, cfg.max_tokens, world)
             # 3. log, save
-            metrics |= solved_now | timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
-            log.log(step, metrics, (*(SHOWN if tokens else ("too_long", "lr")), *solved_now))
+            metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
+            log.log(step, metrics, SHOWN if tokens else ("too_long", *SHOWN))
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
-                saver.save(step + 1, models, model, card({"step": step + 1}))
+                saver.save(step + 1, models, model, card(step=step + 1))
             if stopped:
                 break
     if not stopped:
-        checkpoint.export(model, run / "model", directory, world.dtype, card({"step": steps}))
+        checkpoint.export(model, run / "model", directory, world.dtype, card(step=steps))
     elif world.main:
         print(stop.advice)
     log.close()

@@ -569,6 +569,11 @@ def put(weight: Tensor, whole: Tensor):
     weight.copy_(whole)
 
 
+def gathered(weight: Tensor) -> Tensor:
+    """All rows of a sharded weight, for which all ranks ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def check_weights(model: Qwen25VL, directory: Folder) -> dict[str, tuple[Path, str]]:
     """{hub name: (file, name in the file)} of all weights, from the headers of the files.
 

@@ -364,9 +364,8 @@ def train(learner: Learner, parts: list, losses_of: Callable, step: int) -> dict
         norms.append(distributed.clip_gradients(model, CLIP_NORM))
         rows = torch.stack(rows).tolist()
         sums = distributed.sums(world, *(sum(column) for column in zip(*rows, strict=True)))
-        broken = [p for p, row in zip(packs, rows, strict=True) if not math.isfinite(row[0])]
-        suspects = [name for pack in broken for name in pack.names]
-        distributed.refuse_nan(world, step, {"loss": sums[0], "grad_norm": norms[-1]}, suspects)
+        now = {"loss": sums[0], "grad_norm": norms[-1]}
+        distributed.refuse_nan(world, step, now, packs, [row[0] for row in rows])
         optimizer.step()
         totals.update(dict(zip(columns, sums, strict=True)))
         tokens_in_all += tokens
@@ -390,7 +389,7 @@ def describe(rollouts: list[Rollout], world) -> dict[str, float]:
             row |= {f"{name}/{group}": float(value) for name, value in own.items()}
         for name, value in row.items():
             values[name].append(value)
-    return distributed.means(world, {name: (sum(x), len(x)) for name, x in values.items()})
+    return distributed.means(world, values)
 
 
 # ------------------------------------------------------------------ start and loop
@@ -404,20 +403,19 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequenc
     checked, first = {}, {}  # first: row that has an id
     for i in range(world.rank, len(problems), world.size):
         p = problems[i]
-        length = data.prompt_length(p.prompt, p.images, tokenizer, settings, p.place)
-        checked[i] = length, p.id
-    checked = distributed.union(world, checked)
-    for i, (_, own) in sorted(checked.items()):  # read_problems compares those of one rank
+        checked[i] = data.prompt_length(p, tokenizer, settings), p.id
+    checked = sorted(distributed.union(world, checked).items())
+    for i, (_, own) in checked:  # read_problems compares those of one rank
         if first.setdefault(own, i) != i:
             raise ValueError(f"{name}: rows {first[own] + 1} and {i + 1} have the id {own!r}")
-    lengths = {i: length for i, (length, _) in checked.items()}
-    problems, too_long = data.filter_long(problems, cfg.prompt_tokens, lengths)
+    short = [i for i, (length, _) in checked if length <= cfg.prompt_tokens]
+    too_long = len(problems) - len(short)
     fault = f"{name}: {too_long} problems left out: prompts over {cfg.prompt_tokens} tokens"
-    if not len(problems):
+    if not short:
         raise ValueError(f"{fault}, and none is left: raise --prompt-tokens")
     if too_long and world.main:
         print(fault)
-    return problems
+    return data.Rows(problems.__getitem__, short)
 
 
 def load_models(cfg: Config, directory: str, world) -> dict[str, Learner]:
@@ -468,7 +466,7 @@ def main(cfg: Config):
     if state:
         checkpoint.load_state(state, pairs)
     known_prompt = canary(problems, tokenizer, settings, cfg.prompt_tokens)
-    encode = partial(data.encode_problem, tokenizer=tokenizer, settings=settings)
+    encode = partial(data.encode_prompt, tokenizer=tokenizer, settings=settings)
     cost, losses_of = partial(train_flops, policy.model.config), partial(policy_losses, cfg=cfg)
     card = partial(model_card, TITLE, cfg, run / "model", run, cfg.context)
 
@@ -481,23 +479,12 @@ def main(cfg: Config):
         policy.move("host")
         refuse_gap(distributed.largest(world, gap), world, when)
 
-    def evaluate(step: int, budget: int) -> dict[str, float]:
-        """Where it is due; no weight, draw or order of the training changes by it."""
-        due = step == cfg.steps - 1 or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-        if not (held_out and due):
-            return {}
-        timer("evaluate")
-        return solved(sampler, held_out, budget, world)
-
     # a rehearsal: the largest pack through both models, so that memory fails now or not at all
-    pack = full_pack(cfg.pack_tokens)
-    pack = with_blank_picture(pack) if cfg.train_vision else pack
+    pack = with_blank_picture(full_pack(cfg.pack_tokens), cfg.train_vision)
     for name, learner in learners.items():
         learner.move("gpu")
-        gb = distributed.rehearse(*pairs[name], pack, world)
+        distributed.rehearse(*pairs[name], pack, world, f"{name}, a pack")
         learner.move("host")
-        if world.main:
-            print(f"rehearsal: {name}, a pack of {cfg.pack_tokens:,} tokens: {gb:.3g} GB")
     sync("at the start")
     log, timer, stopped = RunLog(run, cfg, cfg.steps, world.main, start), Timer(), False
     batches = Batches(cfg, world, sampler, problems, start)
@@ -541,22 +528,26 @@ def main(cfg: Config):
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            metrics |= evaluate(step, budget) | batches.counts | timer.seconds()
+            last = step == cfg.steps - 1
+            if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+                timer("evaluate")
+                metrics |= solved(sampler, held_out, budget, world)
+            metrics |= batches.counts | timer.seconds()
             metrics["peak_gb"] = max(learner.peak_gb for learner in learners.values())
-            log.log(step, metrics, [name for name in SHOWN if name in metrics])
+            log.log(step, metrics, SHOWN)
             log.append("rollouts", (row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
             log.append("trace", trace_rows(step, rollouts, packs, tokenizer, world))
             log.append("lengths", [{"step": step, "lengths": batches.new_lengths}])
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
-                saver.save(step + 1, pairs, policy.model, card({"step": step + 1}))
+                saver.save(step + 1, pairs, policy.model, card(step=step + 1))
             if stopped:
                 break
     if not stopped:
         policy.move("gpu")
-        card_at_the_end = card({"step": cfg.steps})
-        checkpoint.export(policy.model, run / "model", directory, world.dtype, card_at_the_end)
+        last_card = card(step=cfg.steps)
+        checkpoint.export(policy.model, run / "model", directory, world.dtype, last_card)
     elif world.main:
         print(stop.advice)
     log.close()

@@ -4,16 +4,13 @@
     sampler.rest()           # until the next sync its GPU memory is free for training
     sampler.sync(weights)    # (hub name, tensor) pairs of the policy after its update
 
-TorchSampler is plain torch, for laptops and tests: below some tens of millions of parameters it
-outruns vLLM. VllmSampler is for real runs: one engine in the process of each rank, beside the model
-that trains. Each is checked against the other.
+TorchSampler is plain torch: below some tens of millions of parameters it outruns vLLM. VllmSampler
+is for real runs. Each is checked against the other. Log-probs are those of the unmasked
+distribution at temperature 1, as the trainer's are, whatever temperature samples. A rollout's
+random numbers follow from (seed, problem id, sample), not from its batch or rank (with vLLM up to
+rounding, which may flip a close draw).
 
-Token ids and log-probs go on to the loss, text only to the reward and the log. Log-probs are those
-of the unmasked distribution at temperature 1, as the trainer's are, whatever temperature samples.
-A rollout's random numbers follow from (seed, problem id, sample), not from its batch or rank (with
-vLLM up to rounding, which may flip a close draw).
-
-Dimensions: P problems, n samples each, N = P n rows, V vocabulary. Nothing to run here: see rl.py.
+Dimensions: P problems, n samples each, N = P n rows, V vocabulary.
 """
 
 import os
@@ -22,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,6 +87,11 @@ class Sampler:
 
     top_p = 1.0  # of evaluation; what is trained on is drawn from the whole distribution
 
+    def __init__(self, config: Config, tokenizer, settings: ImageSettings, batch: int, forbid):
+        self.tokenizer, self.settings, self.batch = tokenizer, settings, batch
+        self.stops = {*config.stop_ids, tokenizer.eos_token_id}
+        self.forbidden = forbidden_ids(config, tokenizer, forbid)
+
     def generate(
         self,
         problems: list[Problem] | dict[int, Problem],
@@ -116,7 +117,7 @@ class Sampler:
         def groups() -> Iterator[list[Rollout]]:
             for index in problems if indices is None else indices:
                 p = problems[index]
-                prompt = data.encode_problem(p, self.tokenizer, self.settings)
+                prompt = data.encode_prompt(p, self.tokenizer, self.settings)
                 twin = index - first[p.id]
                 seeds = [address(seed, p.id, n, twin) for n in range(samples)]
                 new = [Rollout(p, n, prompt, index, seed=s) for n, s in enumerate(seeds)]
@@ -171,14 +172,10 @@ class TorchSampler(Sampler):
     ended. Rows that end leave the batch.
     """
 
-    def __init__(
-        self, model: Qwen25VL, tokenizer, settings: ImageSettings, batch: int = 256, forbid=()
-    ):
-        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
-        self.batch, self.device = batch, next(model.parameters()).device
-        self.stops = {*model.config.stop_ids, tokenizer.eos_token_id}
-        ids = forbidden_ids(model.config, tokenizer, forbid)
-        self.forbidden = torch.tensor(ids, device=self.device)
+    def __init__(self, model: Qwen25VL, tokenizer, settings, batch: int = 256, forbid=()):
+        super().__init__(model.config, tokenizer, settings, batch, forbid)
+        self.model, self.device = model.eval(), next(model.parameters()).device
+        self.forbidden = torch.tensor(self.forbidden, device=self.device)
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
@@ -269,7 +266,7 @@ class VllmSampler(Sampler):
     """
 
     def __init__(
-        self, directory: str | Path, batch: int, limit: int, kv_cache_gb: float, dtype, forbid=()
+        self, directory: str, batch: int, limit: int, kv_cache_gb: float, dtype, forbid=()
     ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, by our weights
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
@@ -278,12 +275,10 @@ class VllmSampler(Sampler):
         except ImportError as error:
             cure = "pip install -r requirements-gpu.txt, or --sampler torch"
             raise ImportError(f"--sampler vllm needs vLLM ({error}): {cure}") from error
-        config = read_config(directory)
-        self.tokenizer = data.load_tokenizer(directory)
-        self.settings = settings = data.load_image_settings(directory)
-        self.batch, self.limit = batch, limit
-        self.stops = {*config.stop_ids, self.tokenizer.eos_token_id}
-        self.cuda = torch.cuda.is_available()
+        settings = data.load_image_settings(directory)
+        tokenizer = data.load_tokenizer(directory)
+        super().__init__(read_config(directory), tokenizer, settings, batch, forbid)
+        self.limit, self.cuda = limit, torch.cuda.is_available()
         parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
         self.llm = vllm.LLM(
@@ -308,7 +303,7 @@ class VllmSampler(Sampler):
             vllm.SamplingParams,
             stop_token_ids=sorted(self.stops),
             ignore_eos=True,  # what vLLM takes for one: the stops above are all there are
-            logit_bias=dict.fromkeys(forbidden_ids(config, self.tokenizer, forbid), float("-inf")),
+            logit_bias=dict.fromkeys(self.forbidden, float("-inf")),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -417,11 +412,9 @@ def clear_positions(worker):
         rope.positions.zero_()
 
 
-def open_sampler(
-    kind: str, directory: str, world, room: tuple[int, int, float], forbid: Iterable[str] = ()
-) -> Sampler:
-    """The sampler that --sampler names. room: responses at once, most tokens of a prompt and its
-    response, GB for vLLM's keys and values. forbid: tokens that it never draws.
+def open_sampler(kind: str, directory: str, world, room=(256,), forbid=()) -> Sampler:
+    """The sampler that --sampler names. room: responses at once, and of vLLM most tokens of a
+    prompt and its response, GB for keys and values. forbid: tokens that it never draws.
     """
     if kind == "vllm":
         return VllmSampler(directory, *room, world.dtype, forbid)
@@ -442,7 +435,7 @@ def solved(sampler: Sampler, problems, max_tokens: int, world) -> dict[str, floa
         p = r.problem
         verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
         scores["eval_image" if p.images else "eval_text"].append(verdict.score * r.stopped)
-    return distributed.means(world, {name: (sum(x), len(x)) for name, x in scores.items()})
+    return distributed.means(world, scores)
 
 
 def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:
@@ -450,7 +443,7 @@ def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:
     problem has some, and its words again and again until a block of the prefix cache is full.
     """
     problem = next((p for p in islice(problems, 4096) if p.images), problems[0])
-    length = data.prompt_length(problem.prompt, problem.images, tokenizer, settings)
+    length = data.prompt_length(problem, tokenizer, settings)
     words = " " + problem.prompt.replace(data.IMAGE_MARKER, " ")
     more = max(1, len(tokenizer.encode(words, add_special_tokens=False)))
     copies = max(0, min(CANARY_TOKENS + more, limit) - length) // more
@@ -464,7 +457,6 @@ def canary_gap(sampler: Sampler, policy: Qwen25VL, problem: Problem, vision: boo
     vision: the tower is sharded, so every rank has to run it.
     """
     (rollout,) = sampler.generate([problem], max_tokens=8)
-    pack = make_pack([rollout.document])
-    pack = with_blank_picture(pack) if vision else pack
+    pack = with_blank_picture(make_pack([rollout.document]), vision)
     logps, _ = policy.logps(pack.to(next(policy.parameters()).device))
     return (logps.cpu() - torch.tensor(rollout.logps)).abs().mean().item()

@@ -411,7 +411,7 @@ def trl(folder: Path, cfg: Config, rng, algorithm, count, samples, mean, sigma) 
     ours, tokenizer, drawn = load_model(folder), data.load_tokenizer(folder), set()
     sampler = rollout.TorchSampler(ours, tokenizer, None)
     problems, lengths = problems_of(count, rng), lengths_of(mean, sigma, count * samples, rng)
-    prompts = [data.encode_prompt(p.prompt, (), tokenizer, None).ids for p in problems]
+    prompts = [data.encode_prompt(p, tokenizer, None).ids for p in problems]
     c = rl.Config(model=str(folder), algorithm=algorithm, problems=count, samples=samples, lr=1e-6,
                   critic_lr=1e-6, lengths=((0, max(lengths)),))  # fmt: skip
     ids = torch.tensor(document(200, 0, rng).ids)

@@ -70,7 +70,7 @@ def load_rollouts(
             continue
         place, verdict = row["index"], row["verdict"]
         if place not in known:
-            known[place] = stream[place], data.encode_problem(stream[place], tokenizer, settings)
+            known[place] = stream[place], data.encode_prompt(stream[place], tokenizer, settings)
         problem, prompt = known[place]
         if row["problem"] != problem.id:
             raise ValueError(

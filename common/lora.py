@@ -11,7 +11,6 @@ computes with the exact product: they differ a little more than without (metric 
     python rl.py --lora-rank 16 --lr 3e-3 --critic-lr 1e-2     # ten times the rate of full training
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from model import Qwen25VL, put
+from common.log import write_json
+from model import Qwen25VL, gathered, put
 
 # In a model of transformers; the vision tower has layers of the same names, hence the path.
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -88,14 +88,12 @@ def save_adapters(model: nn.Module, directory: Path, base: str, main: bool):
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             inside = name.replace("model.layers", "model.language_model.layers", 1)
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            weights[f"base_model.model.{inside}"] = whole.cpu()
+            weights[f"base_model.model.{inside}"] = gathered(weight).cpu()
     if main:
         layer = next(iter(adapters(model).values()))
         settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
         settings |= {"r": layer.lora_A.out_features, "lora_alpha": layer.alpha, "lora_dropout": 0.0}
         settings |= {"bias": "none", "inference_mode": True}
-        text = json.dumps(settings | {"target_modules": TARGETS}, indent=1)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+        write_json(directory / "adapter_config.json", settings | {"target_modules": TARGETS})
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -7,14 +7,12 @@
 A pack is a micro-batch: whole documents back to back up to a budget of tokens, no padding, no cut.
 What is trained follows from lengths, never from token ids: a mask of `ids == pad` also masks the
 stop token. Attention grows with the square of a document's length (PaLM, arXiv 2204.02311, app. B):
-one of 64k tokens takes 1.7 times as long as eight of 8k. Hence documents are balanced by FLOPs. The
-paper says "sample packing" and no more.
-
+one of 64k tokens takes 1.7 times as long as eight of 8k. Hence documents are balanced by FLOPs.
 Dimensions: T tokens of a pack, R trained, S patches, M image tokens.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -136,11 +134,12 @@ def filler_pack() -> Pack:
     return make_pack([Document(Prompt([0, 0], [0, 0], None, (), ()), [])], members=[])
 
 
-def with_blank_picture(pack: Pack) -> Pack:
-    """A pack that runs the vision tower even without a picture of its own: where it is trained, the
-    ranks gather its shards together and would wait for ever. No token shows this one: gradient 0.
+def with_blank_picture(pack: Pack, trains: bool = True) -> Pack:
+    """A pack that runs the vision tower even without a picture of its own: where it trains, ranks
+    gather its shards together and would wait for ever, and Adam wants a gradient of 0, not none. No
+    token shows this picture.
     """
-    if pack.patches is not None:
+    if not trains or pack.patches is not None:
         return pack
     return replace(pack, patches=torch.zeros(MERGE_SIZE**2, PATCH_VALUES), grids=[(1, 2, 2)])
 
@@ -183,8 +182,7 @@ def share_packs(rollouts: list, cfg, cost: Callable, encode: Callable, world) ->
                     prompts[r.index] = encode(r.problem)
                 r.prompt = prompts[r.index]  # samples share the object, and so its rows in a pack
             pack = rollout_pack([rollouts[i] for i in members], members)
-            # ranks gather a trained tower together, and Adam wants a gradient of 0, not none
-            shares[-1].append(with_blank_picture(pack) if cfg.train_vision else pack)
+            shares[-1].append(with_blank_picture(pack, cfg.train_vision))
     return shares
 
 
@@ -206,11 +204,7 @@ def rollout_pack(rollouts: list, members: list[int]) -> Pack:
 
 
 def plan_packs(
-    lengths: Sequence[int],
-    groups: Sequence[Hashable],
-    budget: int,
-    ranks: int = 1,
-    cost: Callable[[int], float] = float,
+    lengths: Sequence[int], groups: Sequence, budget: int, ranks: int = 1, cost: Callable = float
 ) -> list[list[list[int]]]:
     """For each rank its packs, for each pack the indices of its documents; an empty one: a filler.
 

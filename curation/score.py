@@ -124,7 +124,7 @@ def scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict
 
     def passes(problems: Sequence[data.Problem]) -> list[dict]:
         tools, tries = (sampler.tokenizer, sampler.settings), defaultdict(list)
-        lengths = [data.prompt_length(p.prompt, p.images, *tools, p.id) for p in problems]
+        lengths = [data.prompt_length(p, *tools) for p in problems]
         fitting = [p for p, n in zip(problems, lengths, strict=True) if n <= cfg.prompt_tokens]
         options = cfg.samples, cfg.max_tokens, cfg.temperature, (cfg.seed,)
         for rollout in sampler.generate(fitting, *options):

@@ -23,7 +23,6 @@ Which is which, RL has to find out. No test bill is seen in any stage.
 import json
 import random
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -289,7 +288,7 @@ def posed(looks: str, words: str, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def save_pictures(pictures: Iterable[Image.Image], folder: Path, name: str) -> list[str]:
+def save_pictures(pictures: list | tuple, folder: Path, name: str) -> list[str]:
     paths = []
     for picture in pictures:
         paths.append(f"images/{name}-{len(paths)}.png")

@@ -123,7 +123,7 @@ def mini(tmp_path_factory) -> Mini:
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     seen = [p for source in (train, text) for p in data.read_problems(source)]
-    prompts = [data.encode_prompt(p.prompt, p.images, tokenizer, settings) for p in seen]
+    prompts = [data.encode_prompt(p, tokenizer, settings) for p in seen]
     for _ in range(40):
         chosen = rng.sample(prompts, 8)
         documents = []

@@ -277,6 +277,10 @@ def test_both_spellings_of_the_image_settings_are_read(tmp_path):
         assert data.load_image_settings(tmp_path) == SETTINGS
 
 
+def asked(prompt: str, *images) -> data.Problem:
+    return data.Problem("row-7", prompt, "", images)
+
+
 def test_pictures_stand_at_their_markers_or_before_the_text(tokenizer):
     two = [picture(84, 56), picture(56, 56)]
     image = "<|vision_start|> <|image_pad|> <|vision_end|>"
@@ -285,7 +289,7 @@ def test_pictures_stand_at_their_markers_or_before_the_text(tokenizer):
         ("look <image> at <image> so", f"look {image} at {image} so"),
         ("look at", f"{image} {image} look at"),
     ):
-        prompt = data.encode_prompt(words, two, tokenizer, SETTINGS)
+        prompt = data.encode_prompt(asked(words, *two), tokenizer, SETTINGS)
         turn = f"<|im_start|> user {shown} <|im_end|> <|im_start|> assistant"
         assert tokenizer.decode(prompt.short_ids).split() == turn.split()
         assert prompt.grids == ((1, 4, 6), (1, 4, 4)) and prompt.patches.shape == (40, 1176)
@@ -300,10 +304,10 @@ def test_pictures_stand_at_their_markers_or_before_the_text(tokenizer):
 def test_markup_in_the_text_of_a_user_is_an_error_that_names_the_row(tokenizer):
     for token in data.MARKUP:
         with pytest.raises(ValueError, match=re.escape(f"row-7 contains {token}")):
-            data.encode_prompt(f"look {token}", [], tokenizer, None, name="row-7")
+            data.encode_prompt(asked(f"look {token}"), tokenizer, None)
     for encode in (data.encode_prompt, data.prompt_length):
         with pytest.raises(ValueError, match="row-7: embedded .*2010 x 10 px: aspect ratio 201 >"):
-            encode("A", [picture(2010, 10)], tokenizer, SETTINGS, name="row-7")
+            encode(asked("A", picture(2010, 10)), tokenizer, SETTINGS)
 
 
 def test_a_written_response_ends_in_a_stop_token_and_the_template_has_to_show_pictures(
@@ -314,16 +318,16 @@ def test_a_written_response_ends_in_a_stop_token_and_the_template_has_to_show_pi
     document = data.encode_example(Example("a", "what", "<think> so </think> 3"), loaded, None)
     words = "<think> so </think> 3 <|im_end|>".split()
     assert document.response_ids == tokenizer.convert_tokens_to_ids(words)
-    prompt = data.encode_prompt("what", [], tokenizer, None)
+    prompt = data.encode_prompt(asked("what"), tokenizer, None)
     assert document.ids == prompt.ids + document.response_ids and len(document) == len(document.ids)
     # older model directories have the template elsewhere
     template = (tmp_path / "chat_template.jinja").rename(tmp_path / "old").read_text()
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     loaded = data.load_tokenizer(tmp_path)
-    assert data.encode_prompt("what", [], loaded, None) == prompt
+    assert data.encode_prompt(asked("what"), loaded, None) == prompt
     loaded.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
-        data.encode_prompt("A", [picture(56, 56)], loaded, SETTINGS)
+        data.encode_prompt(asked("A", picture(56, 56)), loaded, SETTINGS)
     with pytest.raises(FileNotFoundError, match="not a model directory"):
         data.load_tokenizer(tmp_path / "elsewhere")
 
@@ -332,10 +336,8 @@ def test_the_length_is_known_without_decoding_a_picture(tokenizer, tmp_path):
     picture(120, 61).save(tmp_path / "p.jpg", exif=exif(SIDEWAYS))
     images = [picture(333, 777), str(tmp_path / "p.jpg"), picture(10, 20)]
     for count in range(4):
-        case = ("look at", images[:count], tokenizer, SETTINGS)
+        case = (asked("look at", *images[:count]), tokenizer, SETTINGS)
         assert data.prompt_length(*case) == len(data.encode_prompt(*case).ids)
-    short, dropped = data.filter_long(["aaaa", "b", "cc", "ddd"], 2, [4, 1, 2, 3])
-    assert list(short) == ["b", "cc"] and dropped == 2  # none is cut
 
 
 @needs_real
@@ -359,7 +361,7 @@ def test_with_the_real_tokenizer_ids_equal_the_official_path(tmp_path):
     assert config == SETTINGS
     images = [picture(333, 200), picture(120, 456)]
     words = ("Compare\n", " to ", "? $x^2 < 3$ é 数")
-    prompt = data.encode_prompt("<image>".join(words), images, real, config)
+    prompt = data.encode_prompt(asked("<image>".join(words), *images), real, config)
     # The official processor: template, each pad replaced by grid.prod() / 4 pads, then tokenised.
     texts = [{"type": "text", "text": text} for text in words]
     content = [texts[0], {"type": "image"}, texts[1], {"type": "image"}, texts[2]]
@@ -387,8 +389,6 @@ def test_the_stream_is_a_function_of_seed_and_step():
     assert resumed.batch(7, 3) == whole[21:24] and resumed.batch(3, 3) == whole[9:12]
     assert Stream(items, seed=2).batch(0, 10) != whole[:10]
     assert len(Stream(items, seed=1).batch(0, 25)) == 25  # more than an epoch at once
-    with pytest.raises(ValueError, match="at least one item"):
-        Stream([], seed=0)
 
 
 def test_a_hub_name_is_its_snapshot_in_the_local_cache_and_a_directory_is_itself(

@@ -87,7 +87,7 @@ def picture_and_text(mini: dict) -> list[Pack]:
     tokenizer = data.load_tokenizer(mini["model"])
     settings, packs = data.load_image_settings(mini["model"]), []
     for problem in data.read_problems(mini["train"])[:2]:
-        prompt = data.encode_prompt(problem.prompt, problem.images, tokenizer, settings)
+        prompt = data.encode_prompt(problem, tokenizer, settings)
         packs.append(make_pack([data.Document(prompt, [20, 30, 2])]))
     return packs
 
@@ -116,7 +116,7 @@ def gradients(mini: dict, world, head: str) -> dict:
 
 def small_things(world) -> dict:
     r = world.rank
-    pairs = {"a": (3.0 + r, 2), "one": (5.0 * r, r), "nobody": (0.0, 0)}
+    values = {"a": [1.0, 2.0 + r], "one": [5.0] * r, "nobody": []}
     running_sum = distributed.running_sum(world, "ended")
     early = [running_sum(n) for n in (r + 1, r + 1, 3 + r)]  # does not wait for the other
     world.wait()
@@ -128,7 +128,7 @@ def small_things(world) -> dict:
         "sums": distributed.sums(world, 2**53 - 1 if r else 1, 0.5 + r, 3),
         "largest": [distributed.largest(world, x) for x in (r, -r, bool(r))],
         "nan": [distributed.largest(world, math.nan if r == k else 1.0) for k in (0, 1)],
-        "means": distributed.means(world, pairs),
+        "means": distributed.means(world, values),
     }
 
 
@@ -510,12 +510,14 @@ def test_a_model_that_waits_and_comes_back_goes_on_as_if_it_had_stayed(mini):
 
 @pytest.mark.parametrize("head", ["lm", "value"])
 def test_a_rehearsal_leaves_nothing_behind_and_says_what_to_do_where_memory_is_short(
-    mini, monkeypatch, head
+    mini, monkeypatch, capsys, head
 ):
     model = distributed.load(mini.model, ALONE, head)
     optimizer, before = torch.optim.AdamW(trained(model), 1e-3), [*map(torch.clone, trained(model))]
     draws = torch.get_rng_state()
-    assert distributed.rehearse(model, optimizer, full_pack(64), ALONE) > 0.01
+    distributed.rehearse(model, optimizer, full_pack(64), ALONE)
+    gb = capsys.readouterr().out.removeprefix("rehearsal: a pack of 64 tokens: ")
+    assert float(gb.removesuffix(" GB\n")) > 0.01
     assert not optimizer.state and all(w.grad is None for w in trained(model))
     assert all(torch.equal(a, b) for a, b in zip(trained(model), before, strict=True))
     assert torch.equal(torch.get_rng_state(), draws)

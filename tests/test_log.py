@@ -284,7 +284,7 @@ def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_d
     about = log.read_record(run)
     assert about["data"] == prints and about["resumed"][0]["changed"] == ["lr 0.0001 -> 0.0002"]
     monkeypatch.setattr(log, "commit", None)  # the card tells of the run, not of now
-    card = model_card("OVR: step 60", config, "my model", run, 4096, {"reward": 0.71})
+    card = model_card("OVR: step 60", config, "my model", run, 4096, reward=0.71)
     read = huggingface_hub.ModelCard(card)
     assert read.data.base_model == config.model and read.data.library_name == "transformers"
     shown = json.loads(re.search("```json\n(.*)```", read.content, re.S)[1])

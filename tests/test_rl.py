@@ -460,7 +460,7 @@ def batch(mini):
     settings, rng = data.load_image_settings(mini.model), random.Random(0)
     rollouts = []
     for index, problem in enumerate(data.read_problems(mini.train)[:8]):
-        prompt = data.encode_prompt(problem.prompt, problem.images, tokenizer, settings)
+        prompt = data.encode_prompt(problem, tokenizer, settings)
         for i in range(2):
             ids = [rng.randrange(8, 100) for _ in range(rng.randint(1, 9))]
             rollouts.append(Rollout(problem, i, prompt, index, ids, [-4.0] * len(ids), True))
@@ -713,7 +713,7 @@ def test_neither_the_rehearsal_nor_the_order_of_problems_changes_a_number_of_the
         orders.append(longest_first(*given))
         return [*given[0]]
 
-    monkeypatch.setattr(distributed, "rehearse", lambda *given: 0.0)
+    monkeypatch.setattr(distributed, "rehearse", lambda *given: None)
     monkeypatch.setattr(batches, "longest_first", as_they_come)
     same_run(run(cfg), uninterrupted)
     assert orders[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
@@ -811,9 +811,9 @@ def test_models_wait_in_host_memory_from_the_start_and_a_full_pack_is_tried_befo
         moments.append(len(optimizer.state) > 0)
         move(model, optimizer, device, for_moments)
 
-    def tried(model, optimizer, pack, world):
+    def tried(model, optimizer, pack, *more):
         calls.append(("rehearse", len(pack.ids)))
-        return rehearse(model, optimizer, pack, world)
+        rehearse(model, optimizer, pack, *more)
 
     monkeypatch.setattr(distributed, "move", moved)
     monkeypatch.setattr(distributed, "rehearse", tried)

@@ -255,7 +255,7 @@ def test_sync_gives_the_log_probs_of_the_new_weights(tokenizer):
 def test_the_canary_shows_a_picture_and_fills_a_block_of_the_prefix_cache(tokenizer):
     for limit in (512, 100):
         problem = canary(PROBLEMS, tokenizer, SETTINGS, limit)
-        length = data.prompt_length(problem.prompt, problem.images, tokenizer, SETTINGS)
+        length = data.prompt_length(problem, tokenizer, SETTINGS)
         assert problem.images and min(limit - 20, 160) <= length <= limit
 
 

@@ -187,7 +187,7 @@ def test_a_try_that_was_cut_is_wrong_and_options_reach_the_matcher():
 def test_a_prompt_that_is_too_long_is_not_tried_and_says_so(mini, passes, tmp_path):
     tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     problems = data.read_problems(mini.train)
-    sizes = {p.id: len(data.encode_prompt(p.prompt, p.images, *tools).ids) for p in problems}
+    sizes = {p.id: len(data.encode_prompt(p, *tools).ids) for p in problems}
     limit = sorted(sizes.values())[5]
     cfg = replace(passes, out=str(tmp_path / "o.jsonl"), prompt_tokens=limit)
     score.main(cfg)

@@ -10,21 +10,19 @@ OpenAI's interface) streams its answer; if it wants a key, that stands in OPENAI
 are seen where the question says <image>, or before it; what one of the miniature shows is printed.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tyro.conf import Positional, UseAppendAction
 
-from common import data
+from common import data, distributed
 from common.client import user_message
 from common.log import run_main
-from model import load_model
-from rollout import TorchSampler
+from common.records import read_rows
+from rollout import open_sampler
 
 
 @dataclass(frozen=True)
@@ -46,24 +44,21 @@ def drawn(image: str) -> str:
     """What a picture of the miniature shows, three cells a line, from the row that it is of."""
     name, _, _ = Path(image).stem.rpartition("-")  # test-0 of images/test-0-0.png
     file = Path(image).absolute().parent.parent / f"{name.partition('-')[0]}.jsonl"
-    rows = map(json.loads, file.open()) if file.is_file() else ()
-    bills = (row["bill"] for row in rows if row.get("id") == name and "bill" in row)
+    bills = (r["bill"] for r in read_rows(file) if r.get("id") == name and "bill" in r)
     cells = next(bills, "").split()
     return "\n".join(" ".join(cells[i : i + 3]) for i in range(0, len(cells), 3))
 
 
 def sampled(cfg: Config, temperature: float) -> Iterator[str]:
     """The answers of a model directory, each in one piece."""
-    where = data.model_directory(cfg.model or "out/laptop/rl/model")
-    tools = data.load_tokenizer(where), data.load_image_settings(where)
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    print(f"{where}, {dtype} on {device}", file=sys.stderr)
-    sampler = TorchSampler(load_model(where, dtype, device), *tools)
+    where, world = data.model_directory(cfg.model or "out/laptop/rl/model"), distributed.start()
+    print(f"{where}, {world.dtype} on {world.device}", file=sys.stderr)
+    sampler = open_sampler("torch", where, world)
     problem = data.Problem("the question", cfg.question, "", cfg.image)
     for r in sampler.generate([problem], cfg.samples, cfg.max_tokens or 2048, temperature):
         yield f"#{r.sample}  " if cfg.samples > 1 else ""
         yield r.text + ("\n" if r.stopped else " [cut: --max-tokens]\n")
+    distributed.finish(world)
 
 
 def streamed(cfg: Config, temperature: float) -> Iterator[str]:

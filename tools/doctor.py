@@ -17,10 +17,10 @@ from string import ascii_uppercase
 
 import torch
 import tyro
-from torch import Tensor
 
 from common import checkpoint, data, distributed, packs
 from common.log import run_main
+from model import gathered
 from reward import grade
 
 # nats a token by which log-probs in a pack may differ from those alone; rounding is a tenth of it
@@ -39,11 +39,7 @@ def conclude(check: str, wrong: list[str], cure: str, measured: str, world):
         print(f"PASS  {check:9} {measured}", flush=True)
 
 
-def whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-
-def logps_of(policy, documents: list[data.Document], world) -> tuple[Tensor, ...]:
+def logps_of(policy, documents: list[data.Document], world) -> tuple[torch.Tensor, ...]:
     """The trainer's, of each response, from one pack."""
     pack = packs.make_pack(documents, share_prompts=True)
     return policy.logps(pack.to(world.device))[0].split(pack.counts)
@@ -91,7 +87,7 @@ def update(policy, optimizer, documents: list[data.Document], cfg, world):
     loss = -torch.cat(logps_of(policy, documents, world)).mean() / world.size
     distributed.backward(policy, loss, world, last=True)
     for name, weight in policy.named_parameters():
-        norm = 0.0 if weight.grad is None else whole(weight.grad).norm().item()
+        norm = 0.0 if weight.grad is None else gathered(weight.grad).norm().item()
         learns = vision if name.startswith("visual.") else not lora or ".lora_B." in name
         if not math.isfinite(norm) or learns != (norm > 0):
             wrong.append(f"the gradient of {name} is {norm:g}")
@@ -99,9 +95,9 @@ def update(policy, optimizer, documents: list[data.Document], cfg, world):
     conclude("gradient", wrong, cure, f"loss {loss.item() * world.size:.3g}", world)
     part = "lora_B.weight" if lora else "weight"
     weight = policy.get_parameter(f"model.layers.0.mlp.down_proj.{part}")
-    before, clear = whole(weight).clone(), whole(weight.grad).abs() > 1e-7  # AdamW's eps is 1e-8
+    before, clear = gathered(weight).clone(), gathered(weight.grad).abs() > 1e-7  # eps: 1e-8
     optimizer.step()
-    share = (whole(weight) != before)[clear].float().mean().item()
+    share = (gathered(weight) != before)[clear].float().mean().item()
     measured = f"{share:.1%} of {weight.dtype} masters move at --lr {cfg.lr:g}"
     wrong = [] if share > 0.5 else [measured]
     conclude("update", wrong, "too coarse, keep them in float32", measured, world)

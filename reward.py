@@ -2,10 +2,9 @@ r"""The reward: 1 if the last \boxed{} of a response is the reference answer, el
 
     response --extract--> box --clean--> text --tokenize--> tokens --read--> answer --same--> 0 or 1
 
-The parser is the evaluator: reading the tokens of an expression, with numbers for its symbols,
-gives its value. It is an exact Fraction as long as it can be (1/2^120 is not 1/2^121), then a float
-or a complex number. Two expressions are equal if they agree at a few fixed points, where some
-symbols are negative: (x+1)^2 and x^2+2x+1 agree at all of them, x and |x| do not.
+The parser is the evaluator: reading an expression with numbers for its symbols gives its value, an
+exact Fraction as long as it can be, then a float or a complex number. Two expressions are equal if
+they agree at a few fixed points, some of them negative: x+x and 2x agree, x and |x| do not.
 
 Policy; each rule is held by the tests named after it: pytest tests/test_reward.py -k rule_1
  1. Only a closed \boxed{} counts, the last one. Boxes joined by "," or "and" are one list; "or" and
@@ -14,15 +13,12 @@ Policy; each rule is held by the tests named after it: pytest tests/test_reward.
     `digits=6` (benchmarks, never RL): an irrational gold may be given in 6 or more right digits.
  3. Lists and sets are order-free and may name an item twice, tuples and intervals not; [ differs
     from (; \pm is both signs. Names must agree where both sides give them.
- 4. 50% = 0.5, and 25% = 25 if one side lacks the sign; never 50 = 0.5. A unit may be left out but
-    not contradicted.
- 5. Equations up to a factor; x = x and 1 = 1 never match; `y =` may be dropped; of a+b = 2+3 = 5
-    the last counts.
+ 4. 50% = 0.5, 25% = 25 if one side has no %; never 50 = 0.5. Units may be left out, not differ.
+ 5. Equations up to a factor; x = x never matches; `y =` may be dropped; a+b = 2+3 = 5 says 5.
  6. Letters: B, (B), B. text, Option B; two letters or "not B": 0. With choices, a value stands for
     the one option that it equals.
  7. An unreadable gold is never rewarded. A status stands beside every score.
- 8. Words are equal without case, articles and full stops; what cannot be read as mathematics is
-    compared like words.
+ 8. Words are equal without case, articles and stops; so is what cannot be read as mathematics.
 
 The text comes from a model that is paid to fool this file, so nothing in it is ever executed: no
 eval, no int() of unbounded digits, no sympy. Characters, tokens, depth, items and bits are capped
@@ -45,7 +41,7 @@ import warnings
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -76,76 +72,67 @@ class TooBig(Exception):
     """Reading on would cost more than the caps allow."""
 
 
-class Budget(threading.local):
-    """What is left of MAX_WORK, in each thread; no call has to hand it on."""
-
-    left = 0
-
-    def spend(self, steps: int = 1):
-        self.left -= steps
-        if self.left < 0:
-            raise TooBig
+BUDGET = threading.local()  # .left of MAX_WORK in each thread, so that no call has to hand it on
 
 
-BUDGET = Budget()
+def spend(steps: int = 1):
+    BUDGET.left -= steps
+    if BUDGET.left < 0:
+        raise TooBig
+
 
 # --- 1. extract: the last box --------------------------------------------------------------------
-
 OPENING = re.compile(r"\\boxed\s{0,8}\{")
 BRACE = re.compile(r"\\.|[{}]", re.S)  # an escaped brace is eaten by the first half
 DECORATION = re.compile(r"[\s$~*]|\\[()\[\],;!]|\\quad|\\text\s*(?=\{)|(?<!\\)[{}]")
 JOINT = re.compile(r",?(,|;|and|or|/)(?:[a-z](?:_?[0-9])?=)?")  # `and y =` too
 
 
-def box_at(text: str, start: int) -> tuple[int, int] | None:
-    """Begin and end of what the box that opens at `start` holds; None if it does not close."""
-    if not (opening := OPENING.match(text, start)):
-        return None
-    depth, limit = 1, opening.end() + MAX_CHARS
-    for brace in BRACE.finditer(text, opening.end(), limit + 2):
+def end_of_box(text: str, begin: int) -> int | None:
+    """Where the brace closes that opened before `begin`."""
+    depth = 1
+    for brace in BRACE.finditer(text, begin, begin + MAX_CHARS + 2):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return opening.end(), brace.start()
-    if len(text) > limit:
+            return brace.start()
+    if len(text) > begin + MAX_CHARS:
         raise TooBig
     return None
 
 
 def extract(response: str) -> tuple[str, str | None]:
-    """(status, text) of the last group of boxes; the status is "" if the text is to be graded.
-
-    Scans back from the end and stops at the first box that does not belong to the group, so a long
-    chain of thought is never read. Of a box inside a box the outer one counts.
+    """(status, text) of the last group of boxes; the status is "" where the text is graded. Scans
+    back from the end, so a long thought is never read. Of a box inside a box the outer one counts.
     """
     boxes, begin, hedged = [], len(response), False
     for _ in range(MAX_ITEMS):
         start = response.rfind("\\boxed", 0, begin)
-        span = box_at(response, start) if start >= 0 else None
-        if span is None:
+        opening = OPENING.match(response, start) if start >= 0 else None
+        end = end_of_box(response, opening.end()) if opening else None
+        if end is None:
             break
-        if boxes and span[1] > begin:  # encloses the box found before
+        if boxes and end > begin:  # encloses the box found before
             boxes.pop()
         elif boxes:
-            gap = response[span[1] + 1 : begin][:40]  # a joint is short
-            if not (joint := JOINT.fullmatch(DECORATION.sub("", gap).lower())):
+            gap = DECORATION.sub("", response[end + 1 : begin][:40])  # a joint is short
+            if not (joint := JOINT.fullmatch(gap.lower())):
                 break
             hedged |= joint[1] in {"or", "/"}
-        boxes.append(response[slice(*span)])
+        boxes.append(response[opening.end() : end])
         begin = start
     else:
         raise TooBig
-    if boxes:
-        joined = (r" \text{ or } " if hedged else ", ").join(reversed(boxes))
-        return ("hedged" if hedged else ""), joined
-    return ("unclosed" if start >= 0 and OPENING.match(response, start) else "no_box"), None
+    if not boxes:
+        return ("unclosed" if opening else "no_box"), None
+    joined = (r" \text{ or } " if hedged else ", ").join(reversed(boxes))
+    return ("hedged" if hedged else ""), joined
 
 
 # --- 2. clean: one spelling for each thing -------------------------------------------------------
-
 # fmt: off
 # An explicit table, never NFKC: that would turn 4² into 42. The backtick is ours: it marks a word.
 CHARACTERS = str.maketrans({
-    **dict.fromkeys("−–—‐‑－", "-"), **dict.fromkeys("×·⋅∗✕•∙", "*"), **dict.fromkeys("÷⁄∕", "/"),
+    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("×·⋅∗✕•∙", "*"), **dict.fromkeys("÷⁄∕", "/"),
     **dict.fromkeys("\u00a0\u2009\u202f\u200a\u2002\u2003\u3000\t\n\r", " "),
     **dict.fromkeys("`\"\u200b\u2061\ufeff“”。", ""), **dict.fromkeys("⟨〈", "("),
     **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # fullwidth （Ａ＋１）
@@ -156,9 +143,8 @@ CHARACTERS = str.maketrans({
        "chi psi omega Delta Gamma Lambda Sigma Phi Omega infty cup cap emptyset pm in approx to "
        "lfloor rfloor lceil rceil degree angle setminus".split(), strict=True)},
     **dict.fromkeys("⟩〉", ")"), "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "℃": r"\degree C",
-    "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "′": "'", "’": "'", "″": "''",
-    "，": ",", "、": ",", "；": ";", "：": ":", "（": "(", "）": ")", "٫": ".", "٬": ",",
-    **{c: f" `{name} " for c, name in zip(
+    "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "′": "'", "’": "'", "″": "''", "٫": ".",
+    **dict.fromkeys("、٬", ","), **{c: f" `{name} " for c, name in zip(
        "¢€£¥₹元", "cents euros pounds yen rupees yuan".split(), strict=True)},
 })
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
@@ -169,19 +155,17 @@ MEANINGS = {  # of commands: \name is read as the text before its names; others 
     " ": "quad qquad , ; : ! > ( ) [ ] /", r"\frac ": "dfrac tfrac cfrac sfrac",
     r"\binom ": "dbinom tbinom", "*": "cdot times ast bullet", "/": "div", "!=": "ne neq",
     "<": "lt", "<=": "le leq leqslant", ">": "gt", ">=": "ge geq geqslant", "(": "langle",
-    ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", "'": "prime", ":": "colon", "%": "%",
+    ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", ":": "colon", "%": "%", r"\phi ": "varphi",
     " `dollars ": "$ textdollar", " `degrees ": "degree", r"\emptyset ": "varnothing",
     r"\dots ": "ldots dots cdots", r"\to ": "rightarrow longrightarrow", r"\approx ": "simeq",
-    r"\setminus ": "backslash textbackslash", r"\Reals ": "R", "|": "mid vert lVert rVert Vert",
-    " `and ": "land &", " `or ": "lor", r"\phi ": "varphi", r"\epsilon ": "varepsilon",
-    r"\theta ": "vartheta",
+    r"\setminus ": "backslash textbackslash", r"\Reals ": "R", "|": "mid vert Vert",
+    " `and ": "land &", " `or ": "lor", r"\epsilon ": "varepsilon", r"\theta ": "vartheta",
 }
-COMMANDS = {name: meaning for meaning, names in MEANINGS.items() for name in names.split()}
-COMMANDS[" "] = " "
-GROUPS = r"(?<![0-9.,])([0-9]{1,3}(?:SEP[0-9]{3})+)(?![0-9])"  # 58,500 but not 1,00,0
-SEPARATORS = r"(?:\\[, ]|,\\! ?|\{,\}|~|[ \u202f\u00a0\u2009])"
-SPACED_GROUPS = re.compile(GROUPS.replace("SEP", SEPARATORS))
-COMMA_GROUPS = re.compile(GROUPS.replace("SEP", ","))  # but inside brackets (1,234) is a pair
+COMMANDS = {" ": " "}
+COMMANDS |= {name: meaning for meaning, names in MEANINGS.items() for name in names.split()}
+GROUPS = r"(?<![0-9.,])([0-9]{1,3}(?:_[0-9]{3})+)(?![0-9])"  # 58,500 but not 1,00,0
+SPACED_GROUPS = re.compile(GROUPS.replace("_", r"(?:\\[, ]|,\\! ?|\{,\}|~|[ \u202f\u00a0\u2009])"))
+COMMA_GROUPS = re.compile(GROUPS.replace("_", ","))  # but inside brackets (1,234) is a pair
 COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
 WRAPPED = re.compile(
     r"\\(text(?:rm|bf|it|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)|operatorname|boldsymbol|ce|bm)"
@@ -190,7 +174,6 @@ ACCENT = re.compile(r"\\(dot|vec|hat|bar|tilde|widehat|overrightarrow|overline)(
                     r"(?:\{\\?([\w ]+)\}|(\w))")
 TIME = re.compile(r"(?i)\b0?([0-9]{1,2})(?::([0-5][0-9]))? ?`?([ap])m\b")
 PERIODIC = re.compile(r"(?<![0-9])([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
-
 
 DAMAGE = (  # golds come with \f, \t or \b of \frac, \text, \boxed read as control characters
     (r"\t(?=ext|imes|heta|an)", r"\\t"), (r"\r(?=ight|m\{)", r"\\r"), (r"\n(?=eq\b|e\b)", r"\\n"),
@@ -204,13 +187,10 @@ SPELLINGS = (
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
     (r"\\(begin|end)\{(?:[pb]?matrix|smallmatrix|array)\}(?: ?\{[clr| ]+\})?", r"\\\1{matrix}"),
     (r"\\angle *([0-9])", r"\\theta_{\1}"), (r"\\angle\s*=", ""),
-    (r"\\angle(?![A-Za-z])|(?<=\\\\) ?\[[0-9]+pt\]", " "),
-    (r"\\mathbb\s*(?:\{R\}|R)", r"\\Reals "),
-    (r"\\left\s*(?:\||\\vert)|\\lVert", r"\\lvert "),
-    (r"\\right\s*(?:\||\\vert)|\\rVert", r"\\rvert "),
+    (r"\\angle(?![A-Za-z])|(?<=\\\\) ?\[[0-9]+pt\]", " "), (r"\\mathbb\s*(?:\{R\}|R)", r"\\Reals "),
+    (r"\\(?:(l)eft|(r)ight)\s*(?:\||\\vert)|\\([lr])Vert", r"\\\1\2\3vert "),
     (r"\b([AaPp])\. ?([Mm])\.?(?![A-Za-z])", r" \1\2 "),
-    (r"\^ ?\{? ?('+) ?\}?", r"\1"),  # f^{\prime}
-    (r"\(([0-9A-F]+)\)(?=_)", r"\1"),  # (1011)_2
+    (r"\^ ?\{? ?('+) ?\}?", r"\1"), (r"\(([0-9A-F]+)\)(?=_)", r"\1"),  # f^{\prime}, (1011)_2
     (r"(?<![0-9./])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9/])", r"\1\\frac{\2}{\3}"),  # 2 1/2
 )
 WORDINGS = (  # once words are marked
@@ -229,10 +209,8 @@ PHRASES = (  # once commands are read
     (r"\\(frac|binom) *([0-9])", r"\\\1{\2}"),  # \frac12 is a half
     (r"(?<=[0-9]) ?\^? ?\{? ?`?(?:st|nd|rd|th)\b ?\}?", ""),  # 5^{th}
     (rf"(^|[=,(] ?)({MONEY}) ?(-?[0-9.,]*[0-9])", r"\1\3 \2"),  # $5
-    (r"(?i)^`?(?:year|point|day|number) (?=[0-9(])", ""),
-    (r"`(?:square|sq) (`[A-Za-z]+)", r"\1^2"),
-    (r"`cubic (`[A-Za-z]+)", r"\1^3"),
-    (r"`per\b", "/"), (r"`degrees ?`?([CF])\b", r"`\1"),
+    (r"(?i)^`?(?:year|point|day|number) (?=[0-9(])", ""), (r"`degrees ?`?([CF])\b", r"`\1"),
+    (r"`(?:square|sq) (`[A-Za-z]+)", r"\1^2"), (r"`cubic (`[A-Za-z]+)", r"\1^3"), (r"`per\b", "/"),
     (r"`?\bk(?:mp?h|ph)\b", "`km/`h"), (r"`?\bmph\b", "`mi/`h"), (r"`?\bmpg\b", "`mi/`gal"),
     (r"\\mu ?`?m\b", "`um"), (r"(?<=[0-9]) ?\\Omega\b", " `ohm"),
 )
@@ -255,33 +233,30 @@ def clean(text: str) -> str:
     if "\n" in text and "\\begin" not in text:  # one answer a line
         text = re.sub(r"\s*\n\s*", " ; ", text.strip())
     text = SPACED_GROUPS.sub(lambda m: re.sub("[^0-9]", "", m.group()), text)
-    text = text.translate(CHARACTERS) if text.isascii() else from_unicode(text)
+    if not text.isascii():  # x² is x^2, x₁ is x_1, and the digits of any script, ٣ and ३, are 3
+        text = re.sub(f"[{RAISED}]+", lambda m: f"^{{{m.group().translate(SCRIPTS)}}}", text)
+        text = re.sub(f"[{LOWERED}]+", lambda m: f"_{{{m.group().translate(SCRIPTS)}}}", text)
+        text = "".join(str(unicodedata.decimal(c, c)) for c in text)
+    text = text.translate(CHARACTERS)
     if len(text) > 2 * MAX_CHARS:  # 2,000 times ½ are 22,000 characters
         raise TooBig
     if "\\\\" in text and "\\begin" not in text:  # escaped once too often, or a broken line
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = rewritten(text.replace("\\prime", "'"), SPELLINGS)
-    if "\\" in text:  # twice for \textbf{\text{B}}
-        text = ACCENT.sub(unaccent, WRAPPED.sub(unwrap, WRAPPED.sub(unwrap, text)))
-    text = PERIODIC.sub(as_fraction, rewritten(text.replace("{:}", ":"), WORDINGS))
+    text = WRAPPED.sub(unwrap, WRAPPED.sub(unwrap, text))  # twice for \textbf{\text{B}}
+    text = rewritten(ACCENT.sub(unaccent, text).replace("{:}", ":"), WORDINGS)
+    text = PERIODIC.sub(  # 0.1\overline{6} is (16 - 1) / 90
+        lambda m: m.expand(r"\\frac{\1\2\3-\1\2}") + f"{{{'9' * len(m[3])}{'0' * len(m[2])}}}", text
+    )
     if text.replace(r"\$", "").count("$") != 1:  # a pair is math mode; a lone one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = COMMAND.sub(lambda m: COMMANDS.get(m.group(1), m.group()), text)
     text = text.replace("$", " `dollars ").replace("%", " `percent ").replace("~", " ")
     text = rewritten(" ".join(text.split()).rstrip(" .;"), PHRASES)
-    to_24 = lambda m: f"{int(m[1]) % 12 + 12 * (m[3] in 'pP')}:{m[2] or '00'}"  # noqa: E731
-    text = TIME.sub(to_24, text)
+    text = TIME.sub(lambda m: f"{int(m[1]) % 12 + 12 * (m[3] in 'pP')}:{m[2] or '00'}", text)
     if not re.search(r"[(\[]|\\\{", text):
         text = COMMA_GROUPS.sub(lambda m: m.group().replace(",", ""), text)
     return text
-
-
-def from_unicode(text: str) -> str:
-    """x² is x^2, x₁ x_1, and the decimal digits of any script, ٣ and ३, are 3."""
-    text = re.sub(rf"[{RAISED}]+", lambda m: "^{" + m.group().translate(SCRIPTS) + "}", text)
-    text = re.sub(rf"[{LOWERED}]+", lambda m: "_{" + m.group().translate(SCRIPTS) + "}", text)
-    digits = {c: str(unicodedata.decimal(c)) for c in set(text) if unicodedata.decimal(c, -1) >= 0}
-    return "".join(digits.get(c, c) for c in text).translate(CHARACTERS)
 
 
 def unwrap(match: re.Match) -> str:
@@ -306,15 +281,7 @@ def unaccent(match: re.Match) -> str:
     return content + mark if is_marked else f" {content} "
 
 
-def as_fraction(match: re.Match) -> str:
-    """0.1\\overline{6} is (16 - 1) / 90."""
-    before, digits, period = match.groups()
-    nines = "9" * len(period) + "0" * len(digits)
-    return rf"\frac{{{before}{digits}{period}-{before}{digits}}}{{{nines}}}"
-
-
 # --- 3. tokenize ---------------------------------------------------------------------------------
-
 # fmt: off
 UNIT_NAMES = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer
 kilometre|in inch inches|ft foot feet|yd yard|mi mile|s sec second|min minute|h hr hour|day|week
@@ -342,12 +309,23 @@ MATRIX = "\\begin{matrix}"  # that of all its styles
 BRACKETS = {"(": ")", "{": "}", "[": "]", "\\{": "\\}", "\\lfloor": "\\rfloor",
             "\\lceil": "\\rceil", MATRIX: "\\end{matrix}"}
 OPEN, CLOSE = {*BRACKETS}, {*BRACKETS.values()}
-# fmt: on
+RELATIONS = {"=", "!=", "<", "<=", ">", ">=", "\\in", "\\approx"}
+SET_OPERATIONS = {"\\cup": operator.or_, "\\cap": operator.and_, "\\setminus": operator.gt}
+MONTHS = "january february march april may june july august september october november december"
+MONTHS = {spelling: name for name in MONTHS.split() for spelling in (name, name[:3])}
+IGNORED = {"{", "}", ".", "`and", *FILLERS}  # in texts
+SAME_WORDS = {
+    **dict.fromkeys("oui sí si ja да 是 はい sim 对 yeah".split(), "yes"),
+    **dict.fromkeys("non nein нет 否 いいえ não 不是".split(), "no"), "grey": "gray",
+    **dict.fromkeys("doesnotexist undefined".split(), "dne"),
+    **dict.fromkeys("nosolution nosolutions nosuchnumber emptyset \\{\\}".split(), "\\emptyset"),
+    "infinitelymanysolutions": "infinitelymany", "allrealnumbers": "\\Reals", "allreals": "\\Reals",
+}
 PRODUCTS = set("abcdxyz"), set("kmnpqrstxyz")  # xyz and mnp are products, cat is a word
 TOKEN = re.compile(
     r"`[A-Za-z]+|[0-9]+(?:\.[0-9]+|\.(?=\\))?(?:[eE][+-]?[0-9]+)?|\.[0-9]+"
-    r"|\\(?:begin|end)\{[A-Za-z]+\*?\}|\\[A-Za-z]+|\\[{}\\]|[<>!]=|\*\*|->|[A-Za-z]+|\S"
-)
+    r"|\\(?:begin|end)\{[A-Za-z]+\*?\}|\\[A-Za-z]+|\\[{}\\]|[<>!]=|\*\*|->|[A-Za-z]+|\S")
+# fmt: on
 
 
 def tokenize(text: str) -> list[str]:
@@ -390,7 +368,7 @@ def cut(tokens: list[str], separators) -> tuple[list, list]:
     """The pieces, none empty, between separators outside all brackets, and these separators."""
     if {*separators}.isdisjoint(tokens):
         return [tokens] if tokens else [], []
-    BUDGET.spend(len(tokens) // 16)
+    spend(len(tokens) // 16)
     pieces, found, depth = [[]], [], 0
     for token in tokens:
         depth += (token in OPEN) - (token in CLOSE)
@@ -405,8 +383,6 @@ def cut(tokens: list[str], separators) -> tuple[list, list]:
 
 
 # --- 4. values: Fraction, float, complex or Matrix; None where there is none ---------------------
-
-
 class Matrix(tuple):
     """Rows of numbers. A tuple (1, 2) is a column in brackets "()", an interval [0, 1) in "[)"."""
 
@@ -435,18 +411,17 @@ def calculate(operation: Callable, *values):
     complex numbers), TooBig before the next step could get expensive."""
     if any(x is None for x in values):
         return None
-    BUDGET.spend()
+    spend()
     try:
         result = operation(*values)
         for x in entries(result):
             if type(x) is Fraction:
                 bits = max(map(abs, x.as_integer_ratio())).bit_length()
-                BUDGET.spend(bits // 256)
+                spend(bits // 256)
                 if bits > MAX_BITS:
                     raise TooBig
-            elif not cmath.isfinite(x):
-                if cmath.isnan(x) or INFINITIES.isdisjoint(values):
-                    return None
+            elif not cmath.isfinite(x) and (cmath.isnan(x) or INFINITIES.isdisjoint(values)):
+                return None
     except (ArithmeticError, ValueError, TypeError):
         return None
     is_noise = type(result) is complex and abs(result.imag) <= 1e-13 * abs(result)
@@ -477,21 +452,17 @@ def power(a, b):
     return float(a) ** float(b)
 
 
-def whole(function: Callable, most: int = 10**9) -> Callable:
+def whole(function: Callable, most: int, *values) -> Fraction:
     """A function of whole numbers, none over `most`."""
-
-    def call(*values):
-        if max(values) > most:
-            raise TooBig
-        if any(type(x) is not Fraction or x.denominator > 1 or x < 0 for x in values):
-            raise ValueError
-        return Fraction(function(*map(int, values)))
-
-    return call
+    if max(values) > most:
+        raise TooBig
+    if any(type(x) is not Fraction or x.denominator > 1 or x < 0 for x in values):
+        raise ValueError
+    return Fraction(function(*map(int, values)))
 
 
 # fmt: off
-INFINITIES = {math.inf, -math.inf}
+ONE, INFINITIES = Fraction(1), {math.inf, -math.inf}
 POINTS = range(5)  # at three of them some symbols are negative, which matters to roots and bars
 FUNCTIONS = {
     **{name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp".split()},
@@ -503,7 +474,7 @@ FUNCTIONS = {
     "arccot": lambda x: cmath.pi / 2 - cmath.atan(x), "max": max, "min": min,
     **dict.fromkeys(("ln", "log"), lambda x, base=math.e: cmath.log(x) / cmath.log(base)),
     "lg": lambda x, base=10: cmath.log(x) / cmath.log(base),
-    "gcd": whole(math.gcd), "lcm": whole(math.lcm),
+    "gcd": partial(whole, math.gcd, 10**9), "lcm": partial(whole, math.lcm, 10**9),
 }
 ENCLOSED = BRACKETS | {"|": "|", "\\lvert": "\\rvert"}
 SUM, PRODUCT, JUXTAPOSED, FACTOR, POWER = range(1, 6)  # how tight operations bind
@@ -511,14 +482,17 @@ BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER}
 TINY = Fraction(1, 10**12)  # \log_{10} 1000 is 2.9999999999999996 as a float
 OPERATIONS = {"+": operator.add, "-": lambda a, b: a + b * -1, "*": operator.mul,
               **dict.fromkeys(("/", "\\frac"), lambda a, b: a * (1 / b)),
-              "\\binom": whole(math.comb, 1_000), "!": whole(math.factorial, 1_000),
-              "|": abs, "\\lvert": abs,
-              "\\lfloor": lambda x: Fraction(math.floor(x + TINY)),
+              "\\binom": partial(whole, math.comb, 1000), "!": partial(whole, math.factorial, 1000),
+              "|": abs, "\\lvert": abs, "\\lfloor": lambda x: Fraction(math.floor(x + TINY)),
               "\\lceil": lambda x: Fraction(math.ceil(x - TINY))}
 CONSTANTS = {"\\pi": math.pi, "e": math.e, "i": 1j, "\\infty": math.inf}
 CONSTANTS |= {f"{axis}_vec": Matrix((Fraction(axis == c),) for c in "ijk") for axis in "ijk"}
 STARTS = {*SYMBOLS, *("\\" + name for name in FUNCTIONS), *BRACKETS, "\\lvert", "\\frac",
           "\\sqrt", "\\binom"} - {"\\{"}
+WHOLE_ONLY = re.compile(
+    r"!|\\binom|\\[lr](?:floor|ceil)|\\gcd|\\lcm|\(-[0-9./]+\)\^(?!\{?-?[0-9]+(?:\}|$))")
+# `km/`h, m/s^2. A space ends each token: else there are 2^n ways to read n letters.
+UNITS_LAST = re.compile(r"(?:(?:`[A-Za-z]+|[mgshLNJWVKCF/*{}()]|\^ (?:\{ )?(?:- )?[1-6]) )+")
 # fmt: on
 
 
@@ -542,28 +516,19 @@ def to_fraction(token: str) -> Fraction:
 
 
 # --- 5. expressions: from tokens to the value at a point -----------------------------------------
-
-
 class Reader:
-    """Reads the tokens of one expression by precedence climbing; every step returns a value. All
-    tokens must be used: no prefix parsing."""
+    """Reads the tokens of one expression by precedence climbing; every step returns a value."""
 
     def __init__(self, tokens: tuple, symbol_at: Callable):
         self.tokens, self.symbol_at = (*tokens, "", ""), symbol_at
         self.at = self.depth = self.bars = self.arguments = 0
 
-    def value(self):
-        result = self.operand(SUM)
-        if self.peek():
-            raise Unparsed
-        return result
-
     def peek(self, ahead: int = 0) -> str:
         return self.tokens[self.at + ahead]
 
-    def take(self, expected: str = "") -> str:
+    def take(self) -> str:
         token = self.peek()
-        if not token or (expected and token != expected):
+        if not token:
             raise Unparsed
         self.at += 1
         return token
@@ -575,14 +540,12 @@ class Reader:
 
     def operand(self, level: int):
         """What comes next and all that is bound to it at least as tight as `level`."""
-        sign, start = 1, self.at
-        while self.peek() in {"+", "-"} and self.at < start + 2:  # 5 - -3, but not ----5
-            sign = -sign if self.take() == "-" else sign
-        if self.at > start:
-            result = self.operand(max(level, PRODUCT))
-            result = calculate(operator.mul, -1, result) if sign < 0 else result
-        else:
-            result = self.atom()
+        signs = []
+        while self.peek() in {"+", "-"} and len(signs) < 2:  # 5 - -3
+            signs.append(self.take())
+        result = self.operand(max(level, PRODUCT)) if signs else self.atom()
+        if signs.count("-") == 1:
+            result = calculate(operator.mul, -1, result)
         while token := self.peek():
             binding = BINDING.get(token) or self.juxtaposed(token, level)
             if binding < level:
@@ -609,7 +572,7 @@ class Reader:
         return JUXTAPOSED if starts else 0
 
     def atom(self):
-        BUDGET.spend()
+        spend()
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooBig
@@ -653,18 +616,19 @@ class Reader:
         if closing not in closings or not all(len(row) == len(rows[0]) > 0 for row in rows):
             raise Unparsed
         if len(rows) > 1 or opening == MATRIX:
-            return calculate(as_matrix, opening + closing, len(rows), *itertools.chain(*rows))
+            matrix = Matrix(map(tuple, rows))
+            matrix.brackets = opening + closing if len(opening) == 1 else ""
+            return calculate(lambda *cells: matrix, *itertools.chain(*rows))
         return calculate(OPERATIONS[opening], rows[0][0]) if opening in OPERATIONS else rows[0][0]
 
     def subscript(self) -> str:
-        name = ""
-        if self.skip("_"):
-            name = "_" + self.take()
-            while name[1] == "{" and name[-1] != "}":
-                name += self.take()
-        while self.peek() == "'":
-            name += self.take()
-        return re.sub("[`{}]", "", name)
+        start = self.at
+        if self.skip("_") and self.take() == "{":
+            while not self.take().endswith("}"):
+                pass
+        while self.skip("'"):
+            pass
+        return re.sub("[`{}]", "", "".join(self.tokens[start : self.at]))
 
     def function(self, name: str):
         """\\sin^2 x, \\sin 2x, \\log_2(x), \\gcd(n, k); \\sin x \\cos x is a product."""
@@ -683,22 +647,6 @@ class Reader:
         return result if exponent is None else calculate(power, result, exponent)
 
 
-def as_matrix(brackets: str, height: int, *cells) -> Matrix:
-    width = len(cells) // height
-    matrix = Matrix(cells[i : i + width] for i in range(0, len(cells), width))
-    matrix.brackets = brackets if len(brackets) == 2 else ""
-    return matrix
-
-
-WHOLE_ONLY = re.compile(
-    r"!|\\binom|\\[lr](?:floor|ceil)|\\gcd|\\lcm|\(-[0-9./]+\)\^(?!\{?-?[0-9]+(?:\}|$))"
-)
-
-
-# `km/`h, m/s^2. A space ends each token: else there are 2^n ways to read n letters.
-UNITS_LAST = re.compile(r"(?:(?:`[A-Za-z]+|[mgshLNJWVKCF/*{}()]|\^ (?:\{ )?(?:- )?[1-6]) )+")
-
-
 class Expression:
     """Tokens as a function of their symbols; values are kept, for the samples of a problem share a
     gold. Units are symbols. `discrete`: its symbols are whole numbers, as in n!, floors, (-1)^n."""
@@ -711,19 +659,14 @@ class Expression:
         is_text |= bool(ones) and not self.ends_in({t for t in tokens if t[0] == "`"} | ones)
         if is_text or len(words) > 5 or self.tokens.count("`percent") > 1:
             raise Unparsed
-        self.known, names = {}, set()
-
-        def symbol_at(name: str) -> Fraction:
-            names.add(name)
-            return stand_in(name, 0, self.discrete)
-
-        self.known[0, self.discrete] = self.read_with(symbol_at)
-        self.symbols = frozenset(names)
+        values: dict[str, Fraction] = {}  # of the symbols, at the first point
+        first = lambda x: values.setdefault(x, stand_in(x, 0, self.discrete))  # noqa: E731
+        self.known = {(0, self.discrete): self.read_with(first)}
+        self.symbols = frozenset(values)
         self.units = self.symbols & {unit_name(t[1:]) for t in self.tokens if t[0] == "`"}
 
     def ends_in(self, units) -> bool:
-        """Whether the units stand last, behind a value: 9.8 m/s^2, 2+x cm; not 2 dollars + 3 cents,
-        2 + cm, \\sqrt{2g}."""
+        """Whether the units stand last, behind a value: 9.8 m/s^2; not 2 + cm, \\sqrt{2g}."""
         start = next((i for i, t in enumerate(self.tokens) if t in units), len(self.tokens))
         tail, before = self.tokens[start:], ["", "", *self.tokens[:start]]
         is_open = sum(map(tail.count, "})")) > sum(map(tail.count, "{("))
@@ -733,9 +676,18 @@ class Expression:
         has_value = any(is_number(t) or t in SYMBOLS for t in before) and before[-1] not in {*"+-^"}
         return bool(are_units) and has_value and (starts_inside or not is_open)
 
+    def unit_letters(self) -> frozenset[str]:
+        """m and s of `9.8 m/s^2`: letters behind a number that can be nothing but its unit."""
+        start = next((i for i, t in enumerate(self.tokens) if t in UNIT_LETTERS), 0)
+        is_unit = any(map(is_number, self.tokens[:start])) and self.ends_in(UNIT_LETTERS)
+        return self.symbols & UNIT_LETTERS if is_unit else frozenset()
+
     def read_with(self, symbol_at: Callable):
-        one = Fraction(1)
-        return Reader(self.tokens, lambda x: one if x in self.ones else symbol_at(x)).value()
+        reader = Reader(self.tokens, lambda x: ONE if x in self.ones else symbol_at(x))
+        value = reader.operand(SUM)
+        if reader.peek():  # all tokens must be used: no prefix parsing
+            raise Unparsed
+        return value
 
     def at(self, point: int = 0, discrete: bool = False):
         """The value at a point, or None where there is none."""
@@ -758,8 +710,7 @@ class Expression:
 
 
 def near(a, b) -> bool:
-    """Exactly equal if both are rational, else to eleven of the sixteen digits of a float. What
-    floats leave of 0, as in \\sin \\pi, is below 1e-14."""
+    """Exactly equal if both are rational, else to 11 of a float's 16 digits. \\sin \\pi is 0."""
     if type(a) is Matrix or type(b) is Matrix:
         brackets = {x.brackets if type(x) is Matrix else "x" for x in (a, b)}
         shapes = [[len(row) for row in x] if brackets == {""} else len(entries(x)) for x in (a, b)]
@@ -800,31 +751,15 @@ def agree(gold: Expression, answer: Expression) -> bool:
 
 
 # --- 6. read: tokens to an answer of one of five kinds -------------------------------------------
-
-# An Expression (a number, a formula, a tuple, an interval, a matrix, with or without a unit), or:
-# words, and whatever could not be read, equal only if written alike;
-# in no order: list, set, both signs of +-; hedged if joined by "or"; {1, {2}} is not {1, 2};
+# An Expression (a number, a formula, a tuple, an interval, a matrix, with or without a unit); or
+# words, and whatever could not be read, equal only if written alike; or
+# in no order: list, set, both signs of +-; hedged if joined by "or"; {1, {2}} is not {1, 2}:
 Many = namedtuple("Many", "items hedged is_set", defaults=[False, False])
-# x = 5, 2x+y = 3, x < y: difference SIGN 0. `name` of the left side (x, f(x), |AB|; "" if it is
-# more), `last` side as an answer: of a+b = 2+3 = 5 it is 5;
+# or x = 5, 2x+y = 3, x < y: difference SIGN 0. `name` of the left side (x, f(x), |AB|; "" if it is
+# more), `last` side as an answer: of a+b = 2+3 = 5 it is 5:
 Relation = namedtuple("Relation", "name last sign difference left", defaults=["=", None, None])
-# real numbers: where the set may begin and end, and whether it holds a number.
+# or real numbers: where the set may begin and end, and whether it holds a number:
 Reals = namedtuple("Reals", "ends holds")
-
-# fmt: off
-RELATIONS = {"=", "!=", "<", "<=", ">", ">=", "\\in", "\\approx"}
-SET_OPERATIONS = {"\\cup": operator.or_, "\\cap": operator.and_, "\\setminus": operator.gt}
-MONTHS = "january february march april may june july august september october november december"
-MONTHS = {spelling: name for name in MONTHS.split() for spelling in (name, name[:3])}
-IGNORED = {"{", "}", ".", "`and", *FILLERS}  # in texts
-SAME_WORDS = {
-    **dict.fromkeys("oui sí si ja да 是 はい sim 对 yeah".split(), "yes"),
-    **dict.fromkeys("non nein нет 否 いいえ não 不是".split(), "no"), "grey": "gray",
-    **dict.fromkeys("doesnotexist undefined".split(), "dne"),
-    **dict.fromkeys("nosolution nosolutions nosuchnumber emptyset \\{\\}".split(), "\\emptyset"),
-    "infinitelymanysolutions": "infinitelymany", "allrealnumbers": "\\Reals", "allreals": "\\Reals",
-}
-# fmt: on
 
 
 def unit_name(word: str) -> str:
@@ -834,8 +769,7 @@ def unit_name(word: str) -> str:
 
 
 def to_text(tokens) -> str:
-    """Words lose case and articles, units and months get one name, subscripts of letters are
-    digits; symbols keep their case (S is not s)."""
+    """Words lose articles, units and months get one name, C_1 is C1; symbols keep their case."""
     words = []
     for before, token in zip(["", *tokens], tokens, strict=False):
         is_subscript = token == "_" and not is_number(before)
@@ -888,14 +822,12 @@ def flat(items, hedged: bool = False) -> Many:
 
 def read_list(tokens: list[str]):
     """x = 1, y = 2 or x = 3, y = 4: `or` cuts first, then semicolons, then commas."""
-    for separators in ({"`or"}, {";"}, {",", "`and"}):
-        if len(pieces := cut(tokens, separators)[0]) > 1:
+    for joints in ({"`or"}, {";"}, {",", "`and"}):
+        if len(pieces := cut(tokens, joints)[0]) > 1:
             text = to_text(tokens)
-            is_date = text.startswith("date ")
-            return text if is_date else flat(map(read, pieces), "`or" in separators)
+            return text if text.startswith("date ") else flat(map(read, pieces), "`or" in joints)
     if tokens.count("\\pm") == 1 and tokens[0] != "\\{":
-        at = tokens.index("\\pm")
-        return flat(read([*tokens[:at], sign, *tokens[at + 1 :]]) for sign in "+-")
+        return flat(read([sign if t == "\\pm" else t for t in tokens]) for sign in "+-")
     return None
 
 
@@ -913,9 +845,8 @@ def read_set(tokens: list[str]):
 def read_ratio(tokens: list[str]):
     """3:4 is 3/4."""
     parts, signs = cut(tokens, {":", "`to"})
-    if len(signs) == 1 and len(parts) == 2 and all(map(expression, parts)):
-        return combined(parts[0], "/", parts[1])
-    return None
+    is_ratio = len(signs) == 1 and len(parts) == 2 and all(map(expression, parts))
+    return combined(parts[0], "/", parts[1]) if is_ratio else None
 
 
 def read_brackets(tokens: list[str]):
@@ -938,8 +869,6 @@ def read_brackets(tokens: list[str]):
 
 
 # --- 7. equations, inequalities and sets of numbers ----------------------------------------------
-
-
 def is_name(tokens: list[str]) -> bool:
     """x, a_1, f(x), |AB|, (x, y), P(X > 2), `triangle area`; no arithmetic: 2+3 is no name."""
     if tokens[1:2] == ["^"] and tokens[0] in {*string.ascii_uppercase, "f", "g"}:  # A^n, f^{-1}(x)
@@ -987,25 +916,19 @@ def read_equation(parts: list, sides: list, signs: list[str]):
     is_equation = is_known and len(parts) == 2 and not is_identity
     zero = combined(parts[0], "-", parts[1]) if is_equation else None
     if is_name(parts[0]) or (sides[0] is None and "\\in" not in signs):  # \int_0^2 3x dx = 6
-        return spread(Relation(name_of(parts[0]), last, "=", zero))
+        name = name_of(parts[0])
+        if type(last) is Many:  # x = \pm 1 says x = 1, x = -1
+            return flat(Relation(name, x) for x in last.items)
+        if name[:1] == "(" and type(last) is Expression:  # (p, q) = (5, 2) says p = 5, q = 2
+            names, values = (cut([*text[1:-1]], {","})[0] for text in (name, last.tokens))
+            if len(names) == len(values):
+                return Many(tuple(map(Relation, map("".join, names), map(read, values))))
+        return Relation(name, last, "=", zero)
     if is_known and any(side.symbols for side in sides):
         return Relation("", last, "=", zero, None if is_identity else sides[0])
     if is_known and not is_identity:
         raise Unparsed  # 2 = 3
     return last if is_known else None
-
-
-def spread(relation: Relation):
-    """x = \\pm 1 says x = 1, x = -1, and (p, q) = (5, 2) says p = 5, q = 2."""
-    name, last = relation.name, relation.last
-    if type(last) is Many:
-        return flat(Relation(name, x) for x in last.items)
-    if name[:1] != "(" or type(last) is not Expression:
-        return relation
-    names, values = (cut([*text[1:-1]], {","})[0] for text in (name, last.tokens))
-    if len(names) != len(values):
-        return relation
-    return Many(tuple(map(Relation, map("".join, names), map(read, values))))
 
 
 def read_inequality(parts: list, sides: list[Expression], signs: list[str]):
@@ -1074,12 +997,11 @@ def to_reals(answer) -> Reals | None:
 
 
 def joined(operations: list[str], sets) -> Reals | None:
-    """From left to right."""
     if None in (sets := list(sets)):
         return None
 
     def holds(x) -> bool:
-        BUDGET.spend(1 + len(sets) // 4)
+        spend(1 + len(sets) // 4)
         held = sets[0].holds(x)
         for operation, other in zip(operations, sets[1:], strict=True):
             held = SET_OPERATIONS[operation](held, other.holds(x))
@@ -1096,7 +1018,6 @@ def probes(*sets: Reals) -> list:
 
 
 # --- 8. same: by the kind of the gold ------------------------------------------------------------
-
 Rules = namedtuple("Rules", "precision digits", defaults=[None, None])  # of grade
 
 
@@ -1116,7 +1037,12 @@ def same(gold, answer, rules: Rules) -> bool:
         return bool(held) and any(map(all, held)) and all(a == b for a, b in held)
     if kinds == {str, Expression}:  # \text{e}
         gold, answer = (x if type(x) is str else to_text(x.tokens) for x in (gold, answer))
-    return type(gold) is type(answer) and COMPARISONS[type(gold)](gold, answer, rules)
+    if type(gold) is not type(answer):
+        return False
+    if type(gold) is str:
+        is_words = len(gold) > 1 and "\\" not in gold
+        return gold == answer or (is_words and gold.lower() == answer.lower())
+    return (same_many if type(gold) is Many else same_value)(gold, answer, rules)
 
 
 def as_tuple(answer):
@@ -1141,13 +1067,8 @@ def same_relation(gold, answer, rules: Rules) -> bool:
         return bool(says_last) and same(gold, answer.last, rules)
     if gold.name == answer.name != "" and same(gold.last, answer.last, rules):
         return True
-    return bool(gold.difference and answer.difference) and same_up_to_factor(gold, answer)
-
-
-def same_up_to_factor(gold: Relation, answer: Relation) -> bool:
-    """Their quotient is one number at all points, a positive one if both are < or <=."""
     top, bottom, factors = gold.difference, answer.difference, []
-    if top.symbols != bottom.symbols or gold.sign != answer.sign:
+    if not (top and bottom and top.symbols == bottom.symbols and gold.sign == answer.sign):
         return False
     kind = top.discrete or bottom.discrete
     values = ((top.at(point, kind), bottom.at(point, kind)) for point in POINTS)
@@ -1156,13 +1077,8 @@ def same_up_to_factor(gold: Relation, answer: Relation) -> bool:
         factors.append(factor)
         if not near(factor, factors[0]):
             return False
-    is_ordered = gold.sign in {"=", "!="} or in_order(Fraction(0), "<", (factors or [None])[0])
-    return is_ordered and len(factors) > 1
-
-
-def same_text(gold: str, answer: str, rules: Rules) -> bool:
-    is_words = len(gold) > 1 and "\\" not in gold
-    return gold == answer or (is_words and gold.lower() == answer.lower())
+    is_symmetric = gold.sign in {"=", "!="}  # the others turn round with a negative factor
+    return len(factors) > 1 and (is_symmetric or in_order(Fraction(0), "<", factors[0]))
 
 
 def same_many(gold: Many, answer: Many, rules: Rules) -> bool:
@@ -1184,8 +1100,8 @@ def same_value(gold: Expression, answer: Expression, rules: Rules) -> bool:
     """A unit may be left out but not contradicted; 50% is 0.5, or 50 where one side lacks the %."""
     gold_units, answer_units = gold.units, answer.units
     if gold_units or not gold.symbols:  # 9.8 m/s^2 and 20 J, whose letters were read as symbols
-        answer_units |= unit_letters(answer)
-    gold_units |= unit_letters(gold) if answer.units else frozenset()
+        answer_units |= answer.unit_letters()
+    gold_units |= gold.unit_letters() if answer.units else frozenset()
     if gold_units and answer_units:
         return same_expression(gold, answer)
     g, a = Expression(gold.tokens, gold_units), Expression(answer.tokens, answer_units)
@@ -1201,13 +1117,6 @@ def same_value(gold: Expression, answer: Expression, rules: Rules) -> bool:
     return same_expression(g, a)
 
 
-def unit_letters(value: Expression) -> frozenset[str]:
-    """m and s of `9.8 m/s^2`: letters behind a number that can be nothing but its unit."""
-    start = next((i for i, t in enumerate(value.tokens) if t in UNIT_LETTERS), 0)
-    is_unit = any(map(is_number, value.tokens[:start])) and value.ends_in(UNIT_LETTERS)
-    return value.symbols & UNIT_LETTERS if is_unit else frozenset()
-
-
 def rounded(x, rules: Rules) -> int:
     """Half away from zero, as people do it; in units of the last place."""
     scale = 10 ** min(max(int(rules.precision), 0), 12)
@@ -1215,8 +1124,7 @@ def rounded(x, rules: Rules) -> int:
 
 
 def is_decimal_of(gold, tokens: tuple, digits: int) -> bool:
-    """3.14159 for pi: every digit right, the last one rounded, at least `digits` of them; no more
-    than the 15 that a float knows."""
+    """3.14159 for pi: `digits` or more, all right, the last rounded, as far as a float knows."""
     text = "".join(tokens)
     if type(gold) is Fraction or not re.fullmatch(r"-?[0-9]*\.[0-9]{1,60}", text):
         return False
@@ -1225,23 +1133,15 @@ def is_decimal_of(gold, tokens: tuple, digits: int) -> bool:
     return significant >= digits and abs(Fraction(gold) - Fraction(text)) <= tolerance
 
 
-COMPARISONS = {
-    str: same_text,
-    Expression: same_value,
-    Many: same_many,
-}
-
 # --- 9. letters ----------------------------------------------------------------------------------
-
+# fmt: off
 LABEL = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer|选项|答案是?)(?: is)?:? ?)?"
-    r"(?:\(([A-Z])\)|([A-Z]))(?: ?[.:)]$|$|(?<=\)) ?[.:]? ?(.+)|(?<!\)) ?[.:)] ?(.+))", re.I | re.S
-)  # fmt: skip
+    r"(?:\(([A-Z])\)|([A-Z]))(?: ?[.:)]$|$|(?<=\)) ?[.:]? ?(.+)|(?<!\)) ?[.:)] ?(.+))", re.I | re.S)
 LETTERS = re.compile(r"\(?[A-J]\)?(?:(?: ?, ?(?:and )?| ?; ?| and | ?)\(?[A-J]\)?){0,9}")
-ANOTHER = re.compile(
-    r"(?:\b(?:or|and|nor|not|but)\b|[,/&]) ?(?:option )?\(?[A-HJ]\b|\b[A-J][.:)] "
-    r"|(?<![A-Za-z])\([a-j]\)"
-)
+ANOTHER = re.compile(r"(?:\b(?:or|and|nor|not|but)\b|[,/&]) ?(?:option )?\(?[A-HJ]\b"
+                     r"|\b[A-J][.:)] |(?<![A-Za-z])\([a-j]\)")
+# fmt: on
 
 
 def bare(text: str) -> str:
@@ -1290,7 +1190,6 @@ def letter_of(text: str, choices: tuple[str, ...]) -> frozenset[str]:
 
 
 # --- 10. grade -----------------------------------------------------------------------------------
-
 INTEGER, DECIMAL = re.compile(r"[+-]?[0-9]{1,18}"), re.compile(r"-?[0-9]+\.[0-9]{1,2}")
 CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}")
 HALF_DAY = re.compile(r"(?i)[0-9][^0-9=]{0,12}(?<![a-z])[ap]\.? ?m\b")  # 3:30 \text{ p.m.}
@@ -1318,25 +1217,25 @@ def grade(gold: str, response: str, *, choices=None, precision=None, digits=None
     box = None
     try:
         status, box = extract(response)
-        if box is None:
-            return Verdict(0.0, status, None)
-        if len(box) > MAX_CHARS:
-            raise TooBig
-        found = compare(gold, box, tuple(choices or ()), Rules(precision, digits))
-        if status == "hedged" and (found != "match" or type(read_gold(gold)[1]) is Many):
-            found = "hedged"
-        return Verdict(float(found == "match"), found, box)
+        is_hedged = status == "hedged"
+        if box is not None:
+            status = compare(gold, box, tuple(choices or ()), Rules(precision, digits))
+        if is_hedged and (status != "match" or type(read_gold(gold)[1]) is Many):
+            status = "hedged"
     except TooBig:
-        return Verdict(0.0, "too_big", box)
+        status = "too_big"
     except Unparsed:
-        return Verdict(0.0, "unparsed", box)
+        status = "unparsed"
     except Exception as error:  # the last net: a fault here costs one answer, not a run of days
         warnings.warn(f"the matcher failed on gold {gold!r:.200}: {error!r}", stacklevel=2)
-        return Verdict(0.0, "failed", box)
+        status = "failed"
+    return Verdict(float(status == "match"), status, box)
 
 
 def compare(gold: str, box: str, choices: tuple, rules: Rules) -> str:
     """The status: the cheap comparisons first, then the one of the gold's kind."""
+    if len(box) > MAX_CHARS:
+        raise TooBig
     if INTEGER.fullmatch(gold) and INTEGER.fullmatch(box) and not choices:  # most golds
         return "match" if int(gold) == int(box) else "mismatch"
     spelled, reference = read_gold(gold)
@@ -1344,8 +1243,7 @@ def compare(gold: str, box: str, choices: tuple, rules: Rules) -> str:
     if reference is None:
         return "gold_unparsed"
     text = clean(box if box.isprintable() else rewritten(box, DAMAGE))
-    letters = grade_letters(spelled, text, choices)
-    if letters is not None:
+    if (letters := grade_letters(spelled, text, choices)) is not None:
         return "match" if letters else "mismatch"
     if text == spelled or (DECIMAL.fullmatch(spelled) and text == spelled.replace(".", ",")):
         return "match"  # written alike, or 2,74 where the gold is 2.74
@@ -1362,34 +1260,27 @@ def compare(gold: str, box: str, choices: tuple, rules: Rules) -> str:
 
 
 # --- command line --------------------------------------------------------------------------------
-
-
 # fmt: off
 def main(cases: tyro.conf.Positional[Path | None] = None, gold: str = r"\frac{1}{2}",
          response: str = r"so it is \boxed{0.5}", choices: tuple[str, ...] = (),
          precision: float | None = None, digits: int | None = None):
     # fmt: on
-    """Explains the verdict on --gold and --response, or scores a JSONL file of cases: gold,
-    response, label, perhaps kind and the options of grade, which --choices, --precision and
-    --digits set."""
-    if cases is not None:
-        return score_file(cases)
-    verdict = grade(gold, response, choices=choices, precision=precision, digits=digits)
-    print(f"score {verdict.score:g}, status {verdict.status}, in the box: {verdict.answer}")
-    for name, text in (("gold", gold), ("box", verdict.answer or "")):
-        spelled, answer = read_gold(text)
-        print(f"{name:>5} is spelled {spelled}\n{'':>5} is read as {answer!r}")
-
-
-def score_file(path: Path):
-    """Accuracy by kind, and every miss."""
+    """Explains the verdict on --gold and --response by the other options, or scores a JSONL file of
+    cases: gold, response, label, perhaps kind, choices, precision and digits."""
+    if cases is None:
+        verdict = grade(gold, response, choices=choices, precision=precision, digits=digits)
+        print(f"score {verdict.score:g}, status {verdict.status}, in the box: {verdict.answer}")
+        for name, text in (("gold", gold), ("box", verdict.answer or "")):
+            spelled, answer = read_gold(text)
+            print(f"{name:>5} is spelled {spelled}\n{'':>5} is read as {answer!r}")
+        return
     right, total = Counter(), Counter()
-    for at, line in enumerate(tqdm(path.read_text().splitlines(), unit=" cases", disable=None), 1):
+    for at, line in enumerate(tqdm(cases.read_text().splitlines(), unit=" cases", disable=None), 1):
         try:
             case = json.loads(line)
             gold, response, label = case["gold"], case["response"], float(case["label"])
         except (ValueError, KeyError, TypeError) as error:
-            fault = f"{path}, line {at}: {error!r}; a case has gold, response and label"
+            fault = f"{cases}, line {at}: {error!r}; a case has gold, response and label"
             raise SystemExit(fault) from None
         options = {key: case.get(key) for key in ("choices", "precision", "digits")}
         verdict, kind = grade(gold, response, **options), case.get("kind", "all kinds")

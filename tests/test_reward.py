@@ -30,41 +30,44 @@ def score(gold, box, **options):
     return grade(gold, f"so the answer is $\\boxed{{{box}}}$.", **options).score
 
 
-def all_equal(gold, boxes, expected):
-    assert {box: score(gold, box) for box in boxes} == dict.fromkeys(boxes, float(expected))
-
-
 HERE = Path(__file__).parent
 
 # --- the policy
 
 
-@pytest.mark.parametrize(
-    ("response", "status", "answer"),
-    [
-        (r"I think \boxed{3}. No: \boxed{4}", "match", "4"),
-        (r"first \boxed{4}, which is wrong, hence \boxed{3}", "mismatch", "3"),
-        (r"\boxed{4} and then much text without a box", "match", "4"),
-        (r"\boxed {4}", "match", "4"),
-        (r"\boxed{\boxed{4}}", "match", r"\boxed{4}"),
-        (r"\boxed{\text{not }\boxed{4}}", "mismatch", r"\text{not }\boxed{4}"),
-        ("the answer is 4", "no_box", None),
-        (r"\fbox{4}", "no_box", None),
-        ("", "no_box", None),
-        (r"\boxed{4", "unclosed", None),
-        (r"\boxed{4} no, \boxed{", "unclosed", None),
-        (r"\boxed{4\}", "unclosed", None),
-        (r"\boxed{4} or \boxed{5}", "hedged", r"4 \text{ or } 5"),
-        (r"$\boxed{4}$ / $\boxed{5}$", "hedged", r"4 \text{ or } 5"),
-        (r"\boxed{4} or \boxed{\frac82}", "match", r"4 \text{ or } \frac82"),
-        (r"<think>\boxed{5}</think> It is \boxed{4}.", "match", "4"),
-        (r"\boxed{4 \text{ or } 5}", "hedged", r"4 \text{ or } 5"),
-        (r"\boxed{}", "unparsed", ""),
-        (r"\boxed{\square}", "unparsed", r"\square"),
-    ],
-)
+ENDS = [  # of responses to the gold 4
+    (r"I think \boxed{3}. No: \boxed{4}", "match", "4"),
+    (r"first \boxed{4}, which is wrong, hence \boxed{3}", "mismatch", "3"),
+    (r"\boxed{4} and then much text without a box", "match", "4"), (r"\boxed {4}", "match", "4"),
+    (r"\boxed{\boxed{4}}", "match", r"\boxed{4}"),
+    (r"\boxed{\text{not }\boxed{4}}", "mismatch", r"\text{not }\boxed{4}"),
+    ("the answer is 4", "no_box", None), (r"\fbox{4}", "no_box", None), ("", "no_box", None),
+    (r"\boxed{4", "unclosed", None), (r"\boxed{4} no, \boxed{", "unclosed", None),
+    (r"\boxed{4\}", "unclosed", None), (r"\boxed{4} or \boxed{5}", "hedged", r"4 \text{ or } 5"),
+    (r"$\boxed{4}$ / $\boxed{5}$", "hedged", r"4 \text{ or } 5"),
+    (r"\boxed{4} or \boxed{\frac82}", "match", r"4 \text{ or } \frac82"),
+    (r"<think>\boxed{5}</think> It is \boxed{4}.", "match", "4"),
+    (r"\boxed{4 \text{ or } 5}", "hedged", r"4 \text{ or } 5"), (r"\boxed{}", "unparsed", ""),
+    (r"\boxed{\square}", "unparsed", r"\square"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "status", "answer"), ENDS)
 def test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status(response, status, answer):
     assert grade("4", response) == Verdict(float(status == "match"), status, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "status"),
+    [
+        ("4, 5", r"\boxed{4} and \boxed{5}", "match"),
+        ("4, 5", r"\boxed{4} or \boxed{5}", "hedged"),
+        ("5", "\\boxed{5" + " " * 3_000 + "}", "too_big"),
+        ("5, 5", ("\\boxed{5" + " " * 1_500 + "},") * 2, "too_big"),
+    ],
+)
+def test_rule_1_boxes_that_are_a_hedge_or_too_long_say_so(gold, response, status):
+    assert grade(gold, response).status == status
 
 
 def rows(name: str) -> list[dict]:
@@ -82,21 +85,20 @@ def test_each_example_of_a_policy_rule_has_its_verdict(rule):
 
 
 def test_the_command_line_explains_and_scores_files(tmp_path):
-    run = [sys.executable, "reward.py"]
-    root = Path(reward.__file__).parent
-    said = subprocess.run([*run, "--gold", "0.5", "--response", r"\boxed{\frac12}"], cwd=root,
-                          capture_output=True, text=True, check=True).stdout  # fmt: skip
-    assert "score 1" in said and "0.5" in said and "1/2" in said
+    def run(*arguments):
+        command, root = [sys.executable, "reward.py", *arguments], Path(reward.__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+    explained = run("--gold", "0.5", "--response", r"\boxed{\frac12}").stdout
+    assert "score 1" in explained and "0.5" in explained and "1/2" in explained
     cases = tmp_path / "cases.jsonl"
-    rows = [{"gold": "1", "response": r"\boxed{1}", "label": 1}]
-    rows += [{"gold": "2", "response": r"\boxed{1}", "label": 1, "kind": "odd"}]
-    cases.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = subprocess.run(
-        [*run, str(cases)], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
-    assert "line 2 false negative odd" in said and "1 of     2" in said
+    right = {"gold": "1", "response": r"\boxed{1}", "label": 1}
+    wrong = right | {"gold": "2", "kind": "odd"}
+    cases.write_text(f"{json.dumps(right)}\n{json.dumps(wrong)}\n")
+    scored = run(str(cases)).stdout
+    assert "line 2 false negative odd" in scored and "1 of     2" in scored
     cases.write_text('{"gold": "1"}\n')
-    failed = subprocess.run([*run, str(cases)], cwd=root, capture_output=True, text=True)
+    failed = run(str(cases))
     assert failed.returncode and "line 1" in failed.stderr and "response" in failed.stderr
 
 
@@ -104,53 +106,33 @@ def test_the_command_line_explains_and_scores_files(tmp_path):
 
 ODD = [
     ("5", "1 3/2", 0),  # no mixed number
-    ("5", r"3\overline{3}", 0),
-    ("5", r"\frac1.52", 0),
+    ("5", r"3\overline{3}", 0), ("5", r"\frac1.52", 0),
     ("a_{1", "a_1", 1),  # a damaged gold is compared like words
     ("5", r"\begin{pmatrix}1&2\\3\end{pmatrix}", 0),  # rows of different lengths
     ("5", r"\begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}1&2\end{pmatrix}", 0),
     ("5", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", 0),  # powers of matrices are not read
     ("5", r"\begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}1\\2\end{pmatrix}", 0),
     ("5", r"2^{20000} \cdot 2^{20000}", 0),
-    (
-        r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\2\end{pmatrix}",
-        r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\3\end{pmatrix}",
-        0,
-    ),
+    (r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\2\end{pmatrix}",
+     r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\3\end{pmatrix}", 0),
     ("x", "x^{2^{70}}", 0),
     (r"\sqrt{10^{90}+1}", r"\sqrt{1+10^{90}}", 1),  # too long to look for a whole root
-    ("5", r"\lfloor i \rfloor", 0),
-    ("5", r"\log_1 5", 0),
-    ("5", r"\ln 0", 0),
-    ("5", r"\max(3, 5, 2)", 1),
-    ("5", r"\max(3, 5, i)", 0),
-    ("\\min(\\pi, 3)", "3", 1),
-    ("5", "1," * 100, 0),
-    ("3:30 pm", "x:30 pm", 0),
-    (r"5 \text{ cm } 3 \text{ kg}", r"5 \text{ cm } 3 \text{ kg}", 1),
-    ("x > 2", "1 < x > 2", 0),
-    ("x > 2", r"1 < 2 \in x", 0),
-    ("x > 2", "1 < x < 2 < 3", 0),
-    ("x < y < z", "x < y < z", 1),
-    ("x < 4", "2x < x + 4", 1),
-    ("x < 4", "x < i", 0),
-    ("|x| < 1", "|x| < -1", 0),
-    ("|x-1| > 2", r"x < -1 \text{ or } x > 3", 1),
-    (r"\frac1x < 2", "2 > 1/x", 1),
-    (r"\sqrt{x-2} < 1", r"\sqrt{x-2} < 1.0", 1),
-    (r"[0,1) \cup", r"[0,1)", 0),
+    ("5", r"\lfloor i \rfloor", 0), ("5", r"\log_1 5", 0), ("5", r"\ln 0", 0),
+    ("5", r"\max(3, 5, 2)", 1), ("5", r"\max(3, 5, i)", 0), ("\\min(\\pi, 3)", "3", 1),
+    ("5", "1," * 100, 0), ("3:30 pm", "x:30 pm", 0),
+    (r"5 \text{ cm } 3 \text{ kg}", r"5 \text{ cm } 3 \text{ kg}", 1), ("x > 2", "1 < x > 2", 0),
+    ("x > 2", r"1 < 2 \in x", 0), ("x > 2", "1 < x < 2 < 3", 0), ("x < y < z", "x < y < z", 1),
+    ("x < 4", "2x < x + 4", 1), ("x < 4", "x < i", 0), ("|x| < 1", "|x| < -1", 0),
+    ("|x-1| > 2", r"x < -1 \text{ or } x > 3", 1), (r"\frac1x < 2", "2 > 1/x", 1),
+    (r"\sqrt{x-2} < 1", r"\sqrt{x-2} < 1.0", 1), (r"[0,1) \cup", r"[0,1)", 0),
     (r"(0, a) \cup (b, c)", r"(b, c) \cup (0, a)", 1),  # ends without an order
-    (r"(0,1) \cup (2,3)", "x < 1, y", 0),
-    (r"(0,1) \cup (2,3)", "(3,2), (1,0)", 0),
-    ("a:b", "a:c", 0),
-    ("a:b", r"a : b", 1),
-    (r"5 \text{ m/s}", "5 m*x", 0),
+    (r"(0,1) \cup (2,3)", "x < 1, y", 0), (r"(0,1) \cup (2,3)", "(3,2), (1,0)", 0),
+    ("a:b", "a:c", 0), ("a:b", r"a : b", 1), (r"5 \text{ m/s}", "5 m*x", 0),
     (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^{n} k", 1),  # written alike, not summed
-    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 0),
-    ("96\n376", "96, 376", 1),
-    (r"\overline{z}", "z", 0),
-    ("sinx", r"\sin x", 1),
-]
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 0), ("96\n376", "96, 376", 1),
+    (r"\overline{z}", "z", 0), ("sinx", r"\sin x", 1), (r"\{a, b\}", r"x = \{b, a\}", 1),
+    ("x + y < 1", "2x + 2y < 2", 1), ("x + y < 1", "-x - y < -1", 0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("gold", "box", "expected"), ODD)
@@ -199,19 +181,11 @@ def test_the_labelled_pairs_are_graded_as_a_careful_human_does(name):
 
 
 ATTACKS = [
-    "__import__('os').system('touch {marker}')",
-    "[5,__import__('os').system('touch {marker}')][0]",
-    "exec(\"open('{marker}','w')\")",
-    "open('{marker}','w').write('5')",
-    "x.__class__.__mro__[-1].__subclasses__()",
-    "quit()",
-    "int('5')",
-    "5 if True else 4",
-    "solve(x-5,x)[0]",
-    "f'5'",
-    "5; import os",
-    "raise SystemExit",
-]
+    "__import__('os').system('touch {marker}')", "[5,__import__('os').system('touch {marker}')][0]",
+    "exec(\"open('{marker}','w')\")", "open('{marker}','w').write('5')",
+    "x.__class__.__mro__[-1].__subclasses__()", "quit()", "int('5')", "5 if True else 4",
+    "solve(x-5,x)[0]", "f'5'", "5; import os", "raise SystemExit",
+]  # fmt: skip
 
 
 def test_code_is_never_run_and_never_paid(tmp_path):
@@ -223,54 +197,28 @@ def test_code_is_never_run_and_never_paid(tmp_path):
 
 def test_vague_answers_earn_nothing():
     vague = ["~", "?", "x", r"\ldots", "5,6,7,8", "[4,6]", r"\mathbb{R}", "NaN", r"\frac00", "5!!"]
-    vague += [
-        r"\text{5 or 6}",
-        r"\text{either 5 or 6}",
-        r"5 \to 6",
-        r"\neq 5",
-        "5_{10}",
-        "5,",
-        "5.5.5",
-    ]
-    vague += ["(5", "5)", "[5]", "5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}", "1O", "⁵"]
-    all_equal("5", vague, False)
-    all_equal("0", [r"\infty-\infty", r"\text{None}", "0/0", "0=0"], False)
-    all_equal("1", ["0^0", "1=1", r"\text{True}"], False)
+    vague += [r"\text{5 or 6}", r"\text{either 5 or 6}", r"5 \to 6", r"\neq 5", "5_{10}", "5,"]
+    vague += ["5.5.5", "(5", "5)", "[5]", "5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}"]
+    vague += ["1O", "⁵"]
+    of_zero, of_one = (
+        [r"\infty-\infty", r"\text{None}", "0/0", "0=0"],
+        ["0^0", "1=1", r"\text{True}"],
+    )
+    for gold, boxes in (("5", vague), ("0", of_zero), ("1", of_one)):
+        assert [box for box in boxes if score(gold, box)] == []
 
 
 HEAVY = [
-    "9^{9^{9^9}}",
-    "9**9**9**9",
-    "10^{1000000000}",
-    "(10^9)!",
-    r"\binom{10^9}{5}",
-    "9" * 1_900,
-    "1/" * 900 + "1",
-    "(" * 900 + "5" + ")" * 900,
-    "x^" * 290 + "x",
-    r"\sqrt" * 300 + "2",
-    r"\frac" * 300 + "12",
-    "-" * 1_900 + "5",
-    ",".join(["(x+y+z+w+1)^{20}"] * 35),
-    "x=(" + "(x+y+z+w+1)^9,x=(" * 25 + ")" * 26,
-    r"(1+\sqrt{2}+\sqrt{3}+\sqrt5+\sqrt7)^{20}",
-    r"\text{" * 300 + "}" * 300,
-    "1," * 900,
-    "or " * 600,
-    "5" + " " * 1_900,
-    "1e9999",
-    ",".join(["x^2=2^{30000}x+y"] * 60),
-    "`a " * 290,
-    ",".join(f"x={k}" for k in range(63)),
-    " or ".join(f"x<{k}" for k in range(60)),
-    "\\cup ".join(f"({k},{k + 1})" for k in range(60)),
-    "+".join(["3^{9999}"] * 110),
-    "\\frac" * 5 + "1" * 1_900,
-    "0.1\\overline{" + "3" * 1_800 + "}",
-    r"5\text{" + "m" * 1_000 + "}x",
-    "5" + "m^{2}" * 60 + "x",
-    "½" * 1_900,
-]
+    "9^{9^{9^9}}", "9**9**9**9", "10^{1000000000}", "(10^9)!", r"\binom{10^9}{5}", "9" * 1_900,
+    "1/" * 900 + "1", "(" * 900 + "5" + ")" * 900, "x^" * 290 + "x", r"\sqrt" * 300 + "2",
+    r"\frac" * 300 + "12", "-" * 1_900 + "5", ",".join(["(x+y+z+w+1)^{20}"] * 35),
+    "x=(" + "(x+y+z+w+1)^9,x=(" * 25 + ")" * 26, r"(1+\sqrt{2}+\sqrt{3}+\sqrt5+\sqrt7)^{20}",
+    r"\text{" * 300 + "}" * 300, "1," * 900, "or " * 600, "5" + " " * 1_900, "1e9999",
+    ",".join(["x^2=2^{30000}x+y"] * 60), "`a " * 290, ",".join(f"x={k}" for k in range(63)),
+    " or ".join(f"x<{k}" for k in range(60)), "\\cup ".join(f"({k},{k + 1})" for k in range(60)),
+    "+".join(["3^{9999}"] * 110), "\\frac" * 5 + "1" * 1_900, "0.1\\overline{" + "3" * 1_800 + "}",
+    r"5\text{" + "m" * 1_000 + "}x", "5" + "m^{2}" * 60 + "x", "½" * 1_900,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("gold", ["5", "x > 2", "(1, 2)"])
@@ -282,26 +230,17 @@ def test_heavy_boxes_are_little_work(box, gold):
     assert verdicts[0].score == (box.strip() == gold)
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "\\boxed{" * 50_000,
-        "\\boxed{5}," * 50_000,
-        "{" * 1_000_000,
-        "\\boxed{" + "{" * 1_000_000,
-        "\\boxed{" * 500 + "5" + "}" * 500,
-    ],
-    ids=lambda response: response[:10],
-)
+LONG = ["\\boxed{" * 50_000, "\\boxed{5}," * 50_000, "{" * 1_000_000, "\\boxed{" + "{" * 1_000_000,
+        "\\boxed{" * 500 + "5" + "}" * 500]  # fmt: skip
+
+
+@pytest.mark.parametrize("response", LONG, ids=lambda response: response[:10])
 def test_heavy_responses_are_little_work(response):
     assert lines_run(grade, "7", response) < 60_000
 
 
-TWINS = [
-    (r"\sin^2 x", r"1-\cos^2 x", 1),
-    (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3", 1),
-    ("x", "|x|", 0),
-]
+TWINS = [(r"\sin^2 x", r"1-\cos^2 x", 1), (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3", 1),
+         ("x", "|x|", 0)]  # fmt: skip
 
 
 def grade_twins(_=None):
@@ -323,67 +262,39 @@ def test_it_works_in_many_threads_at_once_and_after_a_fork():
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.text(
-        alphabet="\\{}()[]frac sqrt boxed text 0123456789.,+-*/^_=<>%$`'\"xyπ½ABor", max_size=80
-    )
-)
+@given(st.text("\\{}()[]frac sqrt boxed text 0123456789.,+-*/^_=<>%$`'\"xyπ½ABor", max_size=80))
 def test_no_text_makes_it_raise(text):
-    for response in (text, f"\\boxed{{{text}}}"):
-        verdict = grade("5", response)
-        assert verdict.status in reward.STATUSES and (verdict.score == 1) == (
-            verdict.status == "match"
-        )
-    assert grade(text, "\\boxed{5}").status in reward.STATUSES
+    for gold, response in (("5", text), ("5", f"\\boxed{{{text}}}"), (text, r"\boxed{5}")):
+        verdict = grade(gold, response)
+        assert verdict.status in reward.STATUSES
+        assert verdict.score == (verdict.status == "match")
 
 
 # --- the oracle
 
 
-@st.composite
-def spelled_fraction(draw):
-    """(value, text): the value stays a Fraction, the text is one of many ways to write it."""
-    n, d = draw(st.integers(-999, 999)), draw(st.integers(1, 60))
-    value, k = Fraction(n, d), draw(st.integers(1, 9))
-    sign, n = "-" if n < 0 else "", abs(n)
-    spellings = [
-        f"{sign}\\frac{{{n * k}}}{{{d * k}}}",
-        f"{sign}{n}/{d}",
-        f"\\dfrac{{{sign}{n}}}{{{d}}}",
-    ]
-    spellings += [
-        f"{sign}({n * k}/{d * k})",
-        f"{sign}{n} \\cdot {d}^{{-1}}",
-        f"\\({sign}{n} \\div {d}\\)",
-    ]
+def spellings(value: Fraction, k: int) -> list[str]:
+    n, d, sign = abs(value.numerator), value.denominator, "-" if value < 0 else ""
+    texts = [f"{sign}\\frac{{{n * k}}}{{{d * k}}}", f"{sign}{n}/{d}",
+             f"\\dfrac{{{sign}{n}}}{{{d}}}", f"{sign}({n * k}/{d * k})",
+             f"{sign}{n} \\cdot {d}^{{-1}}", f"\\({sign}{n} \\div {d}\\)"]  # fmt: skip
     if n > d and n % d:
-        spellings.append(f"{sign}{n // d}\\frac{{{n % d}}}{{{d}}}")
+        texts.append(f"{sign}{n // d}\\frac{{{n % d}}}{{{d}}}")
     if 10**6 % d == 0:
-        spellings += [f"{sign}{n * 10**6 // d}e-6", f"{sign}{n // d}.{n % d * 10**6 // d:06d}"]
-        spellings.append(f"{sign}{Fraction(n, d) * 10**6 * 100 // 1}e-6\\%")
-    return value, draw(st.sampled_from(spellings))
+        texts += [f"{sign}{n * 10**6 // d}e-6", f"{sign}{n // d}.{n % d * 10**6 // d:06d}"]
+        texts.append(f"{sign}{n * 10**8 // d}e-6\\%")
+    return texts
 
 
-@settings(max_examples=400, deadline=None)
-@given(spelled_fraction(), spelled_fraction())
-def test_fractions_match_exactly_when_they_are_equal(one, other):
-    assert score(one[1], one[1]) == 1
-    for gold, answer in ((one, other), (other, one)):
-        if "%" in gold[1] + answer[1]:
-            continue  # a percent may stand for its hundredfold: rule 4, tested by hand
-        assert score(gold[1], answer[1]) == (gold[0] == answer[0])
-
-
-@settings(max_examples=200, deadline=None)
-@given(spelled_fraction(), st.data())
-def test_every_spelling_of_a_fraction_is_right(one, data):
-    value = one[0]
-    assert score(f"{value.numerator}/{value.denominator}", one[1]) == 1
+@settings(max_examples=600, deadline=None)
+@given(st.fractions(-999, 999, max_denominator=60), st.integers(1, 9), st.data())
+def test_spellings_of_fractions_match_exactly_when_their_values_are_equal(value, k, data):
     delta = data.draw(st.sampled_from([Fraction(1, 10**9), Fraction(-1, 7), Fraction(1)]))
-    near = value + delta
-    assert score(f"{near.numerator}/{near.denominator}", one[1].replace("\\%", "")) == (
-        100 * value == near if "%" in one[1] else 0
-    )
+    gold, box = (data.draw(st.sampled_from(spellings(value, k))) for _ in range(2))
+    near = data.draw(st.sampled_from(spellings(value + delta, k)))
+    assert score(gold, box) == 1
+    if "%" not in gold + near:  # a percent may stand for its hundredfold: rule 4, tested by hand
+        assert score(gold, near) == score(near, gold) == 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -400,9 +311,8 @@ x, y = sympy.symbols("x y")
 def expression(draw, depth=3):
     """A sympy expression of x, y, whole numbers, pi, roots, quotients and functions."""
     if depth == 0 or draw(st.integers(0, 3)) == 0:
-        return draw(
-            st.sampled_from([x, y, sympy.pi, sympy.sqrt(2), *map(sympy.Integer, range(1, 8))])
-        )
+        whole = map(sympy.Integer, range(1, 8))
+        return draw(st.sampled_from([x, y, sympy.pi, sympy.sqrt(2), *whole]))
     a, b = draw(expression(depth - 1)), draw(expression(depth - 1))
     kind = draw(st.sampled_from("+-*/^r" * 3 + "scelt"))
     n = draw(st.integers(2, 3))

@@ -4,8 +4,7 @@
     protocol.json  the settings. The paper gives no prompt, temperature, k or token limit for its
                    tables, so ours stand beside every number; replies of two are never mixed
     records.jsonl  a reply a line, no verdict: a run that is cut off goes on where it stopped
-    graded.jsonl   the verdicts (extract.py): items, records and what judge.py has said, graded anew
-                   by --regrade. What was cut or cannot be read is wrong: nothing is ever guessed
+    graded.jsonl   verdicts (extract.py), and the judge's; what was cut or cannot be read is wrong
     summary.json   scores (metrics.py) and behaviors (behaviors.py), with gallery.html beside it
 
 The model is a HF directory, sampled on all ranks, or behind an OpenAI-compatible address.
@@ -14,9 +13,7 @@ The model is a HF directory, sampled on all ranks, or behind an OpenAI-compatibl
     torchrun --nproc-per-node 8 eval.py --model out/rl/model --bench mathvision   # eight GPUs
     python eval.py --url http://127.0.0.1:8000/v1 --model ovr --bench math500
     python eval.py --model DIR --data rows.jsonl --sampler torch --max-tokens 160   # a set of yours
-    python eval.py --regrade DIR                    # nothing is sampled
-    python eval.py --table out/eval/rl/*            # all benchmarks of a model, the paper beside
-    python eval.py --compare out/eval/coldstart/pope out/eval/rl/pope
+    python eval.py --table out/eval/rl/*            # or --regrade DIR, or --compare BEFORE AFTER
 """
 
 import json
@@ -71,11 +68,9 @@ class Config:
     list: bool = False  # print the benchmarks
     regrade: tuple[str, ...] = ()  # directories: grade their records again
     table: tuple[str, ...] = ()  # directories: their scores as one table
-    compare: tuple[str, ...] = ()  # two directories of one benchmark: before, after
+    compare: tuple[str, str] | None = None  # directories of one benchmark: before, after
 
     def __post_init__(self):
-        if self.compare and len(self.compare) != 2:
-            raise ValueError("--compare takes two directories: before, after")
         if self.list or self.regrade or self.table or self.compare:
             return
         if not (self.model and (self.bench or self.data)):
@@ -136,11 +131,10 @@ def prepare(cfg: Config, bench: benchmarks.Benchmark, out: Path) -> None:
             write_rows(file, with_other_pictures(read_rows(file), cfg.pictures, out))
     protocol = {name: getattr(cfg, name) for name in PROTOCOL} | {"bench": bench.name}
     protocol |= {"k": bench.k, "temperature": bench.temperature}
-    protocol["sampler"] = "" if cfg.url else chosen_sampler(cfg)
+    protocol |= {"sampler": "" if cfg.url else chosen_sampler(cfg), "items": fingerprint(file)}
     prompts = [item["prompt"] for item in read_rows(file)]
     # how the kinds of questions ask for the answer
-    used = [how for how in benchmarks.KINDS if any(p.endswith(how) for p in prompts)]
-    protocol |= {"prompts": used, "items": fingerprint(file)}
+    protocol["prompts"] = [k for k in benchmarks.KINDS if any(p.endswith(k) for p in prompts)]
     if cfg.data:
         protocol["rows"] = fingerprint(cfg.data)  # items.jsonl stays as it was written
     claim(out / "protocol.json", protocol, begun)
@@ -162,25 +156,19 @@ def items_of_data(cfg: Config, folder: Path) -> list[dict]:
 
 def with_other_pictures(items: list[dict], how: str, folder: Path) -> list[dict]:
     """Controls. blank: white pictures of the same size. shuffled: those of the next item with as
-    many, none of which is the item's own by what the files hold: POPE's questions share pictures.
-    """
+    many, none of them the item's own by what the files hold: POPE's questions share pictures."""
     held = [{fingerprint(folder / name) for name in item["images"]} for item in items]
-    rows, count = [], len(items)
-    for i, item in enumerate(items):
-        own = item["images"]
-        if how == "blank":
-            shown = [blank(folder, name) for name in own]
-        else:
-            others = (
-                items[j]["images"]
-                for j in (*range(i + 1, count), *range(i))
-                if len(items[j]["images"]) == len(own) and held[i].isdisjoint(held[j])
-            )
-            shown = next(others, None) if own else []
-        if shown is None:
-            raise ValueError(f"--pictures shuffled: no others to show for {own}")
-        rows.append(item | {"images": shown})
-    return rows
+
+    def shown(i: int) -> list[str]:
+        own = items[i]["images"]
+        if how == "blank" or not own:
+            return [blank(folder, name) for name in own]
+        for j in (*range(i + 1, len(items)), *range(i)):
+            if len(items[j]["images"]) == len(own) and held[i].isdisjoint(held[j]):
+                return items[j]["images"]
+        raise ValueError(f"--pictures shuffled: no others to show for {own}")
+
+    return [item | {"images": shown(i)} for i, item in enumerate(items)]
 
 
 def blank(folder: Path, name: str) -> str:
@@ -321,8 +309,8 @@ def finish(out: Path) -> dict:
     paper = {name: ovr for name, (_, _, ovr) in bench.paper.items() if whole}  # not of a part
     summary = metrics.summarise(bench.metric, rows, items, paper)
     summary |= {"behaviors": behaviors.summarise(rows), "protocol": protocol}
-    text = gallery.page(rows, items, out.name, protocol, out)
-    (out / "gallery.html").write_text(text, encoding="utf-8")
+    page = gallery.page(rows, items, out.name, protocol, out)
+    (out / "gallery.html").write_text(page, encoding="utf-8", errors="replace")  # half characters
     write_json(out / "summary.json", summary)
     return summary
 
@@ -360,7 +348,8 @@ def show_comparison(before: str, after: str) -> None:
         print(f"{name}: {d['before']:.3f} -> {d['after']:.3f}, {change}")
     print(f"McNemar: p {comparison['sign']:.3g}")
     if one.keys() == other.keys():  # of the same k
-        old, new = (behaviors.shown_by([run[key]["spans"] for key in one]) for run in (one, other))
+        spans = ([run[key]["spans"] for key in one] for run in (one, other))
+        old, new = (behaviors.counted(of_run) > 0 for of_run in spans)
         changes = behaviors.means(new.astype(int) - old, [name for name, _ in one])
         for name, (change, low, high) in changes.items():
             print(f"{name}: {change:+.3f} of the replies [{low:+.3f}, {high:+.3f}]")
@@ -368,7 +357,15 @@ def show_comparison(before: str, after: str) -> None:
         print(f"{way}: {len(comparison[way])}", *comparison[way][:50])
 
 
-def evaluate(cfg: Config) -> None:
+def main(cfg: Config) -> None:
+    if cfg.list:
+        return print(benchmarks.table())
+    if cfg.table:
+        return show_table(cfg.table)
+    if cfg.compare:
+        return show_comparison(*cfg.compare)
+    if cfg.regrade:
+        return print(metrics.table({folder: finish(Path(folder)) for folder in cfg.regrade}))
     world, runs = distributed.start(), runs_of(cfg)
     for out in runs if world.main else ():  # what is missing of the last is said before the first
         prepare(cfg, runs[out], out)
@@ -379,19 +376,6 @@ def evaluate(cfg: Config) -> None:
         if world.main:
             print(metrics.table({bench.name: finish(out)}), out, sep="\n", flush=True)
     distributed.finish(world)
-
-
-def main(cfg: Config):
-    if cfg.list:
-        print(benchmarks.table())
-    elif cfg.table:
-        show_table(cfg.table)
-    elif cfg.compare:
-        show_comparison(*cfg.compare)
-    elif cfg.regrade:
-        print(metrics.table({folder: finish(Path(folder)) for folder in cfg.regrade}))
-    else:
-        evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def measure(run: Path, stage: str, name: str, group: str) -> dict[str, float]:
     for record in read(run / f"eval/{stage}/{name}/graded.jsonl"):
         row = rows[record["id"]]
         found[row["group"]].append(record["score"])
-        pictured += [behaviors.thinking(record["response"])] if row["images"] else []
+        thought = behaviors.thinking(record["response"])
+        pictured += [(record["id"], behaviors.find(thought))] if row["images"] else []
         if row["group"] == group:
             for habit, pattern in row["watch"].items():
                 found[habit].append(re.search(pattern, record["response"]) is not None)
@@ -77,10 +78,10 @@ def measure(run: Path, stage: str, name: str, group: str) -> dict[str, float]:
         means["repair"] = means["repair"] / means["wrong_first"]
     elif "repair" in means:
         del means["repair"]  # no first reading to repair
-    transfer = behaviors.transfer_rates(behaviors.presence(pictured))[
-        "backtracking", "visual_reflection"
-    ]
-    return means | ({} if transfer is None else {"transfer": transfer})
+    shown = behaviors.counted([spans for _, spans in pictured]) > 0
+    of_pairs = behaviors.transfers(shown, [problem for problem, _ in pictured])
+    transfer = of_pairs["backtracking", "visual_reflection"]
+    return means | ({} if transfer is None else {"transfer": transfer[0]})
 
 
 def cell(values: list[float]) -> str:

@@ -5,11 +5,10 @@ r"""Replies of a model behind any OpenAI-compatible address: a vLLM of one's own
     request(job) -> {"messages": [user_message(prompt)], "temperature": 0.6}, None: nothing is left
     write(job, reply)                             # puts the Reply on disk
 
-The `openai` package asks, waits and tries again what fails before a reply begins. A reply takes
-minutes: it is streamed, so that `stall` seconds of silence tell a dead server from a slow one, and
-a stream that breaks off or holds garbage is asked for again here. A request that fails all the same
-is counted, printed, and asked again by the next run; what all requests share (a wrong key, an
-unknown model, a dead server) ends the run.
+The `openai` package tries again what fails before a reply begins. A reply takes minutes: it is
+streamed, so that `stall` seconds of silence tell a dead server from a slow one, and a stream that
+breaks off or holds garbage is asked for again here. A request that fails all the same is counted,
+and asked again by the next run; what all share (a wrong key, a dead server) ends the run.
 """
 
 import asyncio
@@ -24,9 +23,9 @@ from pathlib import Path
 import openai
 from PIL import Image
 
+from common.data import split_at_markers
 from common.log import command_line
 
-IMAGE_MARKER = "<image>"  # as data.py reads it
 PAUSE = 5.0  # seconds before a broken stream is asked for again, then twice and three times that
 IN_A_ROW = 50  # failures, and not a word from the server in between
 SAME_FOR_ALL = (401, 402, 403, 404, 405, 429)  # statuses: no other request would fare better
@@ -42,14 +41,15 @@ class Unusable(RuntimeError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, and how hard. The key itself is in no field, so that no log can hold it."""
+    """Where to ask, and how hard: the settings of a script that asks begin with these. The key
+    itself is in no field, so that no log can hold it."""
 
-    url: str  # ends in /v1
-    model: str
-    key_env: str = ""  # NAME of the environment variable that holds the key
+    url: str  # of an OpenAI-compatible server, with its /v1
+    model: str  # as the server calls it
+    key_env: str = ""  # NAME of the environment variable that holds the key; empty: none
     concurrency: int = 64  # requests in flight
     stall: float = 300.0  # seconds without a byte; a full vLLM lets requests wait in silence
-    retries: int = 6  # tries after the first
+    retries: int = 6  # tries after the first that the server fails
 
     def __post_init__(self):
         if not re.match(r"https?://[^@/?]+(/[^@?]*)?$", self.url):
@@ -73,17 +73,14 @@ def user_message(prompt: str, pictures: Sequence[str | Path] = ()) -> dict:
     """The prompt with pictures where <image> stands, or before it where it stands nowhere."""
     if not pictures:
         return {"role": "user", "content": prompt}
-    if IMAGE_MARKER not in prompt:
-        prompt = IMAGE_MARKER * len(pictures) + prompt
-    texts = [{"type": "text", "text": text.strip()} for text in prompt.split(IMAGE_MARKER)]
-    if len(texts) != len(pictures) + 1:
-        raise ValueError(f"{len(texts) - 1} {IMAGE_MARKER} markers for {len(pictures)} pictures")
-    content = texts[:1]
-    for path, text in zip(pictures, texts[1:], strict=True):
+    pieces = [text.strip() for text in split_at_markers("the prompt", prompt, len(pictures))]
+    content = [{"type": "text", "text": pieces[0]}]
+    for path, text in zip(pictures, pieces[1:], strict=True):
         with Image.open(path) as image:
             kind = Image.MIME[image.format]  # by what the file holds and not by its name
         url = f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-        content += [{"type": "image_url", "image_url": {"url": url}}, text]
+        content += [{"type": "image_url", "image_url": {"url": url}}]
+        content += [{"type": "text", "text": text}]
     return {"role": "user", "content": [part for part in content if part.get("text") != ""]}
 
 
@@ -98,7 +95,7 @@ def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Ca
     settings = {"base_url": endpoint.url, "api_key": key, "max_retries": endpoint.retries}
     settings["timeout"] = openai.Timeout(endpoint.stall, connect=30.0)
     client, shared = openai.AsyncOpenAI(**settings), iter(jobs)
-    failures, in_a_row, stopped = Counter(), 0, None
+    failures, in_a_row = Counter(), 0
 
     async def worker():
         nonlocal in_a_row
@@ -125,15 +122,12 @@ def ask_for_all(endpoint: Endpoint, jobs: Iterable, request: Callable, write: Ca
 
     try:
         asyncio.run(workers())
-    except KeyboardInterrupt:
-        stopped = Unusable("Ctrl-C")
-    except ExceptionGroup as group:
-        stopped = group.exceptions[0]
-    if isinstance(stopped, Unusable):
+    except (KeyboardInterrupt, ExceptionGroup) as error:
+        why = error.exceptions[0] if isinstance(error, ExceptionGroup) else Unusable("Ctrl-C")
+        if not isinstance(why, Unusable):
+            raise why from None
         print(f"every reply that came is on disk; to go on: {command_line()}")
-        raise SystemExit(f"stopped: {stopped}")
-    if stopped:
-        raise stopped
+        raise SystemExit(f"stopped: {why}") from None
     for why, count in failures.most_common(5):
         print(f"{count:,} requests failed: {why}")
 

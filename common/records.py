@@ -1,9 +1,9 @@
-"""JSONL files: read, written whole, or appended line by line through kills; and their protocol."""
+"""JSONL files: read, written whole, or line by line through kills; their protocol; text tables."""
 
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common.log import UTF8, changes, write_json
@@ -57,6 +57,14 @@ class Appender:
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
         return place
+
+
+def columns(rows: list[Sequence[str]], words: int) -> str:
+    """A table to print: so many columns of words, then numbers, each as wide as it has to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{'<' if i < words else '>'}{width}" for i, width in enumerate(widths)]
+    lines = ["  ".join(map(format, row, forms)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 def claim(file: Path, protocol: dict, begun: bool) -> None:

@@ -19,7 +19,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from warnings import catch_warnings
 
 import pyarrow.parquet as pq
@@ -75,13 +75,6 @@ def named(table: Sequence[PublicSet], name: str) -> PublicSet:
     raise ValueError(f"none is called {name!r}; there are {', '.join(e.name for e in table)}")
 
 
-def columns(rows: list[tuple]) -> str:
-    """Plain columns, each as wide as it has to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 # ---- rows of ours
 
 
@@ -94,7 +87,6 @@ def read_set(
     for index, (raw, split, folders) in enumerate(progress(raw_rows(entry, place), entry.name)):
         try:
             parts = reader(raw | {SPLIT: split})
-            parts = parts if isinstance(parts, list) else [parts]
         except (Unfit, *ODD) as error:
             column = error.args[0] if isinstance(error, KeyError) else None
             if index == 0 and isinstance(column, str) and column not in raw:
@@ -102,7 +94,8 @@ def read_set(
                     f"{entry.name}, {place or entry.hub}: no column {column!r}; there are "
                     f"{sorted(raw)}. Is it this set, or has it changed since its line here?"
                 ) from error
-            parts = [error]
+            parts = error
+        parts = parts if isinstance(parts, list) else [parts]
         for k, part in enumerate(parts):
             own = part.pop("id", None) if isinstance(part, dict) else None
             default = f"{index}/{k}" if len(parts) > 1 else index
@@ -137,7 +130,7 @@ def finished(row: dict, folders: list[Path], images_to: Path) -> dict:
     return row | {"images": [keep_image(picture, folders, images_to) for picture in pictures]}
 
 
-def text_of(value: Any, column: str) -> str:
+def text_of(value, column: str) -> str:
     """A text that is there; 7 is taken as "7" and 7.0 as "7.0", as the set gives it."""
     if not isinstance(value, str | int | float | None):
         raise Unfit("malformed row", f"{column} is {value!r:.80}")
@@ -152,7 +145,7 @@ def text_of(value: Any, column: str) -> str:
     return text
 
 
-def multiple_choice(question: Any, options: Any, gold: int | str) -> dict:
+def multiple_choice(question, options, gold: int | str) -> dict:
     """The options stand in the prompt as (A), (B), ... gold: the place of the right one, from 0, or
     its letter as "B", "(B)", "b."; never its text."""
     texts = [str(option).strip() for option in options]
@@ -171,7 +164,7 @@ def multiple_choice(question: Any, options: Any, gold: int | str) -> dict:
 # ---- pictures
 
 
-def keep_image(picture: Any, folders: list[Path], images_to: Path) -> str:
+def keep_image(picture, folders: list[Path], images_to: Path) -> str:
     """Writes the bytes, as they came, to images_to/HASH.FORMAT, once; returns the row's path. A new
     picture is decoded in full: a damaged one would stop a run days later."""
     content = image_bytes(picture, folders)
@@ -194,7 +187,7 @@ def keep_image(picture: Any, folders: list[Path], images_to: Path) -> str:
     return f"{images_to.name}/{path.name}"
 
 
-def image_bytes(picture: Any, folders: list[Path]) -> bytes:
+def image_bytes(picture, folders: list[Path]) -> bytes:
     """Of {"bytes", "path"} as `datasets` stores it, or of a path below one of the folders."""
     cell = picture if isinstance(picture, dict) else {"path": picture}
     if isinstance(cell.get("bytes"), bytes):
@@ -214,7 +207,7 @@ def image_bytes(picture: Any, folders: list[Path]) -> bytes:
 # ---- raw rows
 
 
-def raw_rows(entry: PublicSet, place: str) -> Iterator[tuple[Any, str, list[Path]]]:
+def raw_rows(entry: PublicSet, place: str) -> Iterator[tuple]:
     """(row, its split, folders where its pictures may lie) over all splits and configs."""
     splits, top = entry.split.split(", "), Path(place)
     if not place:
@@ -270,7 +263,7 @@ def files_of(top: Path, split: str) -> list[Path]:
     raise FileNotFoundError(f"{top}: no file of split {split!r}, but {there}; give the file itself")
 
 
-def file_rows(path: Path) -> Iterator[Any]:
+def file_rows(path: Path) -> Iterator:
     """Parquet; or JSON lines or one list of JSON, whatever the name says. A list is held whole:
     AtomThink's 214 MB take 1 GB. A row that is a list of turns becomes {"0": ..., "1": ...}, as
     `datasets` has it; a broken line stays bytes, which no reader takes, and counts as malformed."""

@@ -72,13 +72,10 @@ def runs(tokens: list[str], n: int) -> np.ndarray:
 
 def describe(row: dict, fact: np.void) -> None:
     """Writes down what `repeats` compares: a hash of all words and pictures, the MinHash signature,
-    and a hash of what near-duplicates have in common.
-
-    Of each minimum the signature keeps a byte: two texts have the same in a share of about J. Equal
-    must be signs that are written alike everywhere, and those that grids are drawn with; "1/2" may
-    also be a fraction, "*" a product. So must the answer be, because puzzles from a generator
-    differ in one name: who has the blue present?
-    """
+    and a hash of what near-duplicates have in common. Of each minimum the signature keeps a byte:
+    two texts have the same in a share of about J. Equal must be signs that are written alike
+    everywhere, and those that grids are drawn with; "1/2" may also be a fraction, "*" a product. So
+    must the answer be, for puzzles from a generator differ in one name: who has the present?"""
     tokens, gold = words(row["prompt"]), " ".join(words(row["answer"] or ""))
     pictures = [fingerprint(path)[0] for path in row["images"]]
     signs = "".join(t for t in tokens if t.isdigit() or t in "+-=<>#.")
@@ -95,12 +92,10 @@ def first_equal(keys: np.ndarray) -> np.ndarray:
 
 
 def repeats(facts: np.ndarray) -> np.ndarray:
-    """For each row the first row that it repeats, word for word or nearly; or itself. (N,) -> (N,)
-
+    """For each row the first row that it repeats, word for word or nearly; or itself. (N,) -> (N,).
     facts: "text" and "identity", hashes, and "signature" of each row. A row is compared with the
     first of those that share a band (8 places of the signature) and the identity: linear, even
-    where 10^5 rows share it. Bands are sorted one at a time, so memory is one band's.
-    """
+    where 10^5 rows share it. Bands are sorted one at a time, so memory is one band's."""
     root, signatures = first_equal(facts["text"]), facts["signature"]
     alone = np.flatnonzero(root == np.arange(len(facts)))
     pairs = np.empty(0, np.int64)  # later row * 2^32 + earlier row
@@ -158,11 +153,9 @@ class Benchmarks:
 
     def hits(self, row: dict) -> Iterator[tuple[str, str, float]]:
         """(benchmark id, "text" or "image", score) of each test question that stands in the row.
-
         The score of a text is the share of the question that stands in the prompt; of a picture the
         correlation. A picture is enough: another question about it still shows it. Where one of the
-        two has a picture, a short text is not: "Which figure can be made of these?" is a template.
-        """
+        two has a picture, a short text is not: "Which figure can be made?" is a template."""
         images, grams = row["images"], test_grams(row["prompt"])
         left, right = (np.searchsorted(self.grams, grams, side) for side in ("left", "right"))
         owners = [self.owners[a:b] for a, b in zip(left, right, strict=True) if b > a]

@@ -5,9 +5,8 @@ r"""Rows of many sets become the file that a stage trains on.
 
 The paper (OVR, sec. 3.3) names the steps and gives no thresholds: all constants here are ours. Rows
 are read twice and never held: the first pass, over all workers, looks at each row alone and keeps
-164 bytes of it (328 MB for 2 M rows); on these is decided; the second pass copies what stays. So
-there is nothing to resume, and any number of workers gives the same bytes. What went where is
-printed, and stands in sft.report.json. Scores cost most: curate, score what stays, curate again.
+164 bytes of it; on these is decided; the second copies what stays. So there is nothing to resume,
+and any number of workers gives the same bytes. Scores cost most: curate, score the rest, curate.
 
     python -m curation.curate --rows a.jsonl b.jsonl --kind sft --out out/data/sft.jsonl
     python -m curation.curate --rows k12.jsonl --kind rl --benchmarks mathvision.jsonl \
@@ -31,7 +30,7 @@ import numpy as np
 
 from common import data
 from common.log import beside, progress, run_main, write_report
-from common.records import places_and_rows
+from common.records import columns, places_and_rows
 from curation import alike
 from reward import Verdict, extract, grade
 
@@ -303,11 +302,9 @@ def scores_of(cfg: Config, column: str, files: tuple, facts, reason: np.ndarray)
 
 
 def drop_abnormal(reason: np.ndarray, losses: np.ndarray, sources: np.ndarray, z: float) -> None:
-    """Drops what lies above median + z 1.4826 MAD of its source.
-
-    Median and MAD do not move with the rows that they are to find; 1.4826 MAD is the standard
-    deviation of a normal distribution. A source of few rows is judged by all.
-    """
+    """Drops what lies above median + z 1.4826 MAD of its source. Median and MAD do not move with
+    the rows that they are to find; 1.4826 MAD is the standard deviation of a normal distribution. A
+    source of few rows is judged by all."""
     drop(reason, np.isnan(losses), "not_scored")
     left = reason == ""
     for source in dict.fromkeys(sources[left].tolist()):
@@ -320,11 +317,8 @@ def drop_abnormal(reason: np.ndarray, losses: np.ndarray, sources: np.ndarray, z
 
 def sample(reason: np.ndarray, facts: np.ndarray, cfg: Config) -> None:
     """Drops all but `count` rows (0: all); a row weighs w = n^-alpha, n rows left in its stratum.
-
     Efraimidis, Spirakis 2006 (algorithm A, by logarithms): a weighted draw without replacement in
-    one pass takes the smallest -log(u) / w. u is a hash of (seed, id), so a row's luck hangs on no
-    other row.
-    """
+    one pass takes the smallest -log(u) / w; u is a hash of (seed, id), the row's alone."""
     left = np.flatnonzero(reason == "")
     uniform = ((facts["id"][left] >> np.uint64(11)) + 0.5) / 2**53
     sizes = np.bincount(facts["stratum"][left])[facts["stratum"][left]]
@@ -357,19 +351,18 @@ def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -
 
 def count_steps(reason: np.ndarray, sources: np.ndarray) -> dict:
     """{step: {source: {"in", "kept", "reasons"}}}; prints rows after each step, and why they go."""
-    table = {step: {} for step in REASONS}
-    print(f"{'source':30}{'rows':>10}" + "".join(f"{step:>12}" for step in REASONS))
+    table, lines = {step: {} for step in REASONS}, [["source", "rows", *REASONS]]
     for source in dict.fromkeys(sources.tolist()):
         counts = Counter(reason[sources == source].tolist())
         left = counts.total()
-        print(f"{source:30.30}{left:>10,}", end="")
+        lines.append([source, f"{left:,}"])
         for step in REASONS:
             reasons = {why: n for why, n in counts.items() if STEPS.get(why) == step}
             kept = left - sum(reasons.values())
             table[step][source] = {"in": left, "kept": kept, "reasons": reasons}
             left = kept
-            print(f"{left:>12,}", end="")
-        print()
+            lines[-1].append(f"{left:,}")
+    print(columns(lines, words=1))
     for why, step in STEPS.items():
         if n := (reason == why).sum():
             print(f"{n:>10,}  {step}: {why}")

@@ -4,9 +4,9 @@ r"""Reasoning for problems: asks a teacher until a reply is right, and keeps eve
 
 The paper (OVR, sec. 3.3) distilled its traces from DeepSeek-R1 and says no more. Here a problem is
 asked until `keep` replies are accepted, `tries` times at most: those that have ended and that the
-rules of curate.py let pass. A reply is on disk before the next is asked and is judged anew at each
-start; nothing is asked twice: the same command goes on after a kill, or after more --tries,
---budget or rows. In memory are the problems, not the replies: 1 M take some 2 GB.
+rules of curate.py let pass. Replies are judged anew at each start, and nothing is asked twice: the
+same command goes on after a kill, or after more --tries, --budget or rows. In memory are the
+problems, not the replies: 1 M take some 2 GB.
 
     vllm serve deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --reasoning-parser deepseek_r1
     python -m curation.distil --rows problems.jsonl --url http://127.0.0.1:8000/v1 \
@@ -18,7 +18,7 @@ start; nothing is asked twice: the same command goes on after a kill, or after m
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,15 +34,12 @@ SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}
 PROTOCOL = ("model", "suffix", "temperature", "top_p", "max_tokens", "seed")  # may not change
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Endpoint):
     """Stage 0: responses for problems."""
 
     rows: tuple[str, ...]  # JSONL files {"id", "source", "prompt", "images"?, "answer", ...}
-    url: str  # of an OpenAI-compatible server, with its /v1
-    model: str  # as the server calls it
     out: str  # JSONL to write; replies, dropped rows, protocol and report beside it
-    key_env: str = ""  # NAME of the environment variable that holds the key; empty: none
     suffix: str = SUFFIX  # a line after each prompt
     temperature: float = 0.6  # R1's model card
     top_p: float = 0.95  # R1's model card
@@ -50,12 +47,10 @@ class Config:
     tries: int = 4  # most replies of a problem; ours
     keep: int = 1  # accepted replies that are enough, each a row; ours
     seed: int = 0  # of (seed, id, sample) is made the seed of a request
-    concurrency: int = 64  # requests in flight
-    stall: float = 300.0  # seconds of silence after which a request is given up and tried again
-    retries: int = 6  # tries after the first that the server fails
     budget: float = 0.0  # million tokens of replies, earlier runs included; 0: no limit
 
     def __post_init__(self):
+        super().__post_init__()
         if Path(self.out).resolve() in {Path(path).resolve() for path in self.rows}:
             raise ValueError(f"--out {self.out} is one of the inputs and would be overwritten")
         if not 1 <= self.keep <= self.tries:
@@ -95,11 +90,8 @@ def prompt_hash(problem: data.Problem) -> str:
 
 
 class Replies:
-    """X.replies.jsonl: a line a reply, only ever appended. In memory is what becomes of each.
-
-    A line is {"id", "sample", "asked"} | fields of a Reply. One whose prompt has changed since it
-    was asked is as good as none.
-    """
+    """X.replies.jsonl: a line a reply, only ever appended. In memory is what becomes of each. A
+    line is {"id", "sample", "asked"} | fields of a Reply; of another prompt it counts for none."""
 
     def __init__(self, cfg: Config, problems: dict[str, data.Problem]):
         self.cfg, self.path, self.problems = cfg, beside(cfg.out, "replies.jsonl"), problems
@@ -163,29 +155,25 @@ class Replies:
 
 
 def main(cfg: Config) -> None:
-    names = ("url", "model", "key_env", "concurrency", "stall", "retries")
-    endpoint = Endpoint(**{name: getattr(cfg, name) for name in names})
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    problems, table, dropped = read_problems(cfg.rows), {}, []
+    problems, counts, table, dropped = read_problems(cfg.rows), defaultdict(Counter), {}, []
     replies = Replies(cfg, problems)
-    ask_for_all(endpoint, progress(problems.values(), "asking"), replies.request, replies.add)
+    ask_for_all(cfg, progress(problems.values(), "asking"), replies.request, replies.add)
     for problem in problems.values():
-        count = table.setdefault(problem.source, {"in": 0, "kept": 0, "reasons": Counter()})
-        count["in"] += 1
-        if replies.accepted(problem):
-            count["kept"] += 1
-            continue
         reasons = [reason for _, reason in replies.verdicts[problem.id][: cfg.tries]]
         most = Counter(reasons or ["no_reply"]).most_common(1)[0][0]
-        count["reasons"][most] += 1
-        detail = f"{len(reasons)} replies: {', '.join(reasons)}"
-        dropped.append({"id": problem.id, "step": "distil", "reason": most, "detail": detail})
+        counts[problem.source]["accepted" if "accepted" in reasons else most] += 1
+        if "accepted" not in reasons:
+            detail = f"{len(reasons)} replies: {', '.join(reasons)}"
+            dropped.append({"id": problem.id, "step": "distil", "reason": most, "detail": detail})
+    for source, reasons in counts.items():
+        kept = reasons.pop("accepted", 0)
+        table[source] = {"in": kept + reasons.total(), "kept": kept, "reasons": reasons}
+        shown = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+        print(f"{source:30.30} {kept:>10,} of {table[source]['in']:,}  {shown}")
     write_rows(beside(cfg.out, "dropped.jsonl"), dropped)
     write_rows(Path(cfg.out), replies.traces())
     write_report(cfg.out, cfg, cfg.rows, {"distil": table}, usage=replies.usage)
-    for source, count in table.items():
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in count["reasons"].most_common())
-        print(f"{source:30.30} {count['kept']:>10,} of {count['in']:,}  {reasons}")
     print(", ".join(f"{count:,} {name}" for name, count in replies.usage.items()))
 
 

@@ -7,9 +7,8 @@ loss    {"id", "loss", "tokens"}: nats a token of the response given the prompt,
 passes  {"id", "passes", "samples", "truncated", "no_box", "tokens" of the mean try}: how many tries
         by the cold-start model are right and whole
 
-The paper drops abnormal losses and problems always or never solved (OVR, sec. 3.3). What cannot be
-measured is null, and "why". After a kill the same command goes on, on any number of ranks, to the
-same bytes (vLLM: up to rounding). Several nodes share --out's folder.
+What cannot be measured is null, and "why". After a kill the same command goes on, on any number of
+ranks, to the same bytes (vLLM: up to rounding). Several nodes share --out's folder.
 
     torchrun -m curation.score --rows out/data/sft.jsonl --kind loss --model Qwen/Qwen2.5-0.5B \
         --out out/data/sft.losses.jsonl
@@ -72,14 +71,12 @@ class Config:
 
 @torch.no_grad()
 def loss_record(example: data.Example, tokenizer, model, tokens: int) -> dict:
-    """{"id", "loss": nats a token or null, "tokens": of the response that were scored, "why"?}
-
+    """{"id", "loss": nats a token or null, "tokens": of the response that were scored, "why"?}.
     Prompt and response are cut into tokens apart, so that none holds an end of the one and a
     beginning of the other. The prompt gets what the tokenizer puts before a text, if anything; a
     picture is the word <image>. Only the response is cut to what `tokens` leave it. A row at a
     time: 4096 tokens fill a GPU. Their logits are 4096 x 152k x 2 B = 1.2 GB in bfloat16; the
-    softmax is in float32, for in bfloat16 it is off by 0.02 on average.
-    """
+    softmax is in float32, for in bfloat16 it is off by 0.02 on average."""
     prompt_ids = tokenizer.encode(example.prompt + GAP)
     response_ids = tokenizer.encode(example.response, add_special_tokens=False)
     response_ids = response_ids[: max(0, tokens - len(prompt_ids))]

@@ -3,10 +3,9 @@
     the Hub, or a directory ──common/sets.py and Source.reader──▶ {"id", "source", "prompt",
     "images", "answer", "response"?, "choices"?, "level"?, "origin"} or Dropped, with its reason
 
-Options are in "choices" and in the prompt as (A), (B), ...; "answer" is then the letter. Some sets
-bring a "response", R1's trace; for others it has to be distilled. The paper lists names, no Hub
-ids, splits or sizes (sec. 3.3); these are ours, from data set cards and loaders; what could not be
-read there is marked "unsure".
+Some sets bring a "response", R1's trace; for others it has to be distilled. The paper lists names,
+no Hub ids, splits or sizes (sec. 3.3); these are ours, from data set cards and loaders; what could
+not be read there is marked "unsure".
 
     python -m curation.sources   # prints the table
     python -m curation.sources --set geometry3k --out out/raw/geometry3k.jsonl   # from the Hub
@@ -21,11 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common import sets
 from common.data import IMAGE_MARKER
 from common.log import beside, run_main, write_report
+from common.records import columns
 from common.sets import Dropped, Unfit, multiple_choice, text_of
 from reward import extract
 
@@ -41,11 +40,9 @@ class Source(sets.PublicSet):
 
 
 def read(source: Source, place: str, images_to: Path) -> Iterator[dict | Dropped]:
-    """The rows of a set; Dropped where one cannot be used.
-
-    place: "" for the Hub; or a file, or a directory with the files as the Hub has them: parquet,
-    JSON or JSONL whose names carry the split (or none), pictures embedded or as files.
-    """
+    """The rows of a set; Dropped where one cannot be used. place: "" for the Hub; or a file, or a
+    directory with the files as the Hub has them: parquet, JSON or JSONL whose names carry the split
+    (or none), pictures embedded or as files."""
     if source.local and not place:
         raise ValueError(f"set {source.name}: {source.local}")
     origin = {"set": source.hub or source.name, "split": source.split, "index": 0}
@@ -71,16 +68,15 @@ def final_answer(text: str) -> str | None:
     return last_box(text) or (sentences[-1].strip(" $*") if sentences else None)
 
 
-def chosen(question: str, options: list, answer: Any) -> dict:
-    """The answer is the text of an option, else its letter: PuzzleVQA's 3 is what an option says,
-    and not its place."""
+def chosen(question: str, options: list, answer) -> dict:
+    """The answer is an option's text, else its letter: PuzzleVQA's 3 is a text, and no place."""
     texts, text = [str(option).strip() for option in options], text_of(answer, "answer")
     if texts.count(text) > 1:
         raise Unfit("bad options", f"{text!r:.80} twice in {texts!r:.200}")
     return multiple_choice(question, texts, texts.index(text) if text in texts else text)
 
 
-def traced(prompt: str, answer: Any, trace: Any, **more) -> dict | Unfit:
+def traced(prompt: str, answer, trace, **more) -> dict | Unfit:
     """A row with R1's response. Some sets leave out <think>, which R1's chat template writes."""
     if not isinstance(trace, str) or not trace.strip():
         return Unfit("no trace", f"{trace!r:.40} to {prompt!r:.40}")
@@ -361,7 +357,7 @@ def main(cfg: Config) -> None:
         for s in SOURCES:
             size = f"{s.size:,}" if s.size else "?"
             table.append((s.name, s.used_for, size, s.split, s.license, s.hub or "-", s.note))
-        return print(sets.columns(table))
+        return print(columns(table, words=len(table[0])))
     source, out = sets.named(SOURCES, cfg.set), Path(cfg.out)
     good, reasons = 0, Counter()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,12 @@ r"""Counts reasoning habits in a text: the paper's four of language and their fo
     verification       visual_verification         "let me check" | "this matches the figure"
     backward_chaining  goal_driven_visual_tracing  "to get 75, we need" | "so find it in the chart"
 
-The unit is the sentence; a behaviour counts at most once in each. Doubt or "again" makes a sentence
-reflection, not verification. CBR is the share of responses that show a behaviour, BTR = CBR(visual)
-/ CBR(linguistic) of a pair.
-
-Departure: the paper asks GPT-4o for the counts. That is judge.py; this is a lexicon, for highlights
-and for trends of one model, of R1's English and of the miniature. Right by eye of its hits in real
-chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max, InternLM, no R1-style traces), in the order
-above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25, 13 of 18; 36 of 50, 16 of 29. So publish the
-judge's rates, or corrected_rate.
+A behaviour counts at most once in a sentence. CBR is the share of responses that show it, BTR =
+CBR(visual) / CBR(linguistic) of a pair. Departure: the paper asks GPT-4o for the counts. That is
+judge.py; this is a lexicon, for highlights and for trends of one model. Right by eye of its hits in
+real chains of thought (GPT-3.5 to 4o, Gemini, Qwen-VL-Max, InternLM, no R1-style traces), in the
+order above: 17 of 25, 3 of 5; 43 of 50, 18 of 25; 11 of 25, 13 of 18; 36 of 50, 16 of 29. So
+publish the judge's rates, or corrected_rate.
 """
 
 import re
@@ -147,8 +144,7 @@ class Span(NamedTuple):
 
 
 def thinking(text: str) -> str:
-    """The text before the LAST </think>, since thoughts may quote the tag; all of it if there is
-    none: the thought was cut off."""
+    """What stands before the LAST </think>, since thoughts may quote the tag; all of it without."""
     before, tag, _ = text.rpartition("</think>")
     return (before if tag else text).strip().removeprefix("<think>").strip()
 
@@ -199,14 +195,6 @@ def watched(text: str, patterns: dict[str, str]) -> dict[str, bool]:
 # --- rates: of (N, 8) booleans, does response n show NAMES[b], by the lexicon or by a judge -------
 
 
-def presence(texts: Sequence[str]) -> np.ndarray:
-    return shown_by([find(text) for text in texts])
-
-
-def shown_by(spans: Sequence[Sequence[Span]]) -> np.ndarray:
-    return counted(spans) > 0
-
-
 def counted(spans: Sequence[Sequence[Span]]) -> np.ndarray:
     """Spans of each response -> in how many sentences it shows each behaviour, (N, 8)."""
     names = [[span[0] for span in of_one] for of_one in spans]
@@ -218,17 +206,9 @@ def rates(values: np.ndarray) -> dict[str, float]:
     return dict(zip(NAMES, (values.sum(axis=0) / max(1, len(values))).tolist(), strict=True))
 
 
-def transfer_rates(shown: np.ndarray) -> dict[tuple[str, str], float | None]:
-    """BTR = CBR_visual / CBR_linguistic of each pair; None under ten linguistic carriers."""
-    counts = dict(zip(NAMES, shown.sum(axis=0).tolist(), strict=True))
-    return {(a, b): counts[b] / counts[a] if counts[a] >= MIN_CARRIERS else None for a, b in PAIRS}
-
-
 def interval(values: np.ndarray, items: Sequence, statistic: Callable) -> np.ndarray:
-    """95 % bootstrap interval of statistic(sums of the values (N, K)), two ends (2, ...).
-
-    items: the problem of each response. Samples of one problem are alike, so problems are drawn.
-    """
+    """95 % interval of statistic(sums of the values (N, K)), two ends (2, ...). items: the problem
+    of each response; samples of one are alike, so the bootstrap draws problems."""
     _, group = np.unique([str(item) for item in items], return_inverse=True)
     sums = np.zeros((group.max() + 1, values.shape[1]))  # per problem
     np.add.at(sums, group, values)
@@ -237,19 +217,22 @@ def interval(values: np.ndarray, items: Sequence, statistic: Callable) -> np.nda
     return np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), LEVEL, axis=0)
 
 
-def transfer_interval(shown: np.ndarray, pair: tuple[str, str], items: Sequence) -> tuple | None:
-    """(low, high) of a BTR, both rates from the same drawn items. None where transfer_rates is."""
-    if transfer_rates(shown)[pair] is None:
-        return None
-    columns = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
-    return tuple(interval(columns, items, lambda sums: sums[:, 1] / sums[:, 0]).tolist())
+def transfers(shown: np.ndarray, items: Sequence) -> dict[tuple[str, str], tuple | None]:
+    """{pair: (rate, low, high)}: BTR = CBR_visual / CBR_linguistic, both from the same drawn items;
+    None under ten linguistic carriers."""
+    found = dict.fromkeys(PAIRS)
+    for pair in PAIRS:
+        columns = shown[:, [NAMES.index(name) for name in pair]]  # (N, 2)
+        spoken, seen = columns.sum(axis=0).tolist()
+        if spoken >= MIN_CARRIERS:
+            ends = interval(columns, items, lambda sums: sums[:, 1] / sums[:, 0])
+            found[pair] = (seen / spoken, *ends.tolist())
+    return found
 
 
 def means(values: np.ndarray, items: Sequence) -> dict[str, tuple[float, float, float]]:
-    """{name: (mean, low, high)} of (N, 8) values: CBR of what responses show, or the difference of
-    two CBR of values `one.astype(int) - other`, whose rows answer the same items: say with the
-    true picture and with a blank one. What stays the same there is a habit of words.
-    """
+    """{name: (mean, low, high)} of (N, 8) values: CBR of what responses show; or of differences
+    `one.astype(int) - other`, say with the true picture and with a blank one."""
     with_ones = np.c_[values, np.ones(len(values))]  # problems may have unequally many samples
     ends = interval(with_ones, items, lambda sums: sums[:, :8] / sums[:, 8:])
     columns = np.vstack([values.mean(axis=0), ends]).T.tolist()
@@ -258,12 +241,10 @@ def means(values: np.ndarray, items: Sequence) -> dict[str, tuple[float, float, 
 
 def corrected_rate(lexicon: Sequence[bool], judged: Sequence[bool | None]) -> tuple | None:
     """(rate, low, high): the lexicon's CBR put right by a judge, with its 95 % interval.
-
     (rate + spec - 1) / (sens + spec - 1), Rogan and Gladen 1978. judged: the verdict on response n,
     None where none was asked for; the others must be a random sample. Responses are drawn one by
     one, so many samples of one problem look surer than they are. None ("n/a") where the judge heard
-    or missed it under ten times, or the lexicon is deaf to it, in the sample or one draw of twenty.
-    """
+    or missed it under ten times, or the lexicon is deaf to it, in the sample or one draw of 20."""
     verdicts = np.array([0 if verdict is None else 1 + bool(verdict) for verdict in judged], int)
     cells = np.eye(6)[2 * verdicts + np.array(lexicon, int)]  # (N, 6)
     if min(cells[:, 2:4].sum(), cells[:, 4:].sum()) < MIN_CARRIERS:
@@ -284,7 +265,7 @@ def summarise(rows: list[dict]) -> dict:
     """What graded rows with their "spans" show: CBR and BTR, and what is behind them. Length alone
     raises a CBR: so replies of known length have counts per token and early rates as well."""
     spans, items = [row["spans"] for row in rows], [row["id"] for row in rows]
-    shown, scores = shown_by(spans), np.array([row["score"] for row in rows], float)
+    shown, scores = counted(spans) > 0, np.array([row["score"] for row in rows], float)
     known, plain, early = [row for row in rows if row["tokens"] is not None], [], []
     for row in rows:
         visual = {start for name, start, _ in row["spans"] if name in VISUAL}
@@ -292,16 +273,18 @@ def summarise(rows: list[dict]) -> dict:
     for row in known:  # up to the same share of the characters as 2,000 tokens are of all
         end = len(row["response"]) * 2000 / max(1, row["tokens"])
         early.append([span for span in row["spans"] if span[1] < end])
+    transfer = {visual: of for (_, visual), of in transfers(shown, items).items()}
     summary = {
         "rates": rates(shown),
         "mean_count": rates(counted(spans)),
-        "without_visual": {name: rates(shown_by(plain))[name] for name in LINGUISTIC},
-        "transfer": {pair[1]: ratio for pair, ratio in transfer_rates(shown).items()},
-        "transfer_interval": {pair[1]: transfer_interval(shown, pair, items) for pair in PAIRS},
+        "without_visual": {name: rates(counted(plain) > 0)[name] for name in LINGUISTIC},
+        "transfer": {visual: of and of[0] for visual, of in transfer.items()},
+        "transfer_interval": {visual: of and of[1:] for visual, of in transfer.items()},
         "by_score": {"right": rates(shown[scores == 1]), "wrong": rates(shown[scores < 1])},
     }
     if known:
         mean_tokens = max(1, np.mean([row["tokens"] for row in known]))
         per_1000 = counted([row["spans"] for row in known]) * 1000 / mean_tokens
-        summary |= {"per_1000_tokens": rates(per_1000), "first_2000_tokens": rates(shown_by(early))}
+        summary |= {"per_1000_tokens": rates(per_1000)}
+        summary |= {"first_2000_tokens": rates(counted(early) > 0)}
     return summary

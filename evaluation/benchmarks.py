@@ -9,9 +9,8 @@
                     MMBench's rotations, MME's pairs), where a gap would spoil it
     judge, rubric   whether officially one grades, and by what
 
-The paper gives no prompt, split, k or temperature for its tables. Prompts are ours; ids, splits and
-columns are those that public loaders read (lmms-eval, lighteval, official code). A local copy has
-them, or {id, question, options?, answer, image?, category?}, with a letter for one of the options.
+Prompts are ours; ids, splits and columns are those that public loaders read (lmms-eval, lighteval,
+official code). A local copy has them, or {id, question, options?, answer, image?, category?}.
 
     python eval.py --list             # the table
     python -m evaluation.benchmarks --bench mathvision pope --out out/bench    # items, no model
@@ -21,16 +20,15 @@ import ast
 import base64
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from common import sets
 from common.data import IMAGE_MARKER
 from common.log import run_main
-from common.records import write_rows
+from common.records import columns, write_rows
 from common.sets import SPLIT, Dropped, Unfit, multiple_choice, text_of
 
 # how to answer: the end of every prompt; ours
@@ -63,49 +61,39 @@ class Benchmark(sets.PublicSet):
     temperature: float = 0.0  # 0: greedy
 
 
-def named(name: str) -> Benchmark:
-    return sets.named(BENCHMARKS, name)
-
-
 # ---- reading
 
 
-def write_items(bench: Benchmark, place: str, folder: Path, limit: int = 0) -> None:
-    """FOLDER/items.jsonl and images beside it; what is left out is printed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    items, dropped = read(bench, place, folder / "images", limit)
+def write_items(
+    bench: Benchmark, place: str, folder: Path, limit: int = 0
+) -> tuple[list[dict], list[Dropped]]:
+    """FOLDER/items.jsonl and images beside it -> items, and what cannot be asked, which is printed.
+    limit: so many items, or whole groups, which may lie anywhere in the set; 0: all."""
+    items, dropped, groups = [], [], defaultdict(list)
+    for _, row in sets.read_set(bench, partial(read_row, bench), place, folder / "images"):
+        (dropped if isinstance(row, Dropped) else items).append(row)
+        if not bench.group and len(items) == limit > 0:
+            break
+    for item in items if bench.group else ():
+        groups[item["group"][bench.group]].append(item)
+    wholes = {name: of[0]["group"].get("of", len(of)) for name, of in groups.items()}
+    gaps = [f"{k} ({len(of)} of {wholes[k]})" for k, of in groups.items() if len(of) != wholes[k]]
+    if gaps:  # what is missing of a group would be missing in its score
+        raise ValueError(
+            f"benchmark {bench.name}: {len(gaps)} of {len(groups)} groups by {bench.group} have "
+            f"gaps, and {bench.metric} wants them whole: {', '.join(gaps[:5])}"
+        )
+    if bench.group and limit:
+        first = [*groups][:limit]
+        items = [item for item in items if item["group"][bench.group] in first]
     for reason, count in Counter(row.reason for row in dropped).items():
         examples = [f"{r.id} {r.detail}".strip() for r in dropped if r.reason == reason][:5]
         print(f"{bench.name}: {count} rows are left out: {reason}, as {examples}")
     if not items:
         raise ValueError(f"{bench.name}: no row of {place or bench.hub} can be used")
+    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "items.jsonl", items)
-
-
-def read(
-    bench: Benchmark, place: str, images_to: Path, limit: int = 0
-) -> tuple[list[dict], list[Dropped]]:
-    """-> items, and what cannot be asked. place: a file or a directory; empty: the Hub. limit: so
-    many items, or whole groups where the metric has groups (a group may lie anywhere in the set, so
-    that is read to its end); 0: all."""
-    items, dropped = [], []
-    for _, row in sets.read_set(bench, partial(read_row, bench), place, images_to):
-        (dropped if isinstance(row, Dropped) else items).append(row)
-        if not bench.group and len(items) == limit > 0:
-            break
-    if not bench.group:
-        return items, dropped
-    names = [item["group"][bench.group] for item in items]
-    grouped, sizes = [*zip(names, items, strict=True)], Counter(names)
-    wholes = {name: item["group"].get("of", sizes[name]) for name, item in grouped}
-    gaps = [f"{name} ({n} of {wholes[name]})" for name, n in sizes.items() if n != wholes[name]]
-    if gaps:  # what is missing of a group would be missing in its score
-        raise ValueError(
-            f"benchmark {bench.name}: {len(gaps)} of {len(sizes)} groups by {bench.group} have "
-            f"gaps, and {bench.metric} wants them whole: {', '.join(gaps[:5])}"
-        )
-    first = [*sizes][: limit or None]
-    return [item for name, item in grouped if name in first], dropped
+    return items, dropped
 
 
 def read_row(bench: Benchmark, raw: dict) -> list[dict]:
@@ -115,7 +103,13 @@ def read_row(bench: Benchmark, raw: dict) -> list[dict]:
     except KeyError as error:
         if error.args[0] in raw or bench.group or not {"id", "question", "answer"} <= raw.keys():
             raise
-        items = simple(raw)
+        more = {"id": raw["id"], "category": raw.get("category")}
+        if raw.get("options"):
+            items = ask_options(raw["question"], raw["options"], raw["answer"], **more)
+        else:
+            items = ask(raw["question"], raw["answer"], **more)
+        if raw.get("image"):
+            items = of_one_picture(items, raw["image"])
     items = items if isinstance(items, list) else [items]
     return [{"judge": bench.judge != "no"} | item for item in items]
 
@@ -123,7 +117,7 @@ def read_row(bench: Benchmark, raw: dict) -> list[dict]:
 # ---- what the items have in common
 
 
-def ask(question: Any, answer: Any, how: str = "", hint: str = "", **more) -> dict:
+def ask(question, answer, how: str = "", hint: str = "", **more) -> dict:
     """An item: the text that is asked, how it is to be answered, and the gold. how: empty: letters,
     Yes or No, or free, as the gold is. For a guess at a letter four options are assumed."""
     chance, gold = 0.0, str(answer).strip()
@@ -145,7 +139,7 @@ def ask(question: Any, answer: Any, how: str = "", hint: str = "", **more) -> di
     return item | {"answer": answer, "kind": KINDS[how], "chance": chance} | more
 
 
-def ask_options(question: Any, options: list, gold: int | str, show=True, mix="", **more) -> dict:
+def ask_options(question, options: list, gold: int | str, show=True, mix="", **more) -> dict:
     """gold: the place of the right option, from 0, or its letter; never its text. show=False: the
     options stand in the question or the picture. mix: in the order of a hash of it and the option's
     place, the same on every machine, where the set has put the right one in a place of its own."""
@@ -158,7 +152,7 @@ def ask_options(question: Any, options: list, gold: int | str, show=True, mix=""
     return item | {"prompt": f"{row['prompt'] if show else item['question']}\n\n{CHOICES}"}
 
 
-def placed(item: dict, pictures: dict[int, Any]) -> dict:
+def placed(item: dict, pictures: dict) -> dict:
     """A marker where a picture is first named, the pictures in that order; those unnamed first."""
     order = list(dict.fromkeys(int(k) for k in PICTURE.findall(item["prompt"])))
     if not set(order) <= set(pictures):
@@ -170,7 +164,7 @@ def placed(item: dict, pictures: dict[int, Any]) -> dict:
     return item | {"prompt": prompt, "images": [pictures[k] for k in rest + order]}
 
 
-def of_one_picture(item: dict, picture: Any) -> dict:
+def of_one_picture(item: dict, picture) -> dict:
     """MathVision: <image1>, <image2>, ... name parts of one picture, which stands first."""
     return item | {"prompt": PICTURE.sub(r"image \1", item["prompt"]), "images": [picture]}
 
@@ -180,23 +174,13 @@ def about(raw: dict, name: str, category: str, *images: str) -> dict:
     return {"id": raw[name], "category": raw[category], "images": [raw[x] for x in images]}
 
 
-def is_seen(origin: Any) -> bool:
+def is_seen(origin) -> bool:
     return str(origin).lower().startswith(SEEN)
 
 
-def filled(value: Any) -> bool:
+def filled(value) -> bool:
     """Not null, NaN or "nan", as a table of unequal rows fills its cells."""
     return value is not None and value == value and str(value).strip() not in ("", "nan")
-
-
-def simple(raw: dict) -> dict:
-    """A local copy: {id, question, options?, answer, image?, category?}."""
-    more = {"id": raw["id"], "category": raw.get("category")}
-    if raw.get("options"):
-        item = ask_options(raw["question"], raw["options"], raw["answer"], **more)
-    else:
-        item = ask(raw["question"], raw["answer"], **more)
-    return of_one_picture(item, raw["image"]) if raw.get("image") else item
 
 
 # ---- language
@@ -532,6 +516,7 @@ BENCHMARKS = (  # name, hub, reader, split, items, the paper's scores, note
               "scored from 0 to 1 by a judge; no rules exist", "judge", "only"),
 )
 # fmt: on
+named = partial(sets.named, BENCHMARKS)
 
 
 def table() -> str:
@@ -545,13 +530,12 @@ def table() -> str:
         scores = [" / ".join(stage) or "-" for stage in scores]
         known = (b.name, f"{b.size:,}", b.metric, b.judge, str(b.k), f"{b.temperature:g}")
         rows.append((*known, *scores, b.hub, b.note))
-    return sets.columns(rows)
+    return columns(rows, words=len(rows[0]))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Benchmarks into files of items, as eval.py asks them: without a model, say to keep them out
-    of training data."""
+    """Benchmarks into files of items, as eval.py asks them, say to keep them out of training."""
 
     bench: tuple[str, ...]  # names; eval.py --list has them
     out: str  # items.jsonl and images go into a folder for each below it

@@ -237,11 +237,9 @@ def extract(reply: str, *, choices=None, kind: str | None = None) -> Verdict:
 
 
 def grade(gold, reply, *, choices=None, precision=None, kind=None, finish="stop") -> Verdict:
-    """Does the reply give the gold? Of an irrational gold 6 right digits are enough.
-
-    `finish`: why the reply ended; "length" is truncated, and wrong whatever stands in it. A gold
-    that cannot be read scores None: then the item is at fault, not the reply.
-    """
+    """Does the reply give the gold? Of an irrational gold 6 right digits are enough. `finish`: why
+    the reply ended; "length" is truncated, and wrong whatever stands in it. A gold that cannot be
+    read scores None: then the item is at fault, not the reply."""
     verdict = Verdict(None, "truncated", None, "finish")
     if finish != "length":
         is_choice = choices or re.fullmatch(r"\(?[A-J]\)?(?:, ?[A-J])*", gold.strip())

@@ -71,7 +71,7 @@ def page(rows: list, items: list, title: str, protocol: dict, folder: Path) -> s
     places = sorted(random.Random(0).sample(range(len(rows)), min(CARDS, len(rows))))
     by_id = {item["id"]: item for item in items}
     chosen = progress([rows[i] for i in places], "gallery")
-    text = PAGES.get_template("gallery.html").render(
+    return PAGES.get_template("gallery.html").render(
         title=title,
         nonce=secrets.token_urlsafe(16),  # replies were written before it, so none can know it
         protocol=protocol,
@@ -81,4 +81,3 @@ def page(rows: list, items: list, title: str, protocol: dict, folder: Path) -> s
         count=len(rows),
         hues=HUES,
     )
-    return text.encode(errors="replace").decode()  # JSON may hold half of a character

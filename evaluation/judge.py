@@ -3,10 +3,10 @@ r"""Asks a language model what rules cannot tell: how often a behaviour shows, i
     items + records ──questions──▶ judge.jsonl: every reply ──read──▶ behaviors.jsonl, judged.jsonl
 
 The paper counts behaviours with GPT-4o, one call a behaviour and response; it prints no prompts:
-these, and temperature 0, are ours. A reply without exactly one readable tag is asked for once more
-with another seed; then the verdict is None, never 0. A reply is on disk the moment it is there,
-under a hash of model and prompt: no prompt is paid for twice. MathVision-mini at 10k tokens a
-response is 304 x 8 x 10k = 24 M tokens, hence --sample, which also corrects the lexicon's rates.
+these, and temperature 0, are ours. A reply without exactly one readable tag is asked for once more;
+then the verdict is None, never 0. Replies are kept under a hash of model and prompt: none is paid
+for twice. MathVision-mini at 10k tokens a response is 304 x 8 x 10k = 24 M tokens, hence --sample,
+which also corrects the lexicon's rates.
 
     python -m evaluation.judge --records DIR --what behaviors --sample 100 \
         --url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
@@ -19,7 +19,6 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -83,20 +82,18 @@ VALUES = {"count": r"\d{1,4}", "verdict": "correct|incorrect", "score": r"0(\.\d
 TRIES = 2  # of a question whose first reply cannot be read
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Endpoint):
     """Judges what a model replied."""
 
     records: str  # directory of eval.py; replies and verdicts are written there
     what: Literal["behaviors", "answers"]
-    url: str  # of an OpenAI-compatible server, with its /v1
-    model: str  # as the server calls it
     sample: int = 0  # responses, drawn by a hash of their names; 0: all
     max_tokens: int = 2048  # of the judge's reply
-    key_env: str = ""  # NAME of the environment variable that holds the key; empty: none
     concurrency: int = 32  # requests in flight
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sample < 0:
             raise ValueError(f"--sample {self.sample} is negative")
 
@@ -132,35 +129,33 @@ def read(kind: str, text: str) -> float | int | None:
     return {"count": int, "verdict": lambda v: float(v == "correct"), "score": float}[kind](value)
 
 
-def ask(cfg: Config, every: Iterable[Question]) -> dict[Question, float | int | None]:
+def ask(cfg: Config, every: dict[Question, None]) -> dict[Question, float | int | None]:
     """Verdicts, read from judge.jsonl, {"hash", "seed"} | fields of a Reply, of all runs; what is
     not there yet is asked for and added."""
     path, texts = Path(cfg.records, "judge.jsonl"), defaultdict(list)
-    endpoint, file = Endpoint(cfg.url, cfg.model, cfg.key_env, cfg.concurrency), Appender(path)
+    file = Appender(path)
     for record in read_rows(path):
         texts[record["hash"]].append(record["text"])
-
-    def tries(question: Question) -> tuple[str, list[str]]:
-        key = hashlib.sha256(json.dumps([cfg.model, question.prompt]).encode()).hexdigest()
-        return key, texts[key]
+    contents = {question: json.dumps([cfg.model, question.prompt]).encode() for question in every}
+    keys = {question: hashlib.sha256(text).hexdigest() for question, text in contents.items()}
 
     def verdict(question: Question) -> float | int | None:
-        values = (read(question.kind, text) for text in tries(question)[1])
+        values = (read(question.kind, text) for text in texts[keys[question]])
         return next((value for value in values if value is not None), None)
 
     def request(question: Question) -> dict | None:
-        seed = len(tries(question)[1])  # another for each try
+        seed = len(texts[keys[question]])  # another for each try
         if seed == TRIES or verdict(question) is not None:
             return None
         body = {"messages": [user_message(question.prompt)], "max_tokens": cfg.max_tokens}
         return body | {"seed": seed, "temperature": 0}
 
     def write(question: Question, reply: Reply) -> None:
-        key, texts = tries(question)
-        file.add({"hash": key, "seed": len(texts)} | asdict(reply))
-        texts.append(reply.text)
+        key = keys[question]
+        file.add({"hash": key, "seed": len(texts[key])} | asdict(reply))
+        texts[key].append(reply.text)
 
-    ask_for_all(endpoint, progress(every, "asking the judge"), request, write)
+    ask_for_all(cfg, progress(every, "asking the judge"), request, write)
     return {question: verdict(question) for question in every}
 
 
@@ -168,7 +163,8 @@ def show(records: list[dict], rows: list[dict]) -> None:
     """CBR by the lexicon over all responses, corrected by the judged ones, and the judge's own;
     then BTR by the judge. The judge's: of responses all of whose counts could be read."""
     counts = {(row["id"], row["sample"]): row["counts"] for row in rows}
-    heard = behaviors.presence([behaviors.thinking(r["response"]) for r in records])
+    heard = [behaviors.find(behaviors.thinking(record["response"])) for record in records]
+    heard = behaviors.counted(heard) > 0
     whole = [row for row in rows if None not in row["counts"].values()]
     shown = [[row["counts"][name] > 0 for name in behaviors.NAMES] for row in whole]
     shown, ids = np.array(shown).reshape(-1, 8), [row["id"] for row in whole]
@@ -183,9 +179,8 @@ def show(records: list[dict], rows: list[dict]) -> None:
         said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
         right = text(behaviors.corrected_rate(heard[:, b], said))
         print(f"{name:28}{heard[:, b].mean():7.1%}; {right}; {text(means.get(name))}")
-    for pair, ratio in behaviors.transfer_rates(shown).items():
-        ends = behaviors.transfer_interval(shown, pair, ids)
-        print(f"{pair[1]} / {pair[0]}: {text(ends and (ratio, *ends))}")
+    for (spoken, visual), rate in behaviors.transfers(shown, ids).items():
+        print(f"{visual} / {spoken}: {text(rate)}")
 
 
 def main(cfg: Config) -> None:

@@ -3,15 +3,12 @@
     rows ─by unit─▶ metric(rows of a unit) = {score: (right, of)} ─sum / sum─▶ scores
                                                  └─ bootstrap over units ─▶ 95 % intervals
 
-A row is a reply: {"id", "sample", "score": 0..1 | None, "status", "extracted", "answer"} and, where
-its benchmark has them, "category", "group", "seen", "tokens", "judge_score". Units are independent
-of each other: an item, DynaMath's question with its variants, WeMath's problem with its steps. The
-bootstrap draws units anew, never replies.
-
-"All of a group right" is a product of scores: of 0 and 1 that is all(), of the chances of
-independent guesses the expectation. So chance is the metric of rows whose score is the chance of a
-guess. What cannot be parsed is wrong; a score of None (no rule can grade it) leaves its unit out,
-and is counted. Shares are 0..1, MME's sums points; `table` prints percent.
+A row is a reply of graded.jsonl. Units are independent of each other: an item, DynaMath's question
+with its variants, WeMath's problem with its steps. The bootstrap draws units, never replies. "All
+right" is a product of scores: of 0 and 1 that is all(), of the chances of independent guesses the
+expectation; so chance is the metric of rows whose score is the chance of a guess. What cannot be
+parsed is wrong; a score of None (no rule can grade it) leaves its unit out, and is counted. Shares
+are 0..1, MME's sums points; `table` prints percent.
 """
 
 import math
@@ -22,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.records import columns
 from reward import grade
 
 DRAWS = 10_000  # of the bootstrap: the ends of an interval move by 2 % of its width between seeds
@@ -63,11 +61,9 @@ def worst_of_variants(rows: list[dict]) -> dict:
 
 def strict_and_loose(rows: list[dict]) -> dict:
     """WeMath: m, the whole problem; s, its steps. A whole problem without its steps is by rote.
-
     inadequate knowledge IK = not m, not all s; inadequate generalisation IG = not m, all s;
     complete mastery CM = m and all s (loose: any s); rote memorisation RM = m and the rest.
-    Score = 1 - IG / 2 - RM - IK = CM + IG / 2.
-    """
+    Score = 1 - IG / 2 - RM - IK = CM + IG / 2."""
     [m] = [row["score"] for row in rows if row["group"]["part"].endswith("multi")]
     steps = [row["score"] for row in rows if not row["group"]["part"].endswith("multi")]
     all_steps, any_step = math.prod(steps), 1 - math.prod(1 - score for score in steps)
@@ -173,11 +169,8 @@ def unit_of(metric: str, row: dict) -> Hashable:
 
 
 def unit_sums(metric: str, rows: list[dict]) -> tuple[list[str], np.ndarray]:
-    """Names of H scores, and what each of U units adds to their right and of: (U, H, 2).
-
-    Variants of different samples are never combined. Both are sorted: two runs of the same items
-    have them at the same places.
-    """
+    """Names of H scores, and what each of U units adds to their right and of: (U, H, 2). Variants
+    of different samples are never combined. Both are sorted, so two runs have them in one order."""
     units = grouped(rows, lambda row: unit_of(metric, row))
     terms = []  # of each unit: {name: what it adds}
     for unit in sorted(units, key=str):
@@ -209,10 +202,8 @@ def point(metric: str, rows: list[dict]) -> dict[str, float]:
 
 def bootstrap(terms: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Sums of what U units add, each draw over U units with replacement: (U, ...) -> (draws, ...).
-
     Few units differ in what they add, so it draws how often each *kind* of unit comes (a
-    multinomial): the same distribution, 10,000 draws in milliseconds.
-    """
+    multinomial): the same distribution, 10,000 draws in milliseconds."""
     flat = terms.reshape(len(terms), -1)
     kinds, count = np.unique(flat, axis=0, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(flat), count / len(flat), draws)
@@ -246,11 +237,8 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 def summarise(metric: str, rows: list[dict], items: list[dict], paper: dict | None = None) -> dict:
     """All numbers of one benchmark, as JSON. metric: a key of METRICS; items: what was asked, each
-    with its "chance"; paper: {name of a headline: the paper's number, in its unit}.
-
-    "judge" is the same by the judge alone, of the rows that it was asked about. What was truncated
-    or empty needs no judge and is wrong.
-    """
+    with its "chance"; paper: {name of a headline: the paper's number, in its unit}. "judge" is the
+    same by the judge alone, of the rows it was asked about; truncated or empty is wrong anyway."""
     samples = {row["sample"] for row in rows} or {0}
     replies = Counter((item["id"], sample) for item in items for sample in samples)
     replies.subtract((row["id"], row["sample"]) for row in rows)
@@ -306,12 +294,10 @@ def scored(metric: str, rows: list[dict]) -> list[dict]:
 
 
 def compare(metric: str, before: list[dict], after: list[dict]) -> dict:
-    """after - before on the same items: paired bootstrap, sign test, flipped units.
-
-    difference: {name: before, after, and the interval of the difference}. gained, lost: units whose
-    mean score rose and fell; sign: p of their sign test, which with one sample and one item a unit
-    is McNemar's exact test.
-    """
+    """after - before on the same items: paired bootstrap, sign test, flipped units. difference:
+    {name: before, after, and the interval of the difference}. gained, lost: units whose mean score
+    rose and fell; sign: p of their sign test, which with one sample and one item a unit is
+    McNemar's exact test."""
     runs = [scored(metric, rows) for rows in (before, after)]
     one, other = ({(r["id"], r["answer"], unit_of(metric, r)) for r in rows} for rows in runs)
     if one != other or not one:
@@ -344,23 +330,17 @@ def table(summaries: dict[str, dict]) -> str:
     for benchmark, summary in summaries.items():
         judge = {", judge": summary | summary["judge"]} if summary["judge"] else {}
         for by, scores in ({"": summary} | judge).items():
+            k, scale, most = scores["k"], scores["scale"], scores.get("at_most", {})
             for name, of in scores["headline"].items():
-                values = [of["score"], of["low"], of["high"], scores["chance"][name]]
-                values.append(scores.get("at_most", {}).get(name))
-                score, low, high, chance, at_most = (
-                    "–" if value is None else f"{value * scores['scale']:.1f}" for value in values
-                )
-                label = f"avg@{scores['k']}" if name == "accuracy" and scores["k"] > 1 else name
+                values = of["score"], of["low"], of["high"], scores["chance"][name], most.get(name)
+                values = ("–" if value is None else f"{value * scale:.1f}" for value in values)
+                score, low, high, chance, at_most = values
+                label = f"avg@{k}" if name == "accuracy" and k > 1 else name
                 line = [benchmark, label + by, score, f"{low} .. {high}", f"{scores['n']:,}"]
-                line += [f"{scores['k']}", chance, f"{scores['truncated']:.1%}"]
+                line += [f"{k}", chance, f"{scores['truncated']:.1%}", f"{scores['unparsed']:.1%}"]
                 paper = scores["paper"].get(name)
-                paper = "–" if paper is None else f"{paper:,}"
-                lines.append([*line, f"{scores['unparsed']:.1%}", at_most, paper])
+                lines.append([*line, at_most, "–" if paper is None else f"{paper:,}"])
             lost = {"left out: cannot be graded": scores["left_out"]}
             lost["missing variants, counted as wrong"] = scores.get("missing_variants")
             notes += [f"{benchmark}{by}: {count:,} {why}" for why, count in lost.items() if count]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for i, line in enumerate(lines):
-        text = [f"{cell:{'<' if j < 2 else '>'}{widths[j]}}" for j, cell in enumerate(line)]
-        lines[i] = "  ".join(text).rstrip()
-    return "\n".join(lines + notes)
+    return "\n".join([columns(lines, words=2), *notes])

@@ -82,8 +82,7 @@ class Rate:
     high: float | None = None
 
     def above(self, other: "Rate") -> bool:
-        """Larger by more than chance: 0 lies below Newcombe's interval of the difference (1998,
-        method 10)."""
+        """Larger by more than chance: 0 lies below Newcombe's interval (1998, method 10)."""
         below, over = self.value - self.low, other.high - other.value
         return self.value - other.value > math.hypot(below, over)
 
@@ -113,14 +112,12 @@ def measure(greedy: list[dict], sampled: list[dict]) -> dict[str, Rate]:
         found[f"{kind}_accuracy_sampled"] = share(many, "right")
         spoken = many or one
         found[f"thinks.{kind}"] = share(spoken, "thinks")
-        for name in behaviors.NAMES:
-            found[f"behaviors.{kind}.{name}"] = share(spoken, name)
+        found |= {f"behaviors.{kind}.{name}": share(spoken, name) for name in behaviors.NAMES}
         # BTR = CBR_visual / CBR_linguistic, bootstrapped over problems; n/a under ten carriers
         shown = [[name in record["shown"] for name in behaviors.NAMES] for record in spoken]
         shown, ids = np.array(shown).reshape(-1, len(behaviors.NAMES)), [r["id"] for r in spoken]
-        for pair, value in behaviors.transfer_rates(shown).items():
-            ends = behaviors.transfer_interval(shown, pair, ids) or (None, None)
-            found[f"transfer.{kind}.{pair[0]}"] = Rate(value, *ends)
+        for (spoken_name, _), rate in behaviors.transfers(shown, ids).items():
+            found[f"transfer.{kind}.{spoken_name}"] = Rate(*rate or ())
     for ending, rows in (("", greedy), ("_sampled", sampled)):
         for group in sorted({record["group"] for record in rows} - {None}):
             mine = [record for record in rows if record["group"] == group]
@@ -139,11 +136,10 @@ def read_records(folder: Path, problems: dict[str, dict]) -> list[dict]:
     for row in rows:
         problem, said = problems.get(row["id"], {}), row["response"]
         row["kind"], row["group"] = "image" if row["image"] else "text", problem.get("group")
-        watched = behaviors.watched(said, problem.get("watch", {}))
-        row["shown"] = {span.name for span in behaviors.find(said)}
-        row["shown"] |= {name for name, there in watched.items() if there}
-        row["shown"] |= {"right"} if row["score"] == 1 else set()
-        row["shown"] |= {"thinks"} if "</think>" in said and behaviors.thinking(said) else set()
+        marks = behaviors.watched(said, problem.get("watch", {})) | {"right": row["score"] == 1}
+        marks["thinks"] = "</think>" in said and behaviors.thinking(said)
+        row["shown"] = {name for name, there in marks.items() if there}
+        row["shown"] |= {span.name for span in behaviors.find(said)}
     return rows
 
 
@@ -217,21 +213,13 @@ def color_of(stage: str) -> str:
     return STAGES[stage][2] if stage in STAGES else "#777777"
 
 
-STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "axes.axisbelow": True}
-STYLE |= {"axes.edgecolor": GRID, "grid.color": GRID, "grid.linewidth": 0.7}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"legend.frameon": False, "legend.fontsize": 9, "legend.handlelength": 1.2}
-STYLE |= {f"{name}.color": INK for name in ("text", "xtick", "ytick")} | {"axes.labelcolor": INK}
-STYLE |= {f"{name}.facecolor": "none" for name in ("figure", "axes", "savefig")}
-STYLE |= {"xtick.major.size": 0, "ytick.major.size": 0}
-
-
 def chart(title: str, draw: Callable, lost: list[str]) -> dict:
     """What draw(axes) draws, as an SVG in the page's colours, "" without draw; lost: labels of what
     is not in this run."""
     if not draw:
         return {"title": title, "svg": "", "lost": lost}
-    with plt.rc_context(STYLE | {"svg.hashsalt": title}):  # so that no two charts share an id
+    salt = {"svg.hashsalt": title}  # so that no two charts share an id
+    with plt.style.context([Path(__file__).with_suffix(".mplstyle"), salt]):
         canvas, axes = plt.subplots(figsize=(4.3, 2.75), layout="constrained")
         draw(axes)
         file = io.StringIO()
@@ -246,10 +234,8 @@ def chart(title: str, draw: Callable, lost: list[str]) -> dict:
 
 
 def curves(run: Run, title: str, series: list[tuple], share: bool = True) -> dict:
-    """A figure of metrics over steps, each step faint, the mean of a tenth of them bold.
-
-    series: (stage, metric, label, colour), the last two, if they are not given, of the stage.
-    """
+    """A figure of metrics over steps, each step faint, the mean of a tenth of them bold. series:
+    (stage, metric, label, colour), the last two, if they are not given, of the stage."""
     series = [(s, m, *(look or (name_of(s), color_of(s)))) for s, m, *look in series]
     there = [one for one in series if len(run.curve(*one[:2])[0])]
 
@@ -295,9 +281,18 @@ def lines_of_lexicon(kind: str, names: list[str]) -> list[tuple]:
 
 def claim(run: Run, way: str, stages: list[str], paths: list[str], text: str) -> dict:
     """{text, holds, numbers}: do the rates, of stages or of paths, go this way from first to last?
-    way: rises, falls, stays, or dips (of a curve). holds is None where it was not measured."""
+    holds is None where it was not measured. way: rises, falls, stays; or dips, of first, lowest and
+    last tenth of a curve, with 3 standard errors of a mean of steps where a Rate has 2: the lowest
+    of ten is low by luck, too."""
+    numbers = {}
     if way == "dips":
-        numbers = tenths(run.curve(*stages, *paths)[1])
+        values, rates = run.curve(*stages, *paths)[1], []
+        for part in np.array_split(values, BINS) if len(values) >= 2 * BINS else ():
+            mean, error = float(part.mean()), float(3 * part.std(ddof=1) / math.sqrt(len(part)))
+            rates.append(Rate(mean, max(0.0, mean - error), min(1.0, mean + error)))
+        if rates:
+            lowest = min(rates, key=lambda rate: rate.value)
+            numbers = {"first tenth": rates[0], "lowest tenth": lowest, "last tenth": rates[-1]}
     else:
         labels = map(name_of, stages) if len(paths) == 1 else (p.split(".")[1] for p in paths)
         rates = [run.rate(stage, path) for stage in stages for path in paths]
@@ -311,19 +306,6 @@ def claim(run: Run, way: str, stages: list[str], paths: list[str], text: str) ->
         ways["dips"] = all(first.above(low) and last.above(low) for low in middle)
         holds = ways[way]
     return {"text": text, "holds": holds, "numbers": numbers}
-
-
-def tenths(values: np.ndarray) -> dict[str, Rate]:
-    """First, lowest and last tenth of a curve, with 3 standard errors of a mean of steps where a
-    Rate has 2: the lowest of ten is low by luck, too."""
-    if len(values) < 2 * BINS:
-        return {}
-    rates = []
-    for part in np.array_split(values, BINS):
-        mean, error = float(part.mean()), float(3 * part.std(ddof=1) / math.sqrt(len(part)))
-        rates.append(Rate(mean, max(0.0, mean - error), min(1.0, mean + error)))
-    lowest = min(rates, key=lambda rate: rate.value)
-    return {"first tenth": rates[0], "lowest tenth": lowest, "last tenth": rates[-1]}
 
 
 # ---------------------------------------------------------------- the page
@@ -359,8 +341,7 @@ def main(config: Config) -> None:
     page = pages.get_template("report.html").make_module(globals() | {"run": run, "traced": traced})
     (config.run / "results.json").write_text(json.dumps(results(run), indent=1) + "\n")
     (config.run / "report.html").write_text(str(page), encoding="utf-8", errors="replace")
-    print(page.headline)
-    print(f"{config.run / 'results.json'}  {config.run / 'report.html'}")
+    print(page.headline, f"{config.run / 'results.json'}  {config.run / 'report.html'}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evaluation import behaviors
-from evaluation.behaviors import NAMES, PAIRS, count, presence, thinking
+from evaluation.behaviors import NAMES, PAIRS, count, counted, thinking
 
 # fmt: off
 SAYS = {
@@ -102,16 +102,22 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
+def presence(texts):
+    return counted([behaviors.find(text) for text in texts]) > 0
+
+
 def test_the_interval_of_a_transfer_agrees_with_a_naive_bootstrap_and_draws_whole_problems():
     flags = np.random.default_rng(1).random((60, 2)) < [0.7, 0.3]
     shown = presence([f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags])
-    low, high = behaviors.transfer_interval(shown, PAIRS[0], range(60))
+    _, low, high = behaviors.transfers(shown, range(60))[PAIRS[0]]
     sums = flags[np.random.default_rng(2).integers(60, size=(4000, 60))].sum(axis=1)
     naive = np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975])
     assert (low, high) == pytest.approx(naive, abs=0.04)
     copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
-    wide = behaviors.transfer_interval(copies, PAIRS[0], [f"problem {i // 8}" for i in range(480)])
-    assert wide == pytest.approx((low, high), abs=0.04)
+    problems = [f"problem {i // 8}" for i in range(480)]
+    assert behaviors.transfers(copies, problems)[PAIRS[0]][1:] == pytest.approx(
+        (low, high), abs=0.04
+    )
 
 
 def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question():

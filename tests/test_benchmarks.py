@@ -13,7 +13,7 @@ from test_sources import cell, png, write_parquet
 
 from common import data
 from evaluation import benchmarks, metrics
-from evaluation.benchmarks import BENCHMARKS, CHOICES, FREE, YES_NO, named, read
+from evaluation.benchmarks import BENCHMARKS, CHOICES, FREE, YES_NO, named, write_items
 from reward import grade
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -22,8 +22,7 @@ SHARED = Path(__file__).parents[1] / ".." / "shared"
 def collect(bench, place, tmp_path, limit=0) -> tuple[list[dict], list[str]]:
     """Items, and the reasons of what is left out."""
     bench = named(bench) if isinstance(bench, str) else bench
-    (tmp_path / "out").mkdir(exist_ok=True)
-    items, dropped = read(bench, str(place or ""), tmp_path / "out" / "images", limit)
+    items, dropped = write_items(bench, str(place or ""), tmp_path / "out", limit)
     return items, [row.reason for row in dropped]
 
 
@@ -319,12 +318,13 @@ def test_a_limit_counts_items_or_whole_groups(name, count, tmp_path):
         ("blink", {"answer": "(hidden)"}, "answer not among the options"),
     ],
 )
-def test_a_bad_row_is_dropped_with_its_reason(name, change, reason, tmp_path):
+def test_a_bad_row_is_dropped_with_its_reason(name, change, reason, tmp_path, capsys):
     file, (row, *_) = next(iter(MADE[name][0].items()))
     write_parquet((tmp_path / "set" / file).with_suffix(".parquet"), [row | change])
     bench = replace(named(name), configs=named(name).configs[:1])
-    items, drops = collect(bench, tmp_path / "set", tmp_path)
-    assert not items and drops == [reason]
+    with pytest.raises(ValueError, match="no row of .* can be used"):
+        collect(bench, tmp_path / "set", tmp_path)
+    assert f"{name}: 1 rows are left out: {reason}, as" in capsys.readouterr().out
 
 
 # ---- pieces

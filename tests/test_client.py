@@ -118,5 +118,5 @@ def test_pictures_stand_where_their_markers_are_and_carry_what_they_are(tmp_path
     unmarked = user_message("which ?", names)["content"]
     assert [part["type"] for part in unmarked] == ["image_url", "image_url", "text"]
     assert user_message("text <alone>") == {"role": "user", "content": "text <alone>"}
-    with pytest.raises(ValueError, match="1 <image> markers for 2 pictures"):
+    with pytest.raises(ValueError, match="1 markers <image> for 2 images"):
         user_message("see <image>", names)

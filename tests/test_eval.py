@@ -304,7 +304,6 @@ def test_looking_at_a_run_that_is_under_way_does_it_no_harm(copied, capsys):
         (dict(data="d"), "give --model and --bench or --data"),
         (dict(data="d", model="m", k=4), "--temperature"),
         (dict(bench=("mathvizta",), model="m"), "there are aime2024"),
-        (dict(compare=("a",)), "two directories"),
         (dict(data="d", model="m", top_p=0.0), "--top-p 0.0"),
         (dict(data="d", model="m", bench=("a", "b")), "--data is one set"),
         (dict(data="d", model="m", url="http://h/v1", forbid=("wait",)), "--forbid"),

@@ -14,6 +14,7 @@ import tyro
 
 import coldstart
 import rl
+from common.client import Endpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,6 +53,8 @@ def test_every_command_runs_a_script_that_exists_with_flags_that_it_has(page):
             assert file.is_file(), line
             known = set(re.findall(r"^    (\w+): ", file.read_text(), flags=re.M))
             known |= set(re.findall(r'"--([\w-]+)"', file.read_text()))
+            if "Config(Endpoint)" in file.read_text():
+                known |= {f.name for f in fields(Endpoint)}
             if script == "tools.doctor":  # takes the flags of the stage that it is asked about
                 known |= {f.name for stage in STAGES.values() for f in fields(stage.Config)}
             for flag in re.findall(r"\s--([a-z][\w-]*)", rest.split("|")[0]):

@@ -701,9 +701,9 @@ class Expression:
         return self.read_with(lambda name: x) if self.symbols else self.at()
 
     def real(self) -> Fraction | float | None:
-        """The value if it is one real number."""
+        """The value if it is one finite real number."""
         x = None if self.symbols else self.at()
-        return x if type(x) in {Fraction, float} else None
+        return x if type(x) in {Fraction, float} and abs(x) < math.inf else None
 
     def __repr__(self) -> str:
         return f"{''.join(self.tokens)} = {self.at()}"

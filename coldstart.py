@@ -3,14 +3,17 @@
     rows {"prompt", "response"} ─▶ documents ─▶ packs ─▶ sum of -log p(token) / all trained tokens
 
 Vision tower and merger keep every bit (OVR, sec. 3.1). Large batch and large learning rate are the
-paper's: meant to break the instruct model's habits. How it departs from a textbook SFT script:
+paper's: meant to break the instruct model's habits. That what is learnt here on text also helps
+with pictures is its claim, which eval.py measures. How it departs from a textbook SFT script:
   1  No padding: documents lie back to back in packs, and attention stays inside each.
   2  One denominator: the trained tokens of the whole step, over all packs and ranks, known before
      backward. The gradient is the same however the batch is cut.
   3  The order of the data is a function of (seed, step): a resumed run is the same, bit for bit.
   4  A batch can be counted in packs, as the paper's 640 must be (docs/recipe.md).
 
-    torchrun --nproc-per-node 2 coldstart.py   # the miniature; runs/ovr_7b.sh has it at 7B
+    torchrun coldstart.py                      # the miniature: minutes on a laptop
+    torchrun --nproc-per-node 2 coldstart.py   # the same numbers from two processes
+    bash runs/ovr_7b.sh                        # both stages at 7B, with the paper's numbers
 """
 
 import math
@@ -61,7 +64,7 @@ class Config:
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
     compile: bool = False  # blocks by torch.compile: for GPUs; minutes at the start
     valid: int = 128  # rows kept apart for the validation loss
-    valid_every: int = 50  # steps; 0: at the end only
+    valid_every: int = 50  # steps, the first included; 0: at the end only
     save_every: int = 0  # steps between checkpoints; 0: by --save-minutes, or on Ctrl-C only
     save_minutes: float = 0.0  # after so many since the last one, too; 0: by steps alone
     keep_every: int = 1  # older exported models stay where this divides the step; the newest 2 do
@@ -125,6 +128,7 @@ def share_rows(
     lengths = distributed.union(world, {i: len(document) for i, document in documents.items()})
     fitting = sorted(i for i in lengths if lengths[i] <= cfg.max_tokens)
     sizes, packs = [lengths[i] for i in fitting], []
+    # each row is a group of its own: rows share no prompt
     for places in plan_packs(sizes, fitting, cfg.pack_tokens, world.size, cost)[world.rank]:
         members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
         chosen = [documents.get(i) or encode(rows[i]) for i in members]

@@ -251,6 +251,7 @@ class KVCache:
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes a token a row and attends to all up to it. q (N, H, D), k and v (N, K, D)."""
         rows, ends = self.places
+        # around a slice, index tensors come first: (N, 2, K, D)
         self.layers[layer][:, rows, :, ends] = torch.stack([k, v], dim=1)
         keys, values = self.layers[layer, ..., : self.longest, :]
         # The H/K query heads of a KV head stand as its queries: grouped, and no key is repeated.
@@ -403,6 +404,7 @@ class Block(nn.Module):
             return self.behind(x, attend(q, k, v, inputs.lengths, causal=True))
         # Responses share a prompt, for which all else runs once; only here does each have a copy.
         # Copies come out equal, the first goes on; index_select's backward adds up what they pass.
+        # Prompt 0 1, responses 2 and 3 4: expand is 0 1 2 0 1 3 4, first is 0 1 2 5 6.
         every = torch.arange(len(inputs.expand), device=q.device)
         first = every.new_zeros(len(q))  # of a token's places among the E
         first.scatter_reduce_(0, inputs.expand, every, "amin", include_self=False)
@@ -421,7 +423,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
         c = self.config
-        # Each frequency turns with one axis: the first 16 with time, 24 with row, 24 with column.
+        # Each frequency turns with one axis: at 7B 16 with time, 24 with row, 24 with column.
         turns = frequencies(c.head_dim, c.rope_theta, x.device).split(c.mrope_section)
         axes = zip(inputs.positions, turns, strict=True)
         angles = torch.cat([axis[:, None] * turn for axis, turn in axes], dim=1)  # (T, D/2)
@@ -463,7 +465,7 @@ class Qwen25VL(nn.Module):
         return x if rows is None else x.index_select(0, rows)
 
     def logps(self, pack: Inputs) -> tuple[Tensor, Tensor]:
-        """Log-probs of a pack's trained tokens, and entropies of their distributions: (R,) each."""
+        """Log-probs of a common.packs.Pack's trained tokens, and entropies: (R,) each."""
         return chunked_logps(self.hidden(pack, pack.rows), self.head_weight, pack.targets)
 
     def values(self, pack: Inputs) -> Tensor:

@@ -1,17 +1,19 @@
 """Stage 2, multimodal reinforcement learning: PPO on text and pictures, with a reward that only
 asks whether the boxed answer is right (OVR, sec. 3.2 and 4.1; the recipe is Open-Reasoner-Zero's).
 
-The loop of main() is numbered 1 to 6. How it departs from textbook PPO, all by the paper:
-  1  No KL term and no reference model; no entropy bonus.
-  2  GAE with gamma = lambda = 1: A_t = R - V(s_t), and the critic's target is R at every token.
-  3  Strictly on-policy: one policy step a batch, so the ratio is exactly 1 and the clip never acts.
+The loop of main(): 1 sample, 2 reward, 3 pack, 4 advantages, 5 update, 6 sync, log, save. How it
+departs from textbook PPO, all by the paper:
+  -  No KL term and no reference model; no entropy bonus.
+  -  GAE with gamma = lambda = 1: A_t = r - V(s_t) for the reward r, which is the critic's target.
+  -  Strictly on-policy: one policy step a batch, so the ratio is exactly 1 and the clip never acts.
      It does with --policy-steps 4, or with --finish-share 0.8, which puts the longest responses of
      a step aside: they go on in the next, and begin with tokens of an older policy.
-  4  Policy and critic are two networks, both from the cold start. (--algorithm grpo has no critic.)
-  5  Advantages are normalised over all tokens of the batch.
-  6  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped.
+  -  Policy and critic are two networks, both from the cold start. (--algorithm grpo has no critic.)
+  -  Advantages are normalised over all tokens of the batch.
+  -  A response that is cut at the length budget is wrong: reward 0, nothing bootstrapped.
 
-    torchrun --nproc-per-node 2 rl.py              # the miniature: minutes on a laptop
+    torchrun rl.py                                 # the miniature: minutes on a laptop
+    torchrun --nproc-per-node 2 rl.py              # the same numbers from two processes
     bash runs/ovr_7b.sh                            # both stages at 7B, with the paper's numbers
 
 Dimensions: P problems, G samples each, N = P G rollouts, T tokens of a pack, R trained tokens.
@@ -44,7 +46,7 @@ GAMMA = 1.0  # discount a token; paper, sec. 4.1
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.0  # AdamW; paper, sec. 4.1
 CLIP_NORM = 1.0  # of the gradient; Open-Reasoner-Zero's code
 # The sampler's log-probs and the trainer's may differ by so many nats a token on average: rounding
-# gives 1e-6 to 1e-4 in float32 and about 0.01 in bfloat16, stale weights 0.3 and more.
+# gives 1e-7 (torch) to 1e-4 (vLLM) in float32, about 0.01 in bfloat16, stale weights 0.3 and more.
 GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
 NO_BOX = ("no_box", "unclosed")  # of the matcher's statuses
@@ -140,7 +142,7 @@ def gae(
     rewards, values (R,), tokens of each response -> advantages A (R,), critic's targets A + V (R,).
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; V_t is of the state
     *before* token t. Past the end V = A = 0, also of a cut: a failure, not a state with a future.
-    With gamma = lam = 1 and one reward R at the end (OVR, sec. 4.1): A_t = R - V_t, target R.
+    With gamma = lam = 1 and one reward r at the end (OVR, sec. 4.1): A_t = r - V_t, target r.
     """
     advantages = []
     for r, v in zip(rewards.split(counts), values.split(counts), strict=True):
@@ -224,8 +226,8 @@ class Learner:
         self.place, self.peak_gb = place, max(self.peak_gb, distributed.peak_gb(self.world))
         if self.offload:
             device = "cpu" if place == "host" else self.world.device
-            moments = "cpu" if place == "weights" else None
-            distributed.move(self.model, self.optimizer, device, moments)
+            for_moments = "cpu" if place == "weights" else None
+            distributed.move(self.model, self.optimizer, device, for_moments)
 
 
 def reward_of(rollout: Rollout) -> float:
@@ -248,18 +250,18 @@ def give_rewards(rollouts: list[Rollout]):
 def resample(rollouts: list[Rollout], cfg: Config, others: Callable) -> list[Rollout]:
     """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, sec. 3.2 and eq. 11): a group that
     is all right or all wrong has no gradient, so another problem is sampled in its place, in
-    --resample rounds at most. others(round, slots): rollouts of problems that take these slots.
-    -> all rollouts of this rank; newest_problems() says which are learnt from.
+    --resample rounds at most. others(turn, slots): rollouts of problems that take these slots, the
+    places 0 to P - 1 of a batch. -> all rollouts of this rank; of a slot the last are learnt from.
     """
     every = [*rollouts]
-    for round in range(1, cfg.resample + 1):
+    for turn in range(1, cfg.resample + 1):
         rewards = defaultdict(set)
         for r in every:
             rewards[r.index].add(r.reward)
         newest = newest_problems(every, cfg.problems).items()
         slots = [slot for place, slot in newest if len(rewards[place]) == 1]
         if slots:
-            new = others(round, slots)
+            new = others(turn, slots)
             give_rewards(new)
             every += new
     return every
@@ -500,8 +502,8 @@ def main(cfg: Config):
             give_rewards(rollouts)
             metrics = describe(rollouts, world) | {"length_budget": budget}
             rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
-            sampler.rest()  # also where they were read: the last sync has woken it
-            # 3. pack: ranks exchange rollouts, take equal shares; packs carry their own tensors
+            sampler.rest()  # after a resume, too, where rollouts were read and none sampled
+            # 3. pack: from here on the rollouts of all ranks, and this rank's packs of each part
             timer("pack")
             rollouts = batches.collect(step, rollouts)
             parts = share_packs(rollouts, cfg, cost, encode, world)
@@ -516,7 +518,7 @@ def main(cfg: Config):
                 metrics |= critic_metrics(packs, world)
             else:
                 metrics |= compare_samples(rollouts, packs, cfg.samples)
-            # 5. update: the critic in some steps and the policy in one, by the same function
+            # 5. update: critic and policy, in some optimiser steps each, by the same function
             timer("update")
             if critic:
                 metrics |= train(critic, parts, critic_losses, step)

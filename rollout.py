@@ -57,7 +57,9 @@ def forbidden_ids(config: Config, tokenizer, words: Iterable[str] = ()) -> list[
 
 
 def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) -> int:
-    """The seed of one rollout. twin: places behind the first of an equal id, or it were a copy."""
+    """The seed of one rollout. twin: places behind the first of an equal id, as in a step longer than
+    an epoch; without it the second would be a copy.
+    """
     key = "/".join(map(str, (*seed, problem_id, sample))) + (f"\n{twin}" if twin else "")
     return zlib.crc32(key.encode())  # torch uses 32 bits of a seed
 
@@ -103,7 +105,7 @@ class Sampler:
         unfinished: Sequence[Rollout] = (),
         enough: Callable[[int, int], bool] | None = None,
     ) -> list[Rollout]:
-        """n rollouts a problem, in the order of `indices`: sample 0, sample 1, ... of each.
+        """`samples` rollouts of each problem of a list or {place: problem}, in the order of `indices`.
 
         indices: problems to sample, None for all; each is taken when there is room for it, so that
         ranks can share a counter. unfinished: rollouts of an earlier call, which go on; their
@@ -244,7 +246,7 @@ class TorchSampler(Sampler):
         cache = KVCache(self.model.config, len(groups), room, dtype, self.device)
         last = torch.tensor(pack.lengths, device=self.device).cumsum(0) - 1
         logits = self.model.logits(pack, last, cache)
-        order = torch.tensor(pack.members, device=self.device).argsort()  # a pack has its own
+        order = torch.tensor(pack.members, device=self.device).argsort()  # where each group stands
         counts = torch.tensor([len(group) for group in groups], device=self.device)
         rows = order.repeat_interleave(counts)
         cache.take(rows)

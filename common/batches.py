@@ -225,8 +225,8 @@ def row_of(step: int, r, tokenizer) -> dict:
 
 def trace_rows(step: int, rollouts: list, packs: list, tokenizer, world) -> list[dict]:
     """Lines of trace.jsonl: of one problem what is known of every token, its log-prob, value and
-    advantage. It is the first problem that has right and wrong samples; one with a picture, if
-    there is any. Each rank knows of the tokens that it trains.
+    advantage. Of the problems with a picture (of all, if none has one) it is the first with right
+    and wrong samples, or else the first. Each rank knows of the tokens that it trains.
     """
     groups = [[*g] for _, g in groupby(enumerate(rollouts), key=lambda pair: pair[1].index)]
     groups = [g for g in groups if g[0][1].problem.images] or groups

@@ -100,7 +100,7 @@ def make_pack(
         ids.append(response)
         positions.append(places[:, size:])
         expand.append(own)
-        rows.append(own[size - 1 : -1])
+        rows.append(own[size - 1 : -1])  # each response token is predicted by the row before it
     every = torch.cat(expand)
     return Pack(
         ids=torch.cat(ids),
@@ -151,7 +151,8 @@ def exchange(rollouts: list, problems: Sequence, world) -> list:
     """Every rank's rollouts on every rank, in the order of the batch. Ids and log-probs travel as
     arrays, 8 bytes a token, prompts without pictures; texts stay where they are.
     """
-    mine, sent, prompts = {(r.index, r.sample): r for r in rollouts}, {}, {}
+    mine, sent = {(r.index, r.sample): r for r in rollouts}, {}
+    prompts = {}  # one object a problem, which pickle sends once
     for key, r in mine.items():
         bare = prompts[r.index] = prompts.get(r.index) or replace(r.prompt, patches=None)
         ids, logps = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)

@@ -154,7 +154,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    import coldstart  # here, because the stages import tools
+    import coldstart  # here: no folder needs the stages but for this command line
     import rl
 
     stages = {"rl": rl.Config(), "coldstart": coldstart.Config()}

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from common import checkpoint, data, distributed
-from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
+from common.log import RunLog, Timer, due, model_card, run_main, stop_on_signal
 from common.packs import Pack, filler_pack, full_pack, make_pack, plan_packs
 from miniature.base import ensure
 from model import read_config, train_flops
@@ -193,7 +193,7 @@ def main(cfg: Config):
     saver = checkpoint.Saver(run, directory, world.dtype, cfg.keep_every)
     with stop_on_signal(run, world.main) as stop:
         for step in range(start, steps):
-            began, last = time.perf_counter(), step == steps - 1
+            began = time.perf_counter()
             # 1. read: the same batch on every rank, each trains its share
             timer("read")
             packs, tokens, too_long = share(stream.batch(step, count))
@@ -205,13 +205,13 @@ def main(cfg: Config):
             metrics = update(model, optimizer, packs, tokens, step, world) if tokens else {}
             metrics |= {"lr": lr, "tokens": tokens, "too_long": too_long}
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            if last or (cfg.valid_every and step % cfg.valid_every == 0):
+            if step == steps - 1 or (cfg.valid_every and step % cfg.valid_every == 0):
                 timer("validate")
                 with torch.no_grad():
                     losses = [loss_of(model, p, valid_tokens, world.device) for p in valid_packs]
                 distributed.release(model)
                 (metrics["valid_loss"],) = distributed.sums(world, sum(x.item() for x in losses))
-            if cfg.eval_data and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            if cfg.eval_data and due(step, steps, cfg.eval_every):
                 timer("evaluate")
                 sampler.sync(distributed.whole_weights(model, world.dtype))
                 metrics |= solved(sampler, held_out, cfg.max_tokens, world)

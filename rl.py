@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint, data, distributed
-from common.batches import Batches, newest_problems, row_of, trace_rows
+from common.batches import Batches, newest_problems
 from common.data import Rollout
-from common.log import RunLog, Timer, model_card, run_main, stop_on_signal
+from common.log import RunLog, Timer, due, model_card, run_main, stop_on_signal
 from common.packs import Pack, full_pack, share_packs, with_blank_picture
 from evaluation import behaviors
 from miniature.base import ensure
@@ -48,7 +48,6 @@ CLIP_NORM = 1.0  # of the gradient; Open-Reasoner-Zero's code
 # The sampler's log-probs and the trainer's may differ by so many nats a token on average: rounding
 # gives 1e-7 (torch) to 1e-4 (vLLM) in float32, about 0.01 in bfloat16, stale weights 0.3 and more.
 GAP_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
 NO_BOX = ("no_box", "unclosed")  # of the matcher's statuses
 UNREAD = ("unparsed", "gold_unparsed", "too_big", "failed")
 SHOWN = "reward length entropy grad_norm logp_diff eval_image eval_text".split()  # on the step line
@@ -530,16 +529,12 @@ def main(cfg: Config):
             # 6. sync, log, save
             timer("sync")
             sync(f"after the update of step {step}")
-            last = step == cfg.steps - 1
-            if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            if held_out and due(step, cfg.steps, cfg.eval_every):
                 timer("evaluate")
                 metrics |= solved(sampler, held_out, budget, world)
             metrics |= batches.counts | timer.seconds()
             metrics["peak_gb"] = max(learner.peak_gb for learner in learners.values())
-            log.log(step, metrics, SHOWN)
-            log.append("rollouts", (row_of(step, r, tokenizer) for r in rollouts[:LOGGED]))
-            log.append("trace", trace_rows(step, rollouts, packs, tokenizer, world))
-            log.append("lengths", [{"step": step, "lengths": batches.new_lengths}])
+            log.log(step, metrics, SHOWN, batches.rows(step, rollouts, packs))
             stopped = distributed.largest(world, stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it

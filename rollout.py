@@ -57,8 +57,8 @@ def forbidden_ids(config: Config, tokenizer, words: Iterable[str] = ()) -> list[
 
 
 def address(seed: tuple[int, ...], problem_id: str, sample: int, twin: int = 0) -> int:
-    """The seed of one rollout. twin: places behind the first of an equal id, as in a step longer than
-    an epoch; without it the second would be a copy.
+    """The seed of one rollout. twin: places behind the first of an equal id, as in steps longer
+    than an epoch; without it the second would be a copy.
     """
     key = "/".join(map(str, (*seed, problem_id, sample))) + (f"\n{twin}" if twin else "")
     return zlib.crc32(key.encode())  # torch uses 32 bits of a seed
@@ -105,7 +105,7 @@ class Sampler:
         unfinished: Sequence[Rollout] = (),
         enough: Callable[[int, int], bool] | None = None,
     ) -> list[Rollout]:
-        """`samples` rollouts of each problem of a list or {place: problem}, in the order of `indices`.
+        """`samples` rollouts of each problem, of a list or {place: problem}, ordered by `indices`.
 
         indices: problems to sample, None for all; each is taken when there is room for it, so that
         ranks can share a counter. unfinished: rollouts of an earlier call, which go on; their

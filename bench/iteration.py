@@ -33,7 +33,12 @@ PARTS = {  # what is clocked, by the row of the table it counts for
     "sampler": [(rollout.TorchSampler, "generate"), (rollout.TorchSampler, "sync")],
     "rewards and behaviours": [(rl, "grade"), (rl, "describe")],
     "packing": [(batches, "exchange"), (rl, "share_packs")],
-    "records": [(rl, "trace_rows"), (rl, "row_of"), (batches, "save_rollouts"), (RunLog, "append")],
+    "records": [
+        (batches, "trace_rows"),
+        (batches, "row_of"),
+        (batches, "save_rollouts"),
+        (RunLog, "append"),
+    ],
     "problems": [(data.Stream, "batch")],
     "checkpoints": [(checkpoint.Saver, "save")],
 }

@@ -24,6 +24,7 @@ from common.packs import exchange
 from common.records import places_and_rows, read_rows
 from reward import Verdict
 
+LOGGED = 16  # decoded rollouts a step in rollouts.jsonl
 TRACED = 4  # samples of a problem, as many right as wrong ones where there are
 
 # ---- a step on disk
@@ -209,6 +210,15 @@ class Batches:
             every = sorted((r for r in every if r.index in slots), key=lambda r: slots[r.index])
         self.new_lengths = add_lengths(self.lengths, every)
         return every
+
+    def rows(self, step: int, rollouts: list[Rollout], packs: list) -> dict[str, list[dict]]:
+        """{name of a file of the run: its new lines}"""
+        tokenizer = self.sampler.tokenizer
+        return {
+            "rollouts": [row_of(step, r, tokenizer) for r in rollouts[:LOGGED]],
+            "trace": trace_rows(step, rollouts, packs, tokenizer, self.world),
+            "lengths": [{"step": step, "lengths": self.new_lengths}],
+        }
 
 
 # ---- what of a step people look at

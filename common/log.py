@@ -81,9 +81,9 @@ class RunLog:
             folder = str(self.directory / "tensorboard")
             self.board = modules["tensorboard"].SummaryWriter(folder, purge_step=start)
 
-    def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()):
+    def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = (), rows=None):
         """Appends the step to metrics.jsonl and prints a line: metrics of `show`, the phases' cost.
-        A NaN is written as NaN: hiding it would hide the bug.
+        A NaN is written as NaN: hiding it would hide the bug. rows: {file: more lines of the step}.
         """
         if not self.main:
             return
@@ -106,6 +106,8 @@ class RunLog:
         costs += [f"{compact(row['peak_gb'])} GB"] if "peak_gb" in row else []
         times = " < ".join(map(tqdm.format_interval, (elapsed, left)))
         print("  ".join([count, *shown, f"[{', '.join(costs)}]", times]), flush=True)
+        for name, of_step in (rows or {}).items():
+            self.append(name, of_step)
 
     def append(self, name: str, rows: Iterable[dict]):
         """Rows of a step into NAME.jsonl, one of STEP_FILES; every row holds its "step"."""
@@ -232,6 +234,11 @@ def progress(iterable: Iterable, description: str, total: int | None = None) -> 
     silent = int(os.environ.get("RANK", 0)) != 0
     pace = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
     return tqdm(iterable, description, total, leave=False, disable=silent, delay=2, **pace)
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether something is done behind this step: every so many, and behind the last."""
+    return step == steps - 1 or (every > 0 and (step + 1) % every == 0)
 
 
 def compact(value: float) -> str:

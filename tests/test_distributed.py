@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import coldstart
 import rl
-from common import checkpoint, data, distributed
+from common import batches, checkpoint, data, distributed
 from common.packs import Pack, filler_pack, full_pack, make_pack, with_blank_picture
 from model import Qwen25VL, load_model, read_config, save_model
 from rollout import Sampler
@@ -76,7 +76,7 @@ def reads_the_text(rollout) -> float:
 def patch_all(setattr):
     setattr(data, "permutation", in_order)
     setattr(rl, "reward_of", reads_the_text)
-    setattr(rl, "LOGGED", 24)  # all rollouts of a step
+    setattr(batches, "LOGGED", 24)  # all rollouts of a step
 
 
 # ------------------------------------------------------------------ what runs under torchrun

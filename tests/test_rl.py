@@ -593,7 +593,7 @@ def cfg(mini, tmp_path) -> rl.Config:
 
 def cut_off(cfg: rl.Config, how: str, at: int):
     """Ctrl-C in step `at`; or the machine dies in it, when it has learnt and not yet saved."""
-    trace_rows = rl.trace_rows
+    trace_rows = batches.trace_rows
 
     def interrupted(step, *rest):
         if step == at and how == "killed":
@@ -603,7 +603,7 @@ def cut_off(cfg: rl.Config, how: str, at: int):
         return trace_rows(step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "trace_rows", interrupted)
+        patch.setattr(batches, "trace_rows", interrupted)
         with pytest.raises(RuntimeError, match="killed") if how == "killed" else nullcontext():
             rl.main(cfg)
 

@@ -124,8 +124,7 @@ def prepare(cfg: Config, bench: benchmarks.Benchmark, out: Path) -> None:
         if cfg.data:
             write_rows(file, items_of_data(cfg, out))
         else:
-            own = Path(cfg.place, bench.name)
-            place = str(own) if cfg.place and own.exists() else cfg.place
+            place = benchmarks.place_of(cfg.place, bench.name, len(cfg.bench) > 1)
             benchmarks.write_items(bench, place, out, cfg.limit)
         if cfg.pictures != "true":
             write_rows(file, with_other_pictures(read_rows(file), cfg.pictures, out))
@@ -299,6 +298,8 @@ def finish(out: Path) -> dict:
     records, judged, before = (replies(out, name) for name in ("records*", "judged", "graded"))
     rows = []
     for key, record in progress(records.items(), "grading"):
+        if record["id"] not in items:
+            raise ValueError(f"{out}: item {key[0]} has a reply, and is gone from items.jsonl")
         rows.append(graded(record, items[record["id"]], before.get(key)))
         if bench.judge == "only":  # sentences: without a judge there is no score
             rows[-1]["score"] = None
@@ -323,7 +324,10 @@ def summary_of(folder: str) -> dict:
 
 
 def show_table(folders: tuple[str, ...]) -> None:
-    summaries = {folder: summary_of(folder) for folder in folders}
+    ended = [folder for folder in folders if (Path(folder) / "summary.json").exists()]
+    for folder in sorted({*folders} - {*ended}):
+        print(f"{folder}: no summary.json, so no evaluation has ended there")
+    summaries = {folder: summary_of(folder) for folder in ended}
     lines = dict(summaries)
     forms = [f for f in folders if Path(f).name in ("mmmu_pro", "mmmu_pro_vision")]
     if len(forms) == 2:  # the paper's number is most likely the mean of the two
@@ -334,7 +338,8 @@ def show_table(folders: tuple[str, ...]) -> None:
         lines["mmmu_pro, both"] = metrics.summarise("both forms", rows, items, paper)
     print(metrics.table(lines))
     for folder, summary in summaries.items():
-        settings = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if k != "items")
+        given = {k: v for k, v in summary["protocol"].items() if k != "items" and v != ""}
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
         print(f"{folder}: {settings}")
 
 
@@ -342,6 +347,8 @@ def show_comparison(before: str, after: str) -> None:
     """The difference of the scores, of the behaviours, and which units flipped."""
     metric, _ = (summary_of(folder)["metric"] for folder in (before, after))  # both have ended
     one, other = (replies(Path(folder), "graded") for folder in (before, after))
+    if not (one and other):
+        raise FileNotFoundError(f"{before}, {after}: graded.jsonl is gone; --regrade makes it anew")
     comparison = metrics.compare(metric, [*one.values()], [*other.values()])
     for name, d in comparison["difference"].items():
         change = f"{d['after'] - d['before']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"

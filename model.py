@@ -114,9 +114,10 @@ def read_config(directory: Folder) -> Config:
         flat = raw | (raw.get("text_config") or {})
         rope = flat.get("rope_scaling") or flat["rope_parameters"]  # in newer files, with theta
         kinds = raw["model_type"], rope.get("rope_type", rope.get("type", "mrope"))
-        kinds += (bool(flat.get("use_sliding_window")),)
-        if kinds not in (("qwen2_5_vl", "mrope", False), ("qwen2_5_vl", "default", False)):
-            raise ValueError(f"its model_type, rope_type, use_sliding_window are {kinds}")
+        kinds += bool(flat.get("use_sliding_window")), flat.get("hidden_act", "silu")
+        if kinds not in (("qwen2_5_vl", kind, False, "silu") for kind in ("mrope", "default")):
+            names = "model_type, rope_type, use_sliding_window, hidden_act"
+            raise ValueError(f"its {names} are {kinds}")
         # the top level says whether the head is tied: text_config may repeat a default instead
         tied = raw.get("tie_word_embeddings", flat.get("tie_word_embeddings"))
         vision = VisionConfig(**known_fields(VisionConfig, raw["vision_config"]))

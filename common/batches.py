@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -62,9 +63,13 @@ def load_rollouts(
     # rank 0 looks for all: a shared disk may tell ranks different things
     if not distributed.everyone(Path(path).exists())[0]:
         return []
-    with np.load(path) as saved:
-        rows, ends = json.loads(saved["rows"].item()), saved["ends"][:-1]
-        ids, logps = (np.split(saved[name], ends) for name in ("ids", "logps"))
+    try:
+        with np.load(path) as saved:
+            rows, ends = json.loads(saved["rows"].item()), saved["ends"][:-1]
+            ids, logps = (np.split(saved[name], ends) for name in ("ids", "logps"))
+    except (BadZipFile, ValueError, EOFError) as error:
+        cure = "delete it to sample the step again"
+        raise ValueError(f"{path} is damaged ({error}): {cure}") from error
     rollouts, known = [], {}
     for row, *arrays in zip(rows, ids, logps, strict=True):
         if unfinished and not row["unfinished"]:
@@ -278,5 +283,6 @@ def read_trace(run: Path, step: int) -> list[dict]:
             found, mixed = rows, differ
         there.append(number)
     if not found:
-        raise ValueError(f"{file}: step {step} is not there; there are {there[0]} to {there[-1]}")
+        steps = f"{there[0]} to {there[-1]}" if there else "none"
+        raise ValueError(f"{file}: step {step} is not there; there are {steps}")
     return found

@@ -203,7 +203,9 @@ def text(place: str, row: dict, column: str) -> str:
     value = row.get(column)
     if is_number(value) or (isinstance(value, str) and value.strip()):
         return str(value)
-    fault = f"is missing, empty or not text: {value!r:.80}; the row has {str([*row]):.300}"
+    fault = f"is neither text nor a number: {value!r:.80}"
+    if value is None or isinstance(value, str):
+        fault = f"is {'missing' if value is None else 'empty'}; the row has {str([*row]):.300}"
     raise ValueError(f"{place}: column '{column}' {fault}")
 
 
@@ -392,13 +394,17 @@ def upright(image: Image.Image) -> Image.Image:
 def load_image_settings(directory: str | Path) -> ImageSettings:
     path = Path(directory) / "preprocessor_config.json"
     raw = parse_json(f"{path}", path.read_bytes())
+    raw = {"min_pixels": None, "max_pixels": None} | raw
     size = raw.get("size") or {}  # newer files give the bounds here; both are counts of pixels
-    return ImageSettings(
-        raw.get("min_pixels") or size["shortest_edge"],
-        raw.get("max_pixels") or size["longest_edge"],
-        *(raw[name] for name in ("patch_size", "temporal_patch_size", "merge_size")),
-        *(tuple(raw[name]) for name in ("image_mean", "image_std")),
-    )
+    try:
+        return ImageSettings(
+            raw["min_pixels"] or size["shortest_edge"],
+            raw["max_pixels"] or size["longest_edge"],
+            *(raw[name] for name in ("patch_size", "temporal_patch_size", "merge_size")),
+            *(tuple(raw[name]) for name in ("image_mean", "image_std")),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: fetch it again") from error
 
 
 def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
@@ -464,7 +470,10 @@ def model_directory(name: str | Path) -> str:
 def load_tokenizer(directory: str | Path):
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer_config.json, so not a model directory")
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory}: its tokenizer cannot be read ({error})") from error
     older = Path(directory) / "chat_template.json"
     if tokenizer.chat_template is None and older.is_file():
         tokenizer.chat_template = parse_json(f"{older}", older.read_bytes()).get("chat_template")

@@ -83,7 +83,7 @@ def start(dtype: str = "auto") -> World:
     local, here = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
     # torchrun may keep one store over its restarts: ranks would read there where dead ones were
     keeps = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if size > 1 and "MASTER_ADDR" not in environ:
+    if rank >= size or (size > 1 and not {"MASTER_ADDR", "RANK"} <= environ.keys()):
         cure = f"start with torchrun --nproc-per-node {size}, or unset WORLD_SIZE and RANK"
     elif size % here:
         cure = f"{here} ranks run on this node: each node must have as many"

@@ -255,7 +255,11 @@ def provenance(config) -> dict:
 
 
 def read_record(run: str | Path) -> dict:
-    return json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
+    file = Path(run) / "run.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:

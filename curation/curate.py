@@ -94,8 +94,8 @@ class Config:
     workers: int = 1  # processes
 
     def __post_init__(self):
-        if min(self.count, self.alpha) < 0 or self.loss_z <= 0:
-            raise ValueError("--count and --alpha count from 0, --loss-z is above it")
+        if min(self.count, self.alpha) < 0 or self.loss_z <= 0 or self.workers < 1:
+            raise ValueError("--count, --alpha: from 0; --loss-z: above 0; --workers: from 1")
         for path in (*self.rows, *self.benchmarks, *self.losses, *self.passes):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file in {Path.cwd()}")
@@ -366,6 +366,7 @@ def count_steps(reason: np.ndarray, sources: np.ndarray) -> dict:
     for why, step in STEPS.items():
         if n := (reason == why).sum():
             print(f"{n:>10,}  {step}: {why}")
+    print("the reasons are explained in docs/data.md")
     return table
 
 

@@ -12,7 +12,7 @@ problems, not the replies: 1 M take some 2 GB.
     python -m curation.distil --rows problems.jsonl --url http://127.0.0.1:8000/v1 \
         --model deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --out out/data/traces.jsonl
     export KEY=...                              # a paid one: 18 M tokens of replies, then stop
-    python -m curation.distil ... --key_env KEY --budget 18
+    python -m curation.distil ... --key-env KEY --budget 18
 """
 
 import hashlib
@@ -120,11 +120,16 @@ class Replies:
         record |= {"asked": prompt_hash(problem)} | asdict(reply)
         self.judge(self.file.add(record), record)
 
+    @property
+    def is_spent(self) -> bool:
+        """What is in flight by then comes on top."""
+        budget = self.cfg.budget * 1e6
+        return 0 < budget <= self.usage["completion_tokens"]
+
     def request(self, problem: data.Problem) -> dict | None:
         """The next of a problem; None where no more is wanted, or all is spent."""
         cfg, sample = self.cfg, len(self.verdicts[problem.id])
-        spent = cfg.budget and self.usage["completion_tokens"] >= cfg.budget * 1e6
-        if spent or sample >= cfg.tries or len(self.accepted(problem)) == cfg.keep:
+        if self.is_spent or sample >= cfg.tries or len(self.accepted(problem)) == cfg.keep:
             return None
         prompt = f"{problem.prompt}\n{cfg.suffix}" if cfg.suffix else problem.prompt
         body = {name: getattr(cfg, name) for name in ("temperature", "top_p", "max_tokens")}
@@ -175,6 +180,8 @@ def main(cfg: Config) -> None:
     write_rows(Path(cfg.out), replies.traces())
     write_report(cfg.out, cfg, cfg.rows, {"distil": table}, usage=replies.usage)
     print(", ".join(f"{count:,} {name}" for name, count in replies.usage.items()))
+    if replies.is_spent:
+        print(f"--budget {cfg.budget:g} (million tokens) is spent: give a larger one to go on")
 
 
 if __name__ == "__main__":

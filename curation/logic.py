@@ -67,6 +67,10 @@ class Config:
     families: tuple[Literal[*FAMILIES], ...] = tuple(FAMILIES)  # they take turns
     levels: tuple[Literal[*LEVELS], ...] = LEVELS  # they take turns too
 
+    def __post_init__(self):
+        if self.count < 1 or not (self.families and self.levels):
+            raise ValueError("--count from 1, of --families and --levels at least one each")
+
 
 @lru_cache(len(FAMILIES) * len(LEVELS))
 def problems_of(family: str, level: int, seed: int) -> reasoning_gym.dataset.ProceduralDataset:

@@ -61,6 +61,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
+        if Path(self.out).suffix != ".jsonl":
+            raise ValueError(f"--out {self.out} must be a .jsonl file: others stand beside it")
         if Path(self.out).resolve() == Path(self.rows).resolve():
             raise ValueError(f"--out {self.out} is the input and would be overwritten")
         if min(self.samples, self.tokens, self.max_tokens, self.prompt_tokens, self.chunk) < 1:

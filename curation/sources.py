@@ -346,8 +346,8 @@ class Config:
     limit: int = 0  # stop after so many good rows; 0: all
 
     def __post_init__(self):
-        if bool(self.set) != bool(self.out):
-            raise ValueError("--set and --out belong together: the set, and the file to write")
+        if bool(self.set) != bool(self.out) or (self.place and not self.set):
+            raise ValueError("give --set and --out together: the set, and the file to write")
 
 
 def main(cfg: Config) -> None:

@@ -64,6 +64,14 @@ class Benchmark(sets.PublicSet):
 # ---- reading
 
 
+def place_of(place: str, name: str, several: bool) -> str:
+    """PLACE/NAME, where it is there; of a single benchmark, PLACE itself otherwise."""
+    own = Path(place, name)
+    if place and several and not own.exists():
+        raise FileNotFoundError(f"{own} does not exist: each of several has a place of its own")
+    return str(own) if place and own.exists() else place
+
+
 def write_items(
     bench: Benchmark, place: str, folder: Path, limit: int = 0
 ) -> tuple[list[dict], list[Dropped]]:
@@ -91,6 +99,8 @@ def write_items(
         print(f"{bench.name}: {count} rows are left out: {reason}, as {examples}")
     if not items:
         raise ValueError(f"{bench.name}: no row of {place or bench.hub} can be used")
+    if bench.size not in (0, len(items)) and not limit:
+        print(f"{bench.name}: {len(items):,} items, where the benchmark has {bench.size:,}")
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "items.jsonl", items)
     return items, dropped
@@ -539,13 +549,14 @@ class Config:
 
     bench: tuple[str, ...]  # names; eval.py --list has them
     out: str  # items.jsonl and images go into a folder for each below it
-    place: str = ""  # file or directory of a local copy; empty: the Hub
+    place: str = ""  # local copy of the benchmark, or of each in PLACE/NAME; empty: the Hub
     limit: int = 0  # first items, or groups of them; 0: all
 
 
 def main(cfg: Config) -> None:
     for bench in map(named, cfg.bench):
-        write_items(bench, cfg.place, Path(cfg.out) / bench.name, cfg.limit)
+        place = place_of(cfg.place, bench.name, len(cfg.bench) > 1)
+        write_items(bench, place, Path(cfg.out) / bench.name, cfg.limit)
 
 
 if __name__ == "__main__":

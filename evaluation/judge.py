@@ -27,7 +27,7 @@ import numpy as np
 
 from common.client import Endpoint, Reply, ask_for_all, user_message
 from common.log import progress, run_main
-from common.records import Appender, read_rows, write_rows
+from common.records import Appender, columns, read_rows, write_rows
 from evaluation import behaviors
 from evaluation.extract import conclusion
 
@@ -173,12 +173,12 @@ def show(records: list[dict], rows: list[dict]) -> None:
     def text(share: tuple | None) -> str:
         return "{:.1%} ({:.1%} to {:.1%})".format(*share) if share else "n/a"
 
-    print(f"share of {len(records):,} responses with, by the lexicon; corrected by the judge;")
-    print(f"by the judge, of {len(whole):,} responses")
+    lines = [("share with", f"lexicon, {len(records):,}", "corrected", f"judge, {len(whole):,}")]
     for b, name in enumerate(behaviors.NAMES):
         said = [counts.get((r["id"], r["sample"]), {}).get(name) for r in records]
         right = text(behaviors.corrected_rate(heard[:, b], said))
-        print(f"{name:28}{heard[:, b].mean():7.1%}; {right}; {text(means.get(name))}")
+        lines.append((name, f"{heard[:, b].mean():.1%}", right, text(means.get(name))))
+    print(columns(lines, words=1))
     for (spoken, visual), rate in behaviors.transfers(shown, ids).items():
         print(f"{visual} / {spoken}: {text(rate)}")
 
@@ -187,7 +187,9 @@ def main(cfg: Config) -> None:
     folder, is_count = Path(cfg.records), cfg.what == "behaviors"
     items = {item["id"]: item for item in read_rows(folder / "items.jsonl")}
     records = read_rows(folder / "records.jsonl")
-    if records and not is_count:
+    if not (items and records):
+        raise FileNotFoundError(f"{folder} holds no items.jsonl and records.jsonl of eval.py")
+    if not is_count:
         records = [record for record in records if items[record["id"]].get("judge", True)]
         if not records:
             raise ValueError(f"{folder} needs no judge: its official score is by rules")

@@ -89,6 +89,13 @@ def test_a_member_that_does_not_belong_is_named_and_nothing_is_written(member, m
     assert not (Path(good).parent / "out").exists()
 
 
+def test_a_directory_of_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is no model directory"):
+        average.Config(("a", "b"), str(tmp_path))
+    assert (tmp_path / "notes.txt").exists()
+
+
 @pytest.mark.parametrize("models, out", [(["a/b", "a/./c/../b"], "c"), (["a", "b"], "c/../a")])
 def test_no_member_counts_twice_and_none_is_overwritten(models, out):
     with pytest.raises(ValueError, match=f"/{models[0]} twice"):

@@ -437,3 +437,11 @@ def test_benchmarks_become_files_of_items_and_what_is_left_out_is_said(tmp_path,
     place = write_rows(tmp_path / "test.jsonl", [MATH | {"problem": ""}])
     with pytest.raises(ValueError, match="math500: no row of .* can be used"):
         benchmarks.main(benchmarks.Config(("math500",), str(tmp_path / "b"), place))
+
+
+def test_of_several_benchmarks_each_is_read_from_a_place_of_its_own(tmp_path):
+    (tmp_path / "pope").mkdir()
+    assert benchmarks.place_of(str(tmp_path), "pope", several=True) == str(tmp_path / "pope")
+    assert benchmarks.place_of(str(tmp_path), "mme", several=False) == str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="mme does not exist"):
+        benchmarks.place_of(str(tmp_path), "mme", several=True)

@@ -103,9 +103,9 @@ BAD_ROWS = [
     (b'{"id": 1', "not JSON"),
     ([1, 2], "must be an object"),
     ({"prompt": "x"}, "'answer' is missing"),
-    (row(answer=["3"]), "'answer' is missing, empty or not text: ['3']"),
-    (row(answer=math.nan), "not text: nan"),
-    (row(prompt="  \n"), "'prompt' is missing, empty"),
+    (row(answer=["3"]), "'answer' is neither text nor a number: ['3']"),
+    (row(answer=math.nan), "text nor a number: nan"),
+    (row(prompt="  \n"), "'prompt' is empty"),
     (row(images=["gone.png"]), "image 'gone.png' does not exist; paths are relative to"),
     (row(choices="AB"), "'choices' must be a list"),
     (row(precision="2"), "'precision' must be a number"),
@@ -149,7 +149,7 @@ def test_each_process_checks_its_share_and_reads_every_row(tmp_path):
     for share in ((0, 2), (8, 9)):  # more processes than rows
         rows = data.read_problems(path, share=share)
         assert [rows[i].answer for i in (0, 1, 2, 4)] == [str(a) for a in answers if a != ["no"]]
-    with pytest.raises(ValueError, match="line 4: column 'answer' is missing, empty or not"):
+    with pytest.raises(ValueError, match="line 4: column 'answer' is neither"):
         data.read_problems(path, share=(1, 2))
 
 

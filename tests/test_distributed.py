@@ -534,7 +534,7 @@ def test_a_rehearsal_leaves_nothing_behind_and_says_what_to_do_where_memory_is_s
 
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0"}
-UNEVEN = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+UNEVEN = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
@@ -543,11 +543,13 @@ RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "T
     [
         (TWO, "WORLD_SIZE is 2, .* start with torchrun --nproc-per-node 2, or unset WORLD"),
         (TWO | RESTARTS | {"MASTER_ADDR": "x"}, "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "start with torchrun --nproc-per-node 2"),
+        (TWO | {"RANK": "5", "MASTER_ADDR": "x"}, "start with torchrun --nproc-per-node 2"),
         (UNEVEN, "WORLD_SIZE is 3, .* 2 ranks run on this node: each node must have as many"),
     ],
 )
 def test_ranks_that_would_never_meet_are_refused(monkeypatch, environment, cure):
-    """The first two waited for ever."""
+    """Most of them waited for ever."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=cure):

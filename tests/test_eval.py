@@ -282,10 +282,19 @@ def test_mmmu_pro_is_the_mean_of_its_two_forms_and_draws_a_question_in_both(tmp_
 
 def test_the_table_has_a_line_for_each_directory_and_its_protocol(whole, tmp_path, capsys):
     same = [shutil.copytree(whole, f"{tmp_path}/{name}/same") for name in ("a", "b")]
-    eval.main(eval.Config(table=(*same, str(whole))))
+    (tmp_path / "begun").mkdir()
+    eval.main(eval.Config(table=(*same, str(whole), str(tmp_path / "begun"))))
     printed = capsys.readouterr().out
+    assert f"{tmp_path}/begun: no summary.json" in printed
     assert re.findall(r"^(\S+) +avg@2 ", printed, re.M) == [*same, str(whole)]
     assert printed.count("max_tokens 8") == 3
+
+
+def test_a_reply_whose_item_is_gone_is_named(copied):
+    items = eval.read_rows(copied / "items.jsonl")
+    eval.write_rows(copied / "items.jsonl", items[1:])
+    with pytest.raises(ValueError, match=f"item {items[0]['id']} has a reply, and is gone"):
+        eval.main(eval.Config(regrade=(str(copied),)))
 
 
 def test_looking_at_a_run_that_is_under_way_does_it_no_harm(copied, capsys):

@@ -171,7 +171,7 @@ def test_the_judges_rates_have_intervals_over_problems_and_leave_out_what_was_no
     printed = capsys.readouterr().out
     *_, share, low, high = numbers(printed, "verification ")
     error = 100 * 1.96 * math.sqrt(0.4 * 0.6 / 100)  # of 100 problems
-    assert "200 responses" in printed
+    assert "judge, 200" in printed
     assert share == 40 and (low, high) == pytest.approx((40 - error, 40 + error), abs=2)
     assert numbers(printed, "visual_verification / verification: ")[0] == 25
     judge.show([row | {"response": "x"} for row in rows], rows[200:])  # none could be read

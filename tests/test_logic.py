@@ -140,3 +140,9 @@ def test_the_file_is_what_the_stages_read(tmp_path):
     read = [(p.id, p.prompt, p.answer, p.source) for p in data.read_problems(path)]
     assert read == [(row["id"], row["prompt"], row["answer"], row["source"]) for row in rows]
     assert {"set": "reasoning-gym", "index": 7}.items() <= rows[7]["origin"].items()
+
+
+@pytest.mark.parametrize("settings", [dict(count=0), dict(families=()), dict(levels=())])
+def test_no_problem_at_all_is_refused(settings):
+    with pytest.raises(ValueError, match="at least one"):
+        logic.Config(**settings)

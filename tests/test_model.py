@@ -402,9 +402,10 @@ SECOND = "model-00002-of-00003.safetensors"
         (SECOND, lambda old: old[:-1], f"{SECOND} is cut"),
         (CONFIG, lambda old: b"\xef\xbb\xbf" + old, "config.json describes no"),
         (CONFIG, lambda old: old[:-5], "config.json describes no"),
-        (CONFIG, {"model_type": "qwen2_vl"}, "('qwen2_vl', 'mrope', False)"),
-        (CONFIG, {"rope_scaling": {"type": "yarn"}}, "('qwen2_5_vl', 'yarn', False)"),
-        (CONFIG, {"use_sliding_window": True}, "('qwen2_5_vl', 'mrope', True)"),
+        (CONFIG, {"model_type": "qwen2_vl"}, "('qwen2_vl', 'mrope', False, 'silu')"),
+        (CONFIG, {"rope_scaling": {"type": "yarn"}}, "('qwen2_5_vl', 'yarn', False, 'silu')"),
+        (CONFIG, {"use_sliding_window": True}, "('qwen2_5_vl', 'mrope', True, 'silu')"),
+        (CONFIG, {"hidden_act": "gelu"}, "('qwen2_5_vl', 'mrope', False, 'gelu')"),
         (CONFIG, {"hidden_size": None}, "hidden_size"),
     ],
 )

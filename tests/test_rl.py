@@ -650,7 +650,9 @@ def test_a_run_logs_what_it_did_and_the_sampler_agrees_with_the_trainer(mini, un
         assert row["reward"] == pytest.approx(sum(mine) / 16)
 
 
-def test_the_trace_of_a_run_has_the_numbers_of_its_tokens_and_reads_as_six_steps(uninterrupted):
+def test_the_trace_of_a_run_has_the_numbers_of_its_tokens_and_reads_as_six_steps(
+    uninterrupted, tmp_path
+):
     rows = lines_of(uninterrupted, "trace")
     assert {row["step"] for row in rows} == {0, 1, 2, 3}
     for row in rows:
@@ -661,6 +663,9 @@ def test_the_trace_of_a_run_has_the_numbers_of_its_tokens_and_reads_as_six_steps
         assert step in screen
     with pytest.raises(ValueError, match="step 9 is not there; there are 0 to 3"):
         batches.read_trace(uninterrupted, 9)
+    (tmp_path / "trace.jsonl").touch()
+    with pytest.raises(ValueError, match="there are none"):
+        batches.read_trace(tmp_path, -1)
 
 
 def test_a_step_to_show_is_the_last_in_which_samples_differ(tmp_path):

@@ -20,7 +20,7 @@ from model import check_weights, empty_model, save_weights
 @dataclass(frozen=True)
 class Config:
     models: tuple[str, ...]  # model directories; paper: "several intermediate checkpoints"
-    out: str  # directory to write; older weights in it are removed
+    out: str  # directory to write; a model directory that is there is replaced
 
     def __post_init__(self):
         if not self.models:
@@ -28,6 +28,9 @@ class Config:
         places = [str(Path(path).resolve()) for path in (*self.models, self.out)]
         if twice := [path for path in places if places.count(path) > 1]:
             raise ValueError(f"--models and --out name {twice[0]} twice")
+        out = Path(self.out)
+        if out.exists() and not (out / "config.json").is_file():
+            raise ValueError(f"--out {out} is there and is no model directory: choose another name")
 
 
 def main(cfg: Config):

@@ -75,7 +75,7 @@ def packing(policy, documents: list[data.Document], world):
     distributed.release(policy)
     gaps = [(a - b).abs().mean().item() for a, b in zip(alone, together, strict=True)]
     wrong = [d.name for d, gap in zip(documents, gaps, strict=True) if not gap <= limit]  # NaN, too
-    cure = "read their neighbours in a pack, mend attend() in model.py"
+    cure = "read their neighbours in a pack (mend attend() in model.py), or a weight is NaN"
     conclude("packing", wrong, cure, f"log-probs off by {max(gaps):.0e} (limit {limit:g})", world)
 
 

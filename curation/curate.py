@@ -392,7 +392,8 @@ def main(cfg: Config) -> None:
     inputs = [*cfg.rows, *cfg.benchmarks, *cfg.losses, *cfg.passes]
     write_report(out, cfg, inputs, count_steps(reason, sources))
     if not (reason == "").any():
-        first = why.read_text().partition("\n")[0]
+        with why.open() as file:
+            first = file.readline().strip()
         sys.exit(f"{out}: no row stays of {len(facts):,}; {why} says why, first: {first:.500}")
 
 

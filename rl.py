@@ -103,9 +103,9 @@ class Config:
             raise ValueError("steps, samples, policy and critic steps count from 1")
         if min(self.tis, self.epsilon_high, self.resample) < 0:
             raise ValueError("--tis, --epsilon-high and --resample count from 0")
-        starts = [first for first, _ in self.lengths]
-        if starts != sorted(set(starts)) or starts[:1] != [0]:
-            raise ValueError(f"--lengths are pairs of step and tokens, rising from 0: {starts}")
+        starts, budgets = [first for first, _ in self.lengths], [last for _, last in self.lengths]
+        if starts != sorted(set(starts)) or starts[:1] != [0] or min(budgets) < 1:
+            raise ValueError(f"--lengths are pairs of step, from 0 on, and tokens: {self.lengths}")
         if self.pack_tokens < self.context:
             raise ValueError(f"--pack-tokens {self.pack_tokens} < {self.context}: prompt, response")
         if not self.parts / max(self.problems, 1) <= self.finish_share <= 1:

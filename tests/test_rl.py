@@ -254,6 +254,7 @@ def test_critic_metrics_of_a_perfect_a_constant_and_any_critic():
         (dict(lengths=((1, 8), (2, 12))), "--lengths"),
         (dict(lengths=((0, 8), (4, 12), (2, 16))), "--lengths"),
         (dict(lengths=()), "--lengths"),
+        (dict(lengths=((0, 0),)), "--lengths"),
         (dict(pack_tokens=75), "--pack-tokens 75 < 76"),
         (dict(algorithm="grpo", samples=1), "--samples"),
         (dict(problems=3), "--problems 3 .* < 4"),

@@ -269,7 +269,7 @@ def main(cfg: Config):
         print("|---" * (len(PHASES) + 3) + "|")
         with get_context("spawn").Pool(2) as pool:
             # neighbours share models, which are measured once in a process
-            for row in pool.imap(tried, TRIED.strip().splitlines(), chunksize=4):
+            for row in pool.imap(tried, TRIED.strip().splitlines(), chunksize=8):
                 print(row, flush=True)
         return
     (gb, tflops, gbs), (c, models, table, peak) = GPUS[cfg.gpu], plan(cfg)

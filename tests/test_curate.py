@@ -11,7 +11,7 @@ from conftest import write_rows
 from PIL import Image, ImageDraw
 
 from common import data
-from curation import alike, curate
+from curation import alike, curate, logic
 
 THOUGHT = (
     "We add the two numbers. First the ones: seven and five are twelve, so two stays and one is "
@@ -195,11 +195,21 @@ def test_duplicates_are_found_and_near_misses_stay(tmp_path):
     }
 
 
-def roots(texts: list[str]) -> np.ndarray:
-    facts = np.zeros(len(texts), curate.FACT)
-    for text, fact in zip(texts, facts, strict=True):
-        alike.describe({"prompt": text, "images": [], "answer": None}, fact)
+def roots(rows: list[dict | str]) -> np.ndarray:
+    facts = np.zeros(len(rows), curate.FACT)
+    for row, fact in zip(rows, facts, strict=True):
+        row = row if isinstance(row, dict) else {"prompt": row, "images": [], "answer": None}
+        alike.describe(row, fact)
     return alike.repeats(facts)
+
+
+def test_made_problems_repeat_where_they_are_equal_and_hardly_elsewhere():
+    """Prompts of a family differ in little: a grid, a number; or in a name and nothing else."""
+    quick = tuple(family for family in logic.FAMILIES if family != "zebra_puzzles")
+    rows = [logic.problem(5, i, quick) for i in range(1_100)]
+    prompts, root = [row["prompt"] for row in rows], roots(rows)
+    unequal = [i for i, first in enumerate(root) if prompts[first] != prompts[i]]
+    assert len(unequal) < 5 and len(set(root)) == len(set(prompts)) - len(unequal)
 
 
 def test_near_duplicates_agree_with_exact_jaccard_on_random_texts():

@@ -562,5 +562,13 @@ def test_more_ranks_than_problems_is_an_error_that_says_so(mini, tmp_path, monke
         rl.main(rl_config(asdict(mini), tmp_path))
 
 
+def test_a_metric_that_is_not_finite_stops_the_run_and_is_named():
+    packs = [replace(filler_pack(), names=[name]) for name in ("b#0", "c#0", "a#1")]
+    distributed.refuse_nan(ALONE, 3, {"loss": 0.5}, packs, [0.1, 0.2, 0.3])
+    with pytest.raises(FloatingPointError, match="step 3.*grad_norm.*packs of a#1, b#0"):
+        numbers = {"loss": 0.5, "grad_norm": math.nan}
+        distributed.refuse_nan(ALONE, 3, numbers, packs, [math.nan, 0.2, math.inf])
+
+
 if __name__ == "__main__":
     worker(sys.argv[1], Path(sys.argv[2]))

@@ -38,10 +38,10 @@ SETTINGS = rl.Config(steps=30, problems=32, lr=3e-4, save_every=0, out="out/plan
 @dataclass(frozen=True)
 class Bug:
     wrong: str
-    trap: str  # where people met it
     patches: list  # (where, name, what becomes of what is there)
     metric: str  # that shows it best
     caught_by: tuple[str, ...]  # "rl: words of its refusal", "doctor: words", "file.test[case]"
+    trap: str  # where people met it
     cure: str
 
 
@@ -49,27 +49,13 @@ def one_slot_further(inputs):
     return inputs if inputs.slots is None else replace(inputs, slots=inputs.slots + 1)
 
 
-def read_late(values):
-    """A wrapper of rl.critic_values."""
-
-    def critic_values(critic, packs):
-        values(critic, packs)
-        for pack in packs:
-            parts = pack.values.split(pack.counts)
-            pack.values = torch.cat([torch.cat([v[1:], v[-1:]]) for v in parts])
-
-    return critic_values
+def late(values, counts):
+    return torch.cat([torch.cat([v[1:], v[-1:]]) for v in values.split(counts)])
 
 
-def with_rewards_of_neighbours(share):
-    """A wrapper of packs.share_packs."""
-
-    def share_packs(rollouts, cfg, *rest):
-        others = rollouts[cfg.samples :] + rollouts[: cfg.samples]
-        pairs = zip(rollouts, others, strict=True)
-        return share([replace(r, reward=o.reward) for r, o in pairs], cfg, *rest)
-
-    return share_packs
+def with_rewards_of_neighbours(rollouts, samples):
+    others = rollouts[samples:] + rollouts[:samples]
+    return [replace(r, reward=o.reward) for r, o in zip(rollouts, others, strict=True)]
 
 
 def coarse(made, weights):
@@ -94,87 +80,75 @@ HEALTHY = "test_rl.test_a_run_logs_what_it_did_and_the_sampler_agrees_with_the_t
 RATES = "test_rl.test_warm_up_counts_optimiser_steps"
 # fmt: off
 BUGS = {
-    "stale_sampler": Bug(
-        "after an update the sampler keeps the old weights", "vllm#9744, verl#3694",
+    "stale_sampler": Bug("after an update the sampler keeps the old weights",
         [(rollout.TorchSampler, "sync", lambda sync: lambda self, weights: [*weights] and None)],
-        "logp_diff", ("rl: after the update of step 0",),
+        "logp_diff", ("rl: after the update of step 0",), "vllm#9744, verl#3694",
         "copy every weight after every update; drop what was cached under the old ones"),
-    "bent_draws": Bug(
-        "draws are bent (as by temperature 1.8), the log-probs reported are not", "NeMo-RL#3497",
+    "bent_draws": Bug("draws are bent (as by temperature 1.8), the log-probs reported are not",
         [(rollout, "draw_tokens", lambda draw: lambda x, u, t, *of: draw(x, u, 1.8 * t, *of))],
         "no_box", ("test_rollout.test_the_first_tokens_of_many_samples_follow_the_model",),
-        "set every sampling field, take none from generation_config.json"),
-    "attention_leaks": Bug(
-        "attention takes a pack for one document", "LlamaFactory#7754, transformers#40154",
+        "NeMo-RL#3497", "set every sampling field, take none from generation_config.json"),
+    "attention_leaks": Bug("attention takes a pack for one document",
         [(model, "attend", lambda attend: lambda q, k, v, lengths, causal: attend(
-            q, k, v, [sum(lengths)] if causal else lengths, causal))],
-        "logp_diff",
+            q, k, v, [sum(lengths)] if causal else lengths, causal))], "logp_diff",
         ("doctor: neighbours in a pack", "test_model.test_a_document_cannot_see_its_neighbours"),
+        "LlamaFactory#7754, transformers#40154",
         "give attention the lengths of documents, not of packs"),
-    "features_one_off": Bug(
-        "image features stand one slot too far", "EasyR1#110, R1-V#180",
+    "features_one_off": Bug("image features stand one slot too far",
         [(model.Qwen25VL, "hidden", lambda hidden: lambda self, inputs, *rest: hidden(
-            self, one_slot_further(inputs), *rest))],
-        "reward_image",
+            self, one_slot_further(inputs), *rest))], "reward_image",
         ("test_model.test_logits_and_all_gradients_equal_those_of_transformers[1]",),
+        "EasyR1#110, R1-V#180",
         "place them by offsets stored with the prompt; compare logits with transformers"),
-    "wrong_sign": Bug(
-        "the loss is the objective, not minus it", "open-r1#239, TRL#2703",
+    "wrong_sign": Bug("the loss is the objective, not minus it",
         [(rl, "policy_loss", lambda loss: lambda *tensors: -loss(*tensors))],
-        "reward", ("test_rl.test_the_clip_by_hand[0]", EXACT),
-        "hold the loss against an exact gradient"),
-    "value_late": Bug(
-        "V is read behind the token that it should not have seen", "SkyRL#1305, verl#1758",
-        [(rl, "critic_values", read_late)],
-        "truncated", (EXACT,),
-        "read V(s_t) at the row that predicts token t"),
-    "rewards_shuffled": Bug(
-        "each problem's rewards go to the samples at its neighbour", "Search-R1#88",
-        [(where, "share_packs", with_rewards_of_neighbours) for where in (packs, rl)],
-        "reward",
-        (EXACT,), "keep the reward in the record of its rollout; pair no lists by place alone"),
-    "spaces_in_box": Bug(
-        "the box is compared as it stands, spaces and all", "verl#5635, Math-Verify#55",
+        "reward", ("test_rl.test_the_loss_of_a_token_by_hand[0]", EXACT),
+        "open-r1#239, TRL#2703", "hold the loss against an exact gradient"),
+    "value_late": Bug("V is read behind the token that it should not have seen",
+        [(rl, "gae", lambda gae: lambda rewards, values, counts, *rest: gae(
+            rewards, late(values, counts), counts, *rest))], "truncated", (EXACT,),
+        "SkyRL#1305, verl#1758", "read V(s_t) at the row that predicts token t"),
+    "rewards_shuffled": Bug("each problem's rewards go to the samples at its neighbour",
+        [(where, "share_packs", lambda share: lambda rollouts, cfg, *rest: share(
+            with_rewards_of_neighbours(rollouts, cfg.samples), cfg, *rest))
+         for where in (packs, rl)], "reward", (EXACT,), "Search-R1#88",
+        "keep the reward in the record of its rollout; pair no lists by place alone"),
+    "spaces_in_box": Bug("the box is compared as it stands, spaces and all",
         [(reward, "compare", lambda same: lambda gold, box, *rest: (
             "match" if gold == box else "mismatch"))],
         "reward", ("test_reward.test_each_example_of_a_policy_rule_has_its_verdict[1]",),
+        "verl#5635, Math-Verify#55",
         "grade twenty rollouts by hand; keep a status beside every score"),
-    "gold_anywhere": Bug(
-        "a response is right if the reference stands anywhere in it", "Open-Reasoner-Zero",
+    "gold_anywhere": Bug("a response is right if the reference stands anywhere in it",
         [(reward, "extract", lambda extract: lambda response: ("", response)),
          (reward, "compare", lambda same: lambda gold, response, *rest: (
-            "match" if gold in response.split() else "mismatch"))],
-        "length",
+            "match" if gold in response.split() else "mismatch"))], "length",
         ("test_reward.test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status[1]",),
-        "only the last closed box counts; read what scored"),
-    "bf16_masters": Bug(
-        "the weights that the optimiser moves are kept in bfloat16", "AReaL#1292",
+        "Open-Reasoner-Zero", "only the last closed box counts; read what scored"),
+    "bf16_masters": Bug("the weights that the optimiser moves are kept in bfloat16",
         [(distributed, "load", lambda load: lambda *given, **more: coarse(
             made := load(*given, **more), made.parameters())),
          (torch.optim.AdamW, "step", lambda step: lambda self, *rest: coarse(
             step(self, *rest), self.param_groups[0]["params"]))],
-        "reward", ("doctor: masters move at",), "keep masters and moments in float32"),
-    "stale_optimizer": Bug(
-        "the optimiser holds weights that are no longer the policy's", "NeMo-RL#227, verl#7834",
+        "reward", ("doctor: masters move at",),
+        "AReaL#1292", "keep masters and moments in float32"),
+    "stale_optimizer": Bug("the optimiser holds weights that are no longer the policy's",
         [(rl, "load_models", lambda load: lambda *given: estranged(load(*given)))],
-        "grad_norm",
-        (HEALTHY,), "build it from the weights that train, after sharding; see that they move"),
-    "critic_frozen": Bug(
-        "the critic's learning rate is 0", "a critic that does not learn",
+        "grad_norm", (HEALTHY,), "NeMo-RL#227, verl#7834",
+        "build it from the weights that train, after sharding; see that they move"),
+    "critic_frozen": Bug("the critic's learning rate is 0",
         [(rl, "rates", lambda rates: lambda step, count, peak, warmup: rates(
             step, count, peak * (count == 1), warmup))],
-        "value_loss", (RATES,), "see that value_mean meets return_mean"),
-    "endless_warmup": Bug(
-        "the warm-up does not end, the rates go on rising", "warm-up counts steps",
+        "value_loss", (RATES,), "a critic that does not learn",
+        "see that value_mean meets return_mean"),
+    "endless_warmup": Bug("the warm-up does not end, the rates go on rising",
         [(rl, "rates", lambda rates: lambda step, count, peak, warmup: [
             peak * (step * count + k + 1) / max(1, warmup) for k in range(count)])],
-        "lr", (RATES,),
-        "log the rate that is used"),
-    "stop_untrained": Bug(
-        "a mask by token id (pad is the stop token) takes its loss away", "TRL#1623, open-r1#494",
+        "lr", (RATES,), "warm-up counts steps", "log the rate that is used"),
+    "stop_untrained": Bug("a mask by token id (pad is the stop token) takes its loss away",
         [(rl, "policy_losses", lambda losses: lambda policy, pack, cfg: losses(
             policy, without_stops(pack, policy), cfg))],
-        "policy_loss", (HEALTHY,),
+        "policy_loss", (HEALTHY,), "TRL#1623, open-r1#494",
         "masks follow from lengths, never from token ids"),
 }
 # fmt: on

@@ -44,9 +44,8 @@ def named_test(catcher: str, request):
     return function, arguments
 
 
-def fires(catcher: str, mini, folder: Path, function, arguments: dict) -> bool:
+def fires(catcher: str, cfg: rl.Config, function, arguments: dict) -> bool:
     kind, _, wanted = catcher.partition(": ")
-    cfg = config(model=mini.model, data=mini.train, out=str(folder))
     try:
         if kind == "doctor":
             doctor.examine(replace(cfg, lr=1e-5), ALONE)
@@ -54,7 +53,7 @@ def fires(catcher: str, mini, folder: Path, function, arguments: dict) -> bool:
             rl.main(replace(cfg, steps=1, lr=1e-2, warmup=1))
         elif "uninterrupted" in inspect.signature(function).parameters:
             rl.main(cfg)
-            function(**arguments, uninterrupted=folder)
+            function(**arguments, uninterrupted=Path(cfg.out))
         else:
             function(**arguments)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -67,14 +66,12 @@ def test_each_bug_is_caught_by_what_its_row_names_and_nothing_is_caught_without_
     name, catcher, mini, tmp_path, request
 ):
     named = (None, {}) if ": " in catcher else named_test(catcher, request)
+    cfg = config(model=mini.model, data=mini.train, out=str(tmp_path / "bug"))
     if catcher not in SILENT:
-        assert not fires(catcher, mini, tmp_path / "sound", *named)
+        assert not fires(catcher, replace(cfg, out=str(tmp_path / "sound")), *named)
         SILENT.add(catcher)
-    before = [getattr(where, attribute) for where, attribute, _ in BUGS[name].patches]
     with planted(name):
-        assert fires(catcher, mini, tmp_path / "bug", *named)
-    for (where, attribute, _), sound in zip(BUGS[name].patches, before, strict=True):
-        assert getattr(where, attribute) is sound  # taken out again
+        assert fires(catcher, cfg, *named)
 
 
 def test_a_run_goes_on_where_rl_would_stop(mini, tmp_path):

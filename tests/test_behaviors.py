@@ -55,12 +55,9 @@ def shown(text):
     return {name for name, number in count(text).items() if number}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_behaviour_is_heard_in_english_and_in_the_miniature(name):
-    assert [text for text in SAYS[name] if name not in shown(text)] == []
-
-
-def test_plain_sentences_say_nothing():
+def test_each_behaviour_is_heard_in_english_and_in_the_miniature_and_none_in_plain_sentences():
+    said = [(name, text) for name in NAMES for text in SAYS[name]]
+    assert [(name, text) for name, text in said if name not in shown(text)] == []
     assert {text: shown(text) for text in PLAIN if shown(text)} == {}
 
 
@@ -73,9 +70,13 @@ def test_the_labelled_sentences_are_told_apart():
         assert (name in shown(row["text"])) == row["label"], row
 
 
-def test_a_behaviour_counts_once_in_a_sentence_and_again_in_the_next():
-    once = "Let me check, let me verify, let me double-check it."
-    assert count(f"{once} {once}\n{once}")["verification"] == 3
+def test_a_behaviour_counts_once_in_a_sentence_and_spans_are_the_sentences_themselves():
+    text = "3.5 cm. Let me check, let me verify it. \n\nWait, that is wrong!  So 4\nLet me check"
+    pieces = [(span.name, text[span.start : span.end]) for span in behaviors.find(text)]
+    checks = [("verification", "Let me check, let me verify it."), ("verification", "Let me check")]
+    assert pieces == [checks[0], ("backtracking", "Wait, that is wrong!"), checks[1]]
+    assert behaviors.find(text)[-1].end == len(text), "not where its words stand first"
+    assert count(text) == dict.fromkeys(NAMES, 0) | {"verification": 2, "backtracking": 1}
 
 
 def test_doubt_or_again_makes_it_reflection_and_not_verification():
@@ -83,12 +84,6 @@ def test_doubt_or_again_makes_it_reflection_and_not_verification():
     assert "verification" not in shown("Wait, that is wrong, let me check the sum.")
     seen = shown("Hmm, let me check this with the picture again.")
     assert "visual_reflection" in seen and "visual_verification" not in seen
-
-
-def test_spans_are_the_sentences_themselves():
-    text = "The sum is 3.5 cm. Let me check this. \n\nWait, that is wrong!  So 4"
-    pieces = {span.name: text[span.start : span.end] for span in behaviors.find(text)}
-    assert pieces == {"verification": "Let me check this.", "backtracking": "Wait, that is wrong!"}
 
 
 def test_thinking_ends_at_the_last_closing_tag():
@@ -102,24 +97,6 @@ def test_thinking_ends_at_the_last_closing_tag():
 CHECK, LOOK, BACK = "Let me check.", "Look at the figure again.", "Wait, that is wrong."
 
 
-def presence(texts):
-    return counted([behaviors.find(text) for text in texts]) > 0
-
-
-def test_the_interval_of_a_transfer_agrees_with_a_naive_bootstrap_and_draws_whole_problems():
-    flags = np.random.default_rng(1).random((60, 2)) < [0.7, 0.3]
-    shown = presence([f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags])
-    _, low, high = behaviors.transfers(shown, range(60))[PAIRS[0]]
-    sums = flags[np.random.default_rng(2).integers(60, size=(4000, 60))].sum(axis=1)
-    naive = np.quantile(sums[:, 1] / sums[:, 0], [0.025, 0.975])
-    assert (low, high) == pytest.approx(naive, abs=0.04)
-    copies = shown.repeat(8, axis=0)  # eight equal samples are no new evidence
-    problems = [f"problem {i // 8}" for i in range(480)]
-    assert behaviors.transfers(copies, problems)[PAIRS[0]][1:] == pytest.approx(
-        (low, high), abs=0.04
-    )
-
-
 def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question():
     question = "Let me check whether you can look at the figure again. What is the angle at C?"
     response = f"<think>\nThe question: {question} I see. {CHECK} It is 40.\n</think> {BACK}"
@@ -130,12 +107,6 @@ def test_only_the_thought_is_searched_and_no_sentence_that_repeats_the_question(
     assert behaviors.find_in_thought("", question) == []
 
 
-def test_a_rows_own_patterns_are_watched():
-    patterns = {"check": r"let me check", "idle": r"look at [A-C]\d again"}
-    assert behaviors.watched("let me check B2", patterns) == {"check": True, "idle": False}
-    assert behaviors.watched("x", {}) == {}
-
-
 def graded(response, score=1.0, tokens=500) -> dict:
     row = {"id": response, "response": response, "score": score, "tokens": tokens}
     return row | {"spans": behaviors.find(response)}
@@ -143,11 +114,11 @@ def graded(response, score=1.0, tokens=500) -> dict:
 
 def test_graded_rows_tell_rates_by_score_and_without_the_visual_sentences():
     both = "Let me check this against the picture."
-    rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded("nothing", 0.4)]
+    rows = [graded(CHECK), graded(f"{CHECK} {CHECK}", 0.0), graded(CHECK, 0.4)]
     found = behaviors.summarise([*rows, graded(both, None), graded("nothing")])
-    assert found["rates"]["verification"] == 0.6 and found["rates"]["visual_verification"] == 0.2
-    assert found["without_visual"]["verification"] == 0.4
-    assert [found["by_score"][s]["verification"] for s in ("right", "wrong")] == [0.5, 0.5]
+    assert found["rates"]["verification"] == 0.8 and found["rates"]["visual_verification"] == 0.2
+    assert found["without_visual"]["verification"] == 0.6
+    assert [found["by_score"][s]["verification"] for s in ("right", "wrong")] == [0.5, 1.0]
     assert set(behaviors.summarise([])["rates"].values()) == {0.0}
 
 
@@ -155,7 +126,6 @@ def test_counts_are_means_and_per_1000_tokens_and_early_rates_of_the_first_2000(
     late = graded(f"{'x. ' * 50} {CHECK}", tokens=4000)  # in the last of its 4,000 tokens
     rows = [late, graded(f"{CHECK} {CHECK} {CHECK}", tokens=1000), graded(CHECK, tokens=None)]
     found = behaviors.summarise(rows)
-    assert found["rates"]["verification"] == 1
     assert found["mean_count"]["verification"] == pytest.approx(5 / 3)
     assert found["per_1000_tokens"]["verification"] == pytest.approx(4 / 5)  # of known length
     assert found["first_2000_tokens"]["verification"] == 0.5
@@ -164,13 +134,10 @@ def test_counts_are_means_and_per_1000_tokens_and_early_rates_of_the_first_2000(
 
 def test_transfer_is_visual_over_linguistic_of_ten_carriers_at_least():
     rows = [graded(f"{BACK} {BACK} {LOOK}")] * 4 + [graded(BACK)] * 6 + [graded("nothing")] * 10
-    found, few = behaviors.summarise(rows), behaviors.summarise(rows[1:])
-    assert (found["rates"]["backtracking"], found["rates"]["visual_reflection"]) == (0.5, 0.2)
-    assert found["transfer"]["visual_reflection"] == pytest.approx(0.4)
-    low, high = found["transfer_interval"]["visual_reflection"]
-    assert low < 0.4 < high
-    assert few["transfer"]["visual_reflection"] is None
-    assert few["transfer_interval"]["visual_reflection"] is None
+    for few, expected in ((0, pytest.approx(0.4)), (1, None)):
+        found = behaviors.summarise(rows[few:])
+        assert found["transfer"]["visual_reflection"] == expected
+        assert (found["transfer_interval"]["visual_reflection"] is None) == bool(few)
 
 
 def lexicon_and_judge(rng, rate, sens, spec, responses, judged):
@@ -192,12 +159,11 @@ def test_a_judged_sample_puts_the_rate_of_the_lexicon_right():
 def test_the_correction_is_the_formula_on_a_table_done_by_hand():
     # judged: 40 yes (30 heard), 60 no (12 heard); 100 not judged, 38 heard: rate 80 / 200
     found = [1] * 30 + [0] * 10 + [1] * 12 + [0] * 48 + [1] * 38 + [0] * 62
-    said = [1] * 40 + [0] * 60 + [None] * 100
+    counts = [3] * 40 + [0] * 60 + [None] * 100
     sens, spec = 30 / 40, 48 / 60
-    rate, low, high = behaviors.corrected_rate(found, said)
+    rate, low, high = behaviors.corrected_rate(found, counts)
     assert rate == pytest.approx((0.4 + spec - 1) / (sens + spec - 1))
     assert 0 <= low < rate < high <= 1
-    assert behaviors.corrected_rate(found, [3 * s if s else s for s in said])[0] == rate  # counts
 
 
 def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
@@ -208,19 +174,29 @@ def test_no_rate_is_corrected_by_a_handful_or_where_the_lexicon_is_deaf():
         assert behaviors.corrected_rate(found, said) is None
 
 
-def test_the_difference_of_two_sets_agrees_with_a_naive_loop_over_problems():
-    rng, look = np.random.default_rng(2), NAMES.index("visual_reflection")
-    items = [i for i in range(40) for _ in range(1 + i % 5)]  # of one problem one sample to five
-    likes = rng.random(40)
-    seen = presence([LOOK if rng.random() < likes[item] else "nothing" for item in items])
-    blank = presence([LOOK if rng.random() < 0.6 * likes[item] else "nothing" for item in items])
-    gaps = seen.astype(int) - blank
-    found = behaviors.means(gaps, items)
-    rate, low, high = found["visual_reflection"]
-    by_problem = [gaps[np.array(items) == i, look] for i in range(40)]
-    draws = rng.integers(40, size=(2000, 40))
-    naive = [np.concatenate([by_problem[i] for i in drawn]).mean() for drawn in draws]
+def naive_interval(values: np.ndarray, items: np.ndarray, statistic) -> np.ndarray:
+    """95 % of what is seen where whole problems are drawn, one after the other."""
+    of_problem = [values[items == item] for item in np.unique(items)]
+    draws = np.random.default_rng(2).integers(len(of_problem), size=(2000, len(of_problem)))
+    found = [statistic(np.concatenate([of_problem[k] for k in drawn])) for drawn in draws]
+    return np.quantile(found, [0.025, 0.975])
+
+
+def test_intervals_of_rates_and_transfers_agree_with_a_naive_loop_that_draws_whole_problems():
+    rng, look = np.random.default_rng(1), NAMES.index("visual_reflection")
+    items = np.array([i for i in range(40) for _ in range(1 + i % 5)])  # one sample to five
+    likes = rng.random((40, 2))[items]  # samples of one problem are alike
+    flags = rng.random((len(items), 2)) < likes
+    texts = [f"{BACK if spoken else ''} {LOOK if seen else ''}" for spoken, seen in flags]
+    shown = counted([behaviors.find(text) for text in texts]) > 0
+
+    rate, *ends = behaviors.transfers(shown, items)[PAIRS[0]]
+    assert rate == pytest.approx(flags[:, 1].sum() / flags[:, 0].sum())
+    naive = naive_interval(flags, items, lambda drawn: drawn[:, 1].sum() / drawn[:, 0].sum())
+    assert ends == pytest.approx(naive, abs=0.04)
+
+    gaps = shown.astype(int) - (rng.random((len(items), 1)) < 0.4)  # of two runs
+    rate, *ends = behaviors.means(gaps, items)["visual_reflection"]
     assert rate == pytest.approx(gaps[:, look].mean())
-    assert (low, high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.01)
-    assert found["verification"] == (0.0, 0.0, 0.0)
+    assert ends == pytest.approx(naive_interval(gaps[:, look], items, np.mean), abs=0.02)
     assert behaviors.means(np.ones((len(items), 8)), items)["verification"] == (1, 1, 1)

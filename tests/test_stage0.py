@@ -11,7 +11,7 @@ import pytest
 import teacher
 from conftest import finished, write_rows
 from test_score import plain  # noqa: F401  a small causal language model
-from test_sources import cell, write_parquet
+from test_sources import TRAIN, put
 
 from common import data
 from curation import logic
@@ -29,16 +29,6 @@ def stage0(what: str, out: Path, **ours) -> str:
     return finished(["bash", "runs/data.sh", what], ROOT, environment | ours, 500)
 
 
-def funnel(path: Path) -> dict:
-    """{step: (rows in, rows kept)} over all sources; in = kept + reasons is checked."""
-    found = {}
-    for step, sources in json.loads(path.read_text())["steps"].items():
-        for of in sources.values():
-            assert of["in"] == of["kept"] + sum(of["reasons"].values())
-        found[step] = tuple(sum(of[x] for of in sources.values()) for x in ("in", "kept"))
-    return found
-
-
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory, plain) -> Path:  # noqa: F811
     """out/ after `runs/data.sh sft`: R1 traces of a set, and logic problems given to a teacher."""
@@ -49,7 +39,7 @@ def sft(tmp_path_factory, plain) -> Path:  # noqa: F811
     good = f"<think>{thought * 2}</think>\n\nIt is \\boxed{{4}}."
     row |= {"generations": [good, good.replace("4", "5"), good]}
     row |= {"correctness_math_verify": [True, True, True], "correctness_llama": None}
-    write_parquet(place / "data" / "train-00000-of-00001.parquet", [row])
+    put(place, {TRAIN: [row]})
     known = write_rows(place / "known.jsonl", [logic.problem(0, i) for i in range(LOGIC)])
     test = {"id": "bench/1", "question": logic.problem(0, 10)["prompt"]}
     bench = write_rows(place / "bench.jsonl", [test])
@@ -71,35 +61,35 @@ def test_sets_and_a_teacher_become_the_rows_of_the_cold_start(sft):
     assert origins["openr1_math/u/0"]["set"] == "open-r1/OpenR1-Math-220k"
     taught = [o for o in origins.values() if "distilled" in o]
     assert len(taught) == len(rows) - 1 and {o["distilled"]["model"] for o in taught} == {"teacher"}
-    assert "logic/maze/0-7" in origins
+    assert origins["logic/maze/0-7"]["index"] == 7
     assert "logic/zebra_puzzles/0-10" not in origins  # a test question
 
 
 def test_every_row_that_is_not_there_has_a_step_and_a_reason(sft):
-    raw = {
-        row["id"] for name in ("openr1_math", "logic") for row in read(sft / f"raw/{name}.jsonl")
-    }
+    raw = {r["id"] for name in ("openr1_math", "logic") for r in read(sft / f"raw/{name}.jsonl")}
     gone = [r for p in ("problems", "distilled", "sft") for r in read(sft / f"{p}.dropped.jsonl")]
     assert all(row["reason"] and row["step"] for row in gone)
-    kept = {row["id"] for row in read(sft / "sft.jsonl")}
-    assert kept | {row["id"] for row in gone} == raw and not kept & {row["id"] for row in gone}
+    kept, lost = {row["id"] for row in read(sft / "sft.jsonl")}, {row["id"] for row in gone}
+    assert kept | lost == raw and not kept & lost
     tested = next(row for row in gone if row["id"] == "logic/zebra_puzzles/0-10")
     assert tested["step"] == "benchmarks" and "bench/1: text 1.0" in tested["detail"]
     assert any(r["id"] == "openr1_math/u/1" and r["reason"] == "wrong_box" for r in gone)
-    assert funnel(sft / "problems.report.json")["benchmarks"] == (LOGIC, LOGIC - 1)
+    funnel = json.loads((sft / "problems.report.json").read_text())["steps"]
+    counts = funnel["benchmarks"].values()
+    assert [sum(of[side] for of in counts) for side in ("in", "kept")] == [LOGIC, LOGIC - 1]
+    for of in (of for step in funnel.values() for of in step.values()):
+        assert of["in"] == of["kept"] + sum(of["reasons"].values())
     assert "sft.scores.jsonl" in json.loads((sft / "sft.report.json").read_text())["inputs"]
 
 
 def test_pictures_and_the_model_to_be_trained_become_the_problems_of_rl(mini, tmp_path):
     rows = [row for row in read(Path(mini.train)) if row["images"]]
-    folder = Path(mini.train).parent
-    raw = [
-        {"problem": row["prompt"], "answer": row["answer"], "images": [cell(shade)]}
-        for shade, row in enumerate(rows)
-    ]
-    for row, of in zip(raw, rows, strict=True):
-        row["images"] = [{"bytes": (folder / of["images"][0]).read_bytes(), "path": None}]
-    write_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", raw)
+    raw = []
+    for row in rows:
+        picture = (Path(mini.train).parent / row["images"][0]).read_bytes()
+        raw.append({"problem": row["prompt"], "answer": row["answer"]})
+        raw[-1]["images"] = [{"bytes": picture, "path": None}]
+    put(tmp_path / "set", {TRAIN: raw})
     options = {"SETS": f"geometry3k={tmp_path / 'set'}", "LOGIC": "0", "MODEL": mini.model}
     options["PASSES"] = "--samples 4 --max-tokens 12 --prompt-tokens 64"
     stage0("rl", tmp_path / "out", **options)
@@ -122,7 +112,5 @@ def test_a_second_call_does_nothing_anew_and_a_word_that_is_no_stage_is_refused(
     options = {"SETS": "openr1_math=gone", "LOGIC": str(LOGIC), "URL": "http://127.0.0.1:1/v1"}
     stage0("sft", sft, **options, TEACHER="teacher")
     assert {path: path.stat().st_mtime_ns for path in sft.glob("*.jsonl")} == before
-    done = subprocess.run(
-        ["bash", "runs/data.sh", "both"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "sft or rl, not both" in done.stdout
+    done = subprocess.run(["bash", "runs/data.sh", "both"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert done.returncode == 2 and b"sft or rl, not both" in done.stdout

@@ -11,14 +11,13 @@ from common.client import Endpoint, Reply, ask_for_all, user_message
 
 def replies(endpoint: Endpoint, words) -> list:
     """To requests that the server answers by `words`, in the order they ended."""
-    jobs, found = [*enumerate(words)], []
-    bodies = {(i, w): {"messages": [user_message(f"{i}: 2 + 3 ? [{w}]")]} for i, w in jobs}
-    ask_for_all(endpoint, jobs, lambda job: bodies.pop(job, None), lambda _, r: found.append(r))
+    bodies = [{"messages": [user_message(f"{i}: 2 + 3 ? [{w}]")]} for i, w in enumerate(words)]
+    jobs, found = [[body] for body in bodies], []
+    ask_for_all(endpoint, jobs, lambda job: job and job.pop(), lambda _, r: found.append(r))
     return found
 
 
-def asked_once(server, words: str, **settings):
-    """The reply, or None where the request fails."""
+def asked_once(server, words: str, **settings) -> Reply | None:
     found = replies(Endpoint(server.url, "m", **dict(stall=1.0, retries=2) | settings), [words])
     return found[0] if found else None
 
@@ -26,11 +25,8 @@ def asked_once(server, words: str, **settings):
 def test_a_reply_has_the_text_its_end_and_the_counted_tokens(server):
     text = f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}"
     assert asked_once(server, "right") == Reply(text, None, "stop", 10, len(text.split()))
-    assert asked_once(server, "uncounted") == Reply(text, None, "stop", None, None)
-    assert asked_once(server, "long").finish == "length"
-    for words in ("apart", "vllm"):  # the thought in a field of its own, by either name
-        reply = asked_once(server, words)
-        assert (reply.thought, reply.text) == (THOUGHT, "\\boxed{5}")
+    thought = asked_once(server, "vllm")  # in a field of its own
+    assert (thought.thought, thought.text) == (THOUGHT, "\\boxed{5}")
 
 
 FAULTS = {"500": "status 500", "stall": "APITimeoutError", "cut": "APIConnectionError"}
@@ -50,12 +46,13 @@ def test_what_the_server_rejects_is_not_asked_again_and_printed(server, capsys):
     assert re.search("1 requests failed: status 400: .*context too long", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("words", ["401", "402", "404", "tomorrow"])
+@pytest.mark.parametrize("words", ["401", "404", "tomorrow"])
 def test_what_all_requests_share_stops_with_the_cure_without_the_key(server, words, monkeypatch):
     monkeypatch.setenv("SECRET", "told")  # the server repeats it
     with pytest.raises(SystemExit, match=f"KEY to say {words}; check the key, .* ends in /v1"):
         asked_once(server, words, key_env="SECRET")
     assert len(server.requests) == 1
+    assert "authorization: bearer told" in server.headers[0].lower()
 
 
 def test_a_dead_server_and_one_that_rejects_everything_are_not_asked_to_the_end(server):
@@ -68,15 +65,11 @@ def test_a_dead_server_and_one_that_rejects_everything_are_not_asked_to_the_end(
     assert len(found) == 60  # a failure between two replies stops nothing
 
 
-def test_the_key_is_sent_and_stands_in_nothing_that_is_printed(server, monkeypatch):
-    monkeypatch.setenv("SECRET", "s3cr3t")
-    assert asked_once(server, "right", key_env="SECRET").text
-    assert "authorization: bearer s3cr3t" in server.headers[0].lower()
-    assert "s3cr3t" not in repr(Endpoint(server.url, "m", key_env="SECRET"))
+def test_a_key_that_is_missing_or_given_as_a_setting_is_refused():
     with pytest.raises(RuntimeError, match="no ABSENT: export ABSENT="):
-        asked_once(server, "right", key_env="ABSENT")
+        replies(Endpoint("http://127.0.0.1:9/v1", "m", key_env="ABSENT"), ["right"])
     with pytest.raises(ValueError, match="NAME of an environment variable") as error:
-        Endpoint(server.url, "m", key_env="sk-s3cr3t")
+        Endpoint("http://127.0.0.1:9/v1", "m", key_env="sk-s3cr3t")
     assert "s3cr3t" not in str(error.value)
 
 
@@ -96,27 +89,25 @@ def test_jobs_are_pulled_one_by_one_as_places_become_free():
     with serving(hold=0.02) as server:
         endpoint = Endpoint(server.url, "m", concurrency=5)
         ask_for_all(endpoint, jobs(), request, lambda job, _: done.append(job))
-    assert sorted(done) == pulled == [*range(40)] and server.most == 5
-    assert server.connections == 5  # kept open from request to request
+    assert sorted(done) == pulled == [*range(40)]
+    assert server.connections == 5  # all at once, kept open from request to request
 
 
-def test_an_error_in_the_work_or_the_jobs_comes_out_as_it_is(server):
+def test_an_error_in_the_work_or_the_jobs_comes_out_as_it_is():
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m")
     with pytest.raises(ZeroDivisionError):
-        ask_for_all(Endpoint(server.url, "m"), [1, 0], lambda job: 1 // job and None, print)
+        ask_for_all(endpoint, [1, 0], lambda job: 1 // job and None, print)
     with pytest.raises(KeyError, match="a bad job"):
-        ask_for_all(Endpoint(server.url, "m"), ({}["a bad job"] for _ in [1]), print, print)
+        ask_for_all(endpoint, ({}["a bad job"] for _ in [1]), print, print)
 
 
 def test_pictures_stand_where_their_markers_are_and_carry_what_they_are(tmp_path):
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", "JPEG")  # by its name a PNG
-    Image.new("RGB", (4, 4)).save(tmp_path / "b", "PNG")
     names = [tmp_path / "a.png", tmp_path / "b"]
+    Image.new("RGB", (4, 4), "red").save(names[0], "JPEG")  # by its name a PNG
+    Image.new("RGB", (4, 4)).save(names[1], "PNG")
     see, first, et, second = user_message("see <image> and <image>", names)["content"]
     assert (see["text"], et["text"]) == ("see", "and")
     assert first["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
     assert second["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     unmarked = user_message("which ?", names)["content"]
     assert [part["type"] for part in unmarked] == ["image_url", "image_url", "text"]
-    assert user_message("text <alone>") == {"role": "user", "content": "text <alone>"}
-    with pytest.raises(ValueError, match="1 markers <image> for 2 images"):
-        user_message("see <image>", names)

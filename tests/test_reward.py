@@ -7,8 +7,6 @@ or sympy, say what is equal. Hostile inputs are counted in work, not in seconds.
 
 import json
 import multiprocessing
-import subprocess
-import sys
 import threading
 import warnings
 from fractions import Fraction
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sympy
+import tyro
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from work import lines_run
@@ -30,10 +29,7 @@ def score(gold, box, **options):
     return grade(gold, f"so the answer is $\\boxed{{{box}}}$.", **options).score
 
 
-HERE = Path(__file__).parent
-
 # --- the policy
-
 
 ENDS = [  # of responses to the gold 4
     (r"I think \boxed{3}. No: \boxed{4}", "match", "4"),
@@ -49,6 +45,7 @@ ENDS = [  # of responses to the gold 4
     (r"<think>\boxed{5}</think> It is \boxed{4}.", "match", "4"),
     (r"\boxed{4 \text{ or } 5}", "hedged", r"4 \text{ or } 5"), (r"\boxed{}", "unparsed", ""),
     (r"\boxed{\square}", "unparsed", r"\square"),
+    ("\\boxed{4" + " " * 3_000 + "}", "too_big", None),
 ]  # fmt: skip
 
 
@@ -57,21 +54,14 @@ def test_rule_1_the_last_closed_box_counts_and_every_score_has_a_status(response
     assert grade("4", response) == Verdict(float(status == "match"), status, answer)
 
 
-@pytest.mark.parametrize(
-    ("gold", "response", "status"),
-    [
-        ("4, 5", r"\boxed{4} and \boxed{5}", "match"),
-        ("4, 5", r"\boxed{4} or \boxed{5}", "hedged"),
-        ("5", "\\boxed{5" + " " * 3_000 + "}", "too_big"),
-        ("5, 5", ("\\boxed{5" + " " * 1_500 + "},") * 2, "too_big"),
-    ],
-)
-def test_rule_1_boxes_that_are_a_hedge_or_too_long_say_so(gold, response, status):
-    assert grade(gold, response).status == status
+def test_rule_1_boxes_joined_by_and_are_a_list_but_not_those_joined_by_or():
+    assert grade("4, 5", r"\boxed{4} and \boxed{5}").status == "match"
+    assert grade("4, 5", r"\boxed{4} or \boxed{5}").status == "hedged"
+    assert grade("5, 5", ("\\boxed{5" + " " * 1_500 + "},") * 2).status == "too_big"
 
 
 def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    return [json.loads(line) for line in Path(__file__).with_name(name).open()]
 
 
 @pytest.mark.parametrize("rule", [f"rule_{n}" for n in range(1, 9)])
@@ -84,52 +74,44 @@ def test_each_example_of_a_policy_rule_has_its_verdict(rule):
     assert {case["label"] for case in cases} == {0, 1} and not wrong
 
 
-def test_the_command_line_explains_and_scores_files(tmp_path):
-    def run(*arguments):
-        command, root = [sys.executable, "reward.py", *arguments], Path(reward.__file__).parent
-        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+def test_the_command_line_explains_and_scores_files(tmp_path, capsys):
+    def said(*arguments) -> str:
+        tyro.cli(reward.main, args=arguments)
+        return capsys.readouterr().out
 
-    explained = run("--gold", "0.5", "--response", r"\boxed{\frac12}").stdout
+    explained = said("--gold", "0.5", "--response", r"\boxed{\frac12}")
     assert "score 1" in explained and "0.5" in explained and "1/2" in explained
     cases = tmp_path / "cases.jsonl"
     right = {"gold": "1", "response": r"\boxed{1}", "label": 1}
     wrong = right | {"gold": "2", "kind": "odd"}
     cases.write_text(f"{json.dumps(right)}\n{json.dumps(wrong)}\n")
-    scored = run(str(cases)).stdout
+    scored = said(str(cases))
     assert "line 2 false negative odd" in scored and "1 of     2" in scored
     cases.write_text('{"gold": "1"}\n')
-    failed = run(str(cases))
-    assert failed.returncode and "line 1" in failed.stderr and "response" in failed.stderr
+    with pytest.raises(SystemExit, match="line 1: .*response"):
+        said(str(cases))
 
 
-# --- odd texts: each ends in a verdict, by the rule beside it
-
-ODD = [
+ODD = [  # texts on the edge of what is read: each ends in a verdict, by the rule beside it
     ("5", "1 3/2", 0),  # no mixed number
-    ("5", r"3\overline{3}", 0), ("5", r"\frac1.52", 0),
     ("a_{1", "a_1", 1),  # a damaged gold is compared like words
     ("5", r"\begin{pmatrix}1&2\\3\end{pmatrix}", 0),  # rows of different lengths
-    ("5", r"\begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}1&2\end{pmatrix}", 0),
     ("5", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", 0),  # powers of matrices are not read
-    ("5", r"\begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}1\\2\end{pmatrix}", 0),
-    ("5", r"2^{20000} \cdot 2^{20000}", 0),
     (r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\2\end{pmatrix}",
      r"\begin{pmatrix}x\\y\end{pmatrix} = \begin{pmatrix}1\\3\end{pmatrix}", 0),
-    ("x", "x^{2^{70}}", 0),
+    ("5", r"2^{20000} \cdot 2^{20000}", 0), ("x", "x^{2^{70}}", 0),
     (r"\sqrt{10^{90}+1}", r"\sqrt{1+10^{90}}", 1),  # too long to look for a whole root
     ("5", r"\lfloor i \rfloor", 0), ("5", r"\log_1 5", 0), ("5", r"\ln 0", 0),
     ("5", r"\max(3, 5, 2)", 1), ("5", r"\max(3, 5, i)", 0), ("\\min(\\pi, 3)", "3", 1),
-    ("5", "1," * 100, 0), ("3:30 pm", "x:30 pm", 0),
-    (r"5 \text{ cm } 3 \text{ kg}", r"5 \text{ cm } 3 \text{ kg}", 1), ("x > 2", "1 < x > 2", 0),
-    ("x > 2", r"1 < 2 \in x", 0), ("x > 2", "1 < x < 2 < 3", 0), ("x < y < z", "x < y < z", 1),
+    ("3:30 pm", "x:30 pm", 0), ("a:b", "a:c", 0), (r"5 \text{ m/s}", "5 m*x", 0),
+    ("x > 2", "1 < x > 2", 0), ("x > 2", "1 < x < 2 < 3", 0), ("x < y < z", "x < y < z", 1),
     ("x < 4", "2x < x + 4", 1), ("x < 4", "x < i", 0), ("|x| < 1", "|x| < -1", 0),
     ("|x-1| > 2", r"x < -1 \text{ or } x > 3", 1), (r"\frac1x < 2", "2 > 1/x", 1),
     (r"\sqrt{x-2} < 1", r"\sqrt{x-2} < 1.0", 1), (r"[0,1) \cup", r"[0,1)", 0),
     (r"(0, a) \cup (b, c)", r"(b, c) \cup (0, a)", 1),  # ends without an order
-    (r"(0,1) \cup (2,3)", "x < 1, y", 0), (r"(0,1) \cup (2,3)", "(3,2), (1,0)", 0),
-    ("a:b", "a:c", 0), ("a:b", r"a : b", 1), (r"5 \text{ m/s}", "5 m*x", 0),
+    (r"(0,1) \cup (2,3)", "(3,2), (1,0)", 0), ("96\n376", "96, 376", 1),
     (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^{n} k", 1),  # written alike, not summed
-    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 0), ("96\n376", "96, 376", 1),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 0),
     (r"\overline{z}", "z", 0), ("sinx", r"\sin x", 1), (r"\{a, b\}", r"x = \{b, a\}", 1),
     ("x + y < 1", "2x + 2y < 2", 1), ("x + y < 1", "-x - y < -1", 0),
 ]  # fmt: skip
@@ -137,7 +119,7 @@ ODD = [
 
 @pytest.mark.parametrize(("gold", "box", "expected"), ODD)
 def test_odd_texts_end_in_a_verdict(gold, box, expected):
-    assert grade(gold, f"\\boxed{{{box}}}").score == expected
+    assert score(gold, box) == expected
 
 
 def test_a_fault_of_the_matcher_costs_one_answer_and_not_the_run(monkeypatch):
@@ -146,39 +128,31 @@ def test_a_fault_of_the_matcher_costs_one_answer_and_not_the_run(monkeypatch):
         assert grade("1/2", r"\boxed{0.5}") == (0.0, "failed", "0.5")
 
 
-# --- labelled pairs
-
 MISSES = {  # right answers that get 0, and why: what would read them is not worth its lines
-    ("July 4, 2020", r"\text{2020-07-04}"): "dates in figures",
-    ("3rd", r"\text{third}"): "ordinal numbers in words",
-    ("2 hours 15 minutes", r"2\text{ hours and }15\text{ minutes}"): "sums of units",
-    ("2 hours 15 minutes", r"135 \text{ minutes}"): "sums of units",
-    ("xy=6", r"y=\frac{6}{x}"): "equations that differ by a factor with symbols",
-    ("(a) 5 (b) 7", "5, 7"): "a list for labelled parts",
-    (r"(a) $\frac{3}{4}$ (b) $2$", r"\frac{3}{4},\ 2"): "a list for labelled parts",
-    ("m=4, n=9", r"\begin{cases} m=4 \\ n=9 \end{cases}"): "systems",
-    ("p=7, q=11", r"\begin{aligned} p&=7 \\ q&=11 \end{aligned}"): "systems",
-    (
-        r"a_n=\begin{cases}3, & n=1 \\ 2n, & n \geq 2\end{cases}",
-        r"a_n = \begin{cases} 3 & n = 1 \\ 2n & n \ge 2 \end{cases}",
-    ): "functions by cases, unless written alike",
-}
+    r"\text{2020-07-04}": "dates in figures", r"\text{third}": "ordinal numbers in words",
+    r"2\text{ hours and }15\text{ minutes}": "sums of units",
+    r"135 \text{ minutes}": "sums of units",
+    r"y=\frac{6}{x}": "equations that differ by a factor with symbols",
+    "5, 7": "a list for labelled parts", r"\frac{3}{4},\ 2": "a list for labelled parts",
+    r"\begin{cases} m=4 \\ n=9 \end{cases}": "systems",
+    r"\begin{aligned} p&=7 \\ q&=11 \end{aligned}": "systems",
+    r"a_n = \begin{cases} 3 & n = 1 \\ 2n & n \ge 2 \end{cases}": "functions by cases",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["reward_pairs.jsonl", "reward_reports.jsonl"])
-def test_the_labelled_pairs_are_graded_as_a_careful_human_does(name):
-    wrong, cases = [], rows(name)
-    assert {case["label"] for case in cases} == {0, 1}
-    for case in cases:
+def test_the_labelled_pairs_are_graded_as_a_careful_human_does():
+    paid, missed = [], []
+    for case in rows("reward_pairs.jsonl") + rows("reward_reports.jsonl"):
         verdict = grade(case["gold"], case["response"], choices=case.get("choices"))
-        known = MISSES.get((case["gold"], (verdict.answer or "").strip())) and case["label"] == 1
-        if verdict.score != case["label"] and not known:
-            wrong.append((case["kind"], case["gold"], verdict))
-    assert not wrong
+        if verdict.score > case["label"]:
+            paid.append((case, verdict))
+        if verdict.score < case["label"]:
+            missed.append(str(verdict.answer).strip())
+    assert not paid
+    assert sorted(missed) == sorted(MISSES)  # each once
 
 
 # --- attacks
-
 
 ATTACKS = [
     "__import__('os').system('touch {marker}')", "[5,__import__('os').system('touch {marker}')][0]",
@@ -200,11 +174,8 @@ def test_vague_answers_earn_nothing():
     vague += [r"\text{5 or 6}", r"\text{either 5 or 6}", r"5 \to 6", r"\neq 5", "5_{10}", "5,"]
     vague += ["5.5.5", "(5", "5)", "[5]", "5|", "5/", "5+", r"5\%\%", "0/0+5", r"5\text{ or so}"]
     vague += ["1O", "⁵"]
-    of_zero, of_one = (
-        [r"\infty-\infty", r"\text{None}", "0/0", "0=0"],
-        ["0^0", "1=1", r"\text{True}"],
-    )
-    for gold, boxes in (("5", vague), ("0", of_zero), ("1", of_one)):
+    of_zero = [r"\infty-\infty", r"\text{None}", "0/0", "0=0"]
+    for gold, boxes in (("5", vague), ("0", of_zero), ("1", ["0^0", "1=1", r"\text{True}"])):
         assert [box for box in boxes if score(gold, box)] == []
 
 
@@ -239,18 +210,13 @@ def test_heavy_responses_are_little_work(response):
     assert lines_run(grade, "7", response) < 60_000
 
 
-TWINS = [(r"\sin^2 x", r"1-\cos^2 x", 1), (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3", 1),
-         ("x", "|x|", 0)]  # fmt: skip
-
-
-def grade_twins(_=None):
-    return [score(gold, box) for gold, box, _ in TWINS] * 5
+def grade_odd(_=None) -> list[float]:
+    return [score(gold, box) for gold, box, _ in ODD]
 
 
 def test_it_works_in_many_threads_at_once_and_after_a_fork():
-    right = [float(label) for *_, label in TWINS] * 5
-    verdicts = []
-    work = [threading.Thread(target=lambda: verdicts.append(grade_twins())) for _ in range(8)]
+    right, verdicts = [float(expected) for *_, expected in ODD], []
+    work = [threading.Thread(target=lambda: verdicts.append(grade_odd())) for _ in range(8)]
     for thread in work:
         reward.read_gold.cache_clear()
         thread.start()
@@ -258,10 +224,10 @@ def test_it_works_in_many_threads_at_once_and_after_a_fork():
         thread.join()
     assert verdicts == [right] * 8
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(grade_twins, range(4)) == [right] * 4
+        assert pool.map(grade_odd, range(4)) == [right] * 4
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("\\{}()[]frac sqrt boxed text 0123456789.,+-*/^_=<>%$`'\"xyπ½ABor", max_size=80))
 def test_no_text_makes_it_raise(text):
     for gold, response in (("5", text), ("5", f"\\boxed{{{text}}}"), (text, r"\boxed{5}")):
@@ -286,7 +252,7 @@ def spellings(value: Fraction, k: int) -> list[str]:
     return texts
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.fractions(-999, 999, max_denominator=60), st.integers(1, 9), st.data())
 def test_spellings_of_fractions_match_exactly_when_their_values_are_equal(value, k, data):
     delta = data.draw(st.sampled_from([Fraction(1, 10**9), Fraction(-1, 7), Fraction(1)]))
@@ -295,13 +261,6 @@ def test_spellings_of_fractions_match_exactly_when_their_values_are_equal(value,
     assert score(gold, box) == 1
     if "%" not in gold + near:  # a percent may stand for its hundredfold: rule 4, tested by hand
         assert score(gold, near) == score(near, gold) == 0
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 400), st.integers(1, 30), st.integers(0, 400), st.integers(1, 30))
-def test_roots_match_exactly_when_their_squares_do(a, b, c, d):
-    gold, box = f"{b}\\sqrt{{{a}}}", f"{d}\\sqrt{{{c}}}"
-    assert score(gold, box) == (b * b * a == d * d * c)
 
 
 x, y = sympy.symbols("x y")
@@ -362,6 +321,5 @@ def test_an_expression_changed_a_little_is_wrong(e, other, data):
     near = data.draw(st.sampled_from(changed))
     before, after = numbers(e), numbers(near)
     assume(before and after and e.count_ops() < 40 and near.count_ops() < 40)
-    differ = any(abs(u - v) > 1e-9 * abs(u) for u, v in zip(before, after, strict=True))
-    assume(differ)
+    assume(any(abs(u - v) > 1e-9 * abs(u) for u, v in zip(before, after, strict=True)))
     assert score(sympy.latex(e), sympy.latex(near)) == 0

@@ -19,20 +19,14 @@ THOUGHT = (
 )
 
 
-def plain(prompt: str) -> str:
-    return prompt.replace("<image>", "").strip()
-
-
-def reply(asked: dict, known: list[dict]) -> tuple[str, str, str]:
+def reply(asked: dict, known: dict[str, dict]) -> tuple[str, str, str]:
     """(thought, text, finish) for a request."""
     content = asked["messages"][-1]["content"]
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
     rng = random.Random(zlib.crc32(f"{content}/{asked.get('seed')}".encode()))
-    row = next(row for row in known if content.strip().startswith(plain(row["prompt"])))
-    value, choices = str(row["answer"]), row.get("choices") or []
-    others = [x for x in "ABCDEFGH"[: len(choices)] if x != value] or [str(rng.randint(100, 999))]
-    other = rng.choice(others)
+    row = next(row for question, row in known.items() if content.strip().startswith(question))
+    value, other = str(row["answer"]), str(rng.randint(100, 999))
     if rng.random() < WRONG:
         value, other = other, value
     thought = THOUGHT.format(value=value, other=other)
@@ -43,7 +37,7 @@ def reply(asked: dict, known: list[dict]) -> tuple[str, str, str]:
 
 class Teacher(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    known: list[dict] = []
+    known: dict[str, dict] = {}  # {question: its row}
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -67,8 +61,9 @@ class Teacher(BaseHTTPRequestHandler):
 
 
 def serve(files) -> ThreadingHTTPServer:
-    """On a free port. files: JSONL {"prompt", "answer", "choices"?}."""
-    known = [json.loads(line) for path in files for line in Path(path).open()]
+    """On a free port. files: JSONL {"prompt", "answer"}."""
+    rows = [json.loads(line) for path in files for line in Path(path).open()]
+    known = {row["prompt"].replace("<image>", "").strip(): row for row in rows}
     handler = type("Knowing", (Teacher,), {"known": known})
     server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 512})
     return server(("127.0.0.1", 0), handler)

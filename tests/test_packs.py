@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import IMAGE, document
 
 from common.data import Document, Prompt
 from common.packs import filler_pack, make_pack, pack_alone, plan_packs
@@ -16,12 +17,6 @@ from model import mrope_positions
 def flops(length):
     """A 7B model, forward and backward: 6 x 7.07e9 a token, and attention."""
     return 42.4e9 * length + 0.60e6 * length**2
-
-
-def step_cost(plan, lengths, cost):
-    """Packs that run together take as long as the costliest of them."""
-    rows = zip(*plan, strict=True)
-    return sum(max(sum(cost(lengths[i]) for i in pack) for pack in row) for row in rows)
 
 
 def check_plan(plan, lengths, budget, ranks):
@@ -56,8 +51,7 @@ def rl_batch(documents):
     return np.clip(10_000 * spread, 300, 48_000).astype(int).tolist(), groups.tolist()
 
 
-BATCHES = [(64, 16, 0.05), (256, 8, 0.005), (2048, 8, 0.002)]
-BATCHES += [(512, 64, 0.03), (2048, 64, 0.015), (8192, 64, 0.002)]
+BATCHES = [(64, 16, 0.05), (256, 8, 0.005), (512, 64, 0.03), (8192, 64, 0.002)]
 
 
 @pytest.mark.parametrize("documents, ranks, lost", BATCHES)
@@ -66,8 +60,14 @@ def test_ranks_hardly_wait_for_each_other_in_a_real_batch(documents, ranks, lost
     share = sum(map(flops, lengths)) / ranks  # of one rank, if nobody ever waited
     plan = plan_packs(lengths, groups, 65_536, ranks, flops)
     check_plan(plan, lengths, 65_536, ranks)
-    assert step_cost(plan, lengths, flops) / share - 1 < lost
     assert len(plan[0]) <= math.ceil(sum(lengths) / 65_536 / ranks) + 1
+
+    def work(pack):
+        return sum(flops(lengths[i]) for i in pack)
+
+    # packs that run together take as long as the costliest of them
+    taken = sum(max(map(work, row)) for row in zip(*plan, strict=True))
+    assert taken / share - 1 < lost
 
 
 def test_equal_cost_counts_and_samples_of_a_problem_stay_together_where_nobody_waits():
@@ -86,32 +86,16 @@ def test_equal_cost_counts_and_samples_of_a_problem_stay_together_where_nobody_w
 
 # ---- one pack
 
-PAD, STOP = 7, 9  # an image token; a token that ends a turn
-
-
-def prompt_of(*parts, seed=0):
-    """Of tokens and of pictures, which are given as (t, h, w)."""
-    ids, offsets, grids, patches = [], [], [], []
-    for part in parts:
-        if isinstance(part, tuple):
-            offsets.append(len(ids))
-            grids.append(part)
-            ids += [PAD] * (part[1] * part[2] // 4)
-            noise = torch.Generator().manual_seed(100 * seed + len(grids))
-            patches.append(torch.randn(part[1] * part[2], 1176, generator=noise))
-        else:
-            ids.append(part)
-    patches = torch.cat(patches) if patches else None
-    return Prompt(ids, ids, patches, tuple(grids), tuple(offsets))
+STOP = 9  # a token that ends a turn
 
 
 def test_a_pack_holds_whole_documents_and_trains_responses_only():
     # The stop token stands in the prompt too, and a response token is 0: lengths decide, not ids.
-    first, second = prompt_of(5, STOP, 6), prompt_of(1, 2)
-    pack = pack_alone([Document(first, [0, PAD, STOP]), Document(second, [3, STOP])])
+    first, second = (Prompt(ids, ids, None, (), ()) for ids in ([5, STOP, 8], [1, 2]))
+    pack = pack_alone([Document(first, [0, IMAGE, STOP]), Document(second, [3, STOP])])
     assert pack.members == [1, 0] and pack.lengths == [4, 6]  # short to long
-    assert pack.ids.tolist() == [1, 2, 3, STOP, 5, STOP, 6, 0, PAD, STOP]
-    assert pack.targets.tolist() == [3, STOP, 0, PAD, STOP]  # stop tokens included
+    assert pack.ids.tolist() == [1, 2, 3, STOP, 5, STOP, 8, 0, IMAGE, STOP]
+    assert pack.targets.tolist() == [3, STOP, 0, IMAGE, STOP]  # stop tokens included
     assert pack.rows.tolist() == [1, 2, 6, 7, 8] and pack.counts == [2, 3]
     assert pack.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * 3
     assert pack.patches is None and not len(pack.slots)  # a sampled image token is text
@@ -121,32 +105,31 @@ def test_a_pack_holds_whole_documents_and_trains_responses_only():
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_every_row_position_and_picture_of_a_document_is_its_own(share_prompts):
-    shared = prompt_of(1, (1, 4, 6), 2, (1, 4, 4), 3)
-    other, plain = prompt_of((1, 6, 4), 4, seed=1), prompt_of(1, 2, 3)
-    answers = [(shared, 7), (shared, 3), (plain, 4), (other, 0), (shared, 5), (plain, 2)]
+    shared, plain = document(1, (1, 4, 6), 2, (1, 4, 4), 3).prompt, document(5).prompt
+    other = document((1, 6, 4), 4, seed=1).prompt
+    answers = [(shared, 5), (shared, 7), (shared, 3), (other, 0), (plain, 4), (plain, 2)]
     documents = [Document(prompt, list(range(20, 20 + n))) for prompt, n in answers]
     pack = make_pack(documents, [4, 1, 0, 3, 2, 5], share_prompts)
-    assert pack.members == [4, 1, 0, 3, 2, 5] and pack.counts == [7, 3, 4, 0, 5, 2]
+    assert pack.members == [4, 1, 0, 3, 2, 5] and pack.counts == [5, 7, 3, 0, 4, 2]
     copies = 2 * len(shared.ids) + len(plain.ids) if share_prompts else 0
     assert len(pack.ids) == sum(map(len, documents)) - copies
     assert len(pack.patches) == (64 if share_prompts else 144)
-    assert len(set(pack.slots.tolist())) == len(pack.slots) == (16 if share_prompts else 36)
+    assert len(set(pack.slots.tolist())) == len(pack.slots) == len(pack.patches) // 4
 
     # A tower that gives each merged row the mean of its four patches; reference: one at a time.
     features = torch.zeros(len(pack.ids), 1176)
     features[pack.slots] = pack.patches.reshape(-1, 4, 1176).mean(dim=1)
-    assert (pack.expand is None) == (not share_prompts)
     every = pack.expand if share_prompts else torch.arange(len(pack.ids))
     rows, targets = pack.rows.split(pack.counts), pack.targets.split(pack.counts)
-    for i, (document, own) in enumerate(zip(documents, every.split(pack.lengths), strict=True)):
-        assert pack.ids[own].tolist() == document.ids
-        images = [*zip(document.prompt.offsets, document.prompt.grids, strict=True)]
-        assert torch.equal(pack.positions[:, own], mrope_positions(len(document), images))
-        assert targets[i].tolist() == document.response_ids
-        first = len(document.prompt.ids) - 1
+    for i, (doc, own) in enumerate(zip(documents, every.split(pack.lengths), strict=True)):
+        assert pack.ids[own].tolist() == doc.ids
+        images = [*zip(doc.prompt.offsets, doc.prompt.grids, strict=True)]
+        assert torch.equal(pack.positions[:, own], mrope_positions(len(doc), images))
+        assert targets[i].tolist() == doc.response_ids
+        first = len(doc.prompt.ids) - 1
         assert rows[i].tolist() == own[first : first + len(targets[i])].tolist()
-        expected = torch.zeros(len(document), 1176)
-        if document.prompt.grids:
-            pictures = torch.tensor(document.ids) == PAD
-            expected[pictures] = document.prompt.patches.reshape(-1, 4, 1176).mean(dim=1)
+        expected = torch.zeros(len(doc), 1176)
+        if images:
+            pictures = doc.prompt.patches.reshape(-1, 4, 1176).mean(dim=1)
+            expected[torch.tensor(doc.ids) == IMAGE] = pictures
         assert torch.equal(features[own], expected)

@@ -1,10 +1,4 @@
-"""How much work a call is, counted and not timed: a busy machine changes nothing.
-
-    count = lines_run(grade, "5", reply)       # lines of Python that ran
-
-What runs inside one call of C (a pattern, a power) has no lines: a call that does not end there
-fails after so many seconds of this process's own CPU time, as it would otherwise hang.
-"""
+"""How much work a call is, counted and not timed: a busy machine changes nothing."""
 
 import signal
 import sys
@@ -14,6 +8,9 @@ PATIENCE = 60  # seconds; what ends at all takes one in a hundred of them
 
 
 def lines_run(work: Callable, *arguments, **options) -> int:
+    """Lines of Python that ran. One call of C (a pattern, a power) has none: if it does not end, it
+    fails after so many seconds of this process's own CPU time.
+    """
     lines = 0
 
     def count(frame, event, argument):
@@ -22,7 +19,7 @@ def lines_run(work: Callable, *arguments, **options) -> int:
         return count
 
     def give_up(number, frame):
-        raise TimeoutError(f"still at work after {PATIENCE} seconds of CPU time, {lines} lines")
+        raise TimeoutError(f"still at work after {PATIENCE} seconds, {lines} lines")
 
     tracer, handler = sys.gettrace(), signal.signal(signal.SIGVTALRM, give_up)
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)

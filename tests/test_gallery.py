@@ -7,29 +7,22 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from evaluation import behaviors, gallery
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="x" <!-- {$css}'
 THOUGHT = "<think>Let me look at the image again. It is 3.\n\nLet me check.</think>So \\boxed{3}"
 
 
-@dataclass(eq=False)
-class Element:
-    tag: str
-    attrs: dict
-    around: list = field(repr=False)  # the elements that it stands in
-    text: str = ""  # inside it
-
-
 class Page(HTMLParser):
-    """Every element, in order."""
+    """elements: each in order, with the text inside it and the elements that it stands in."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -39,7 +32,7 @@ class Page(HTMLParser):
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
-        element = Element(tag, dict(attrs), list(self.open))
+        element = SimpleNamespace(tag=tag, attrs=dict(attrs), around=[*self.open], text="")
         self.elements.append(element)
         if tag not in ("meta", "img", "input", "br"):
             self.open.append(element)
@@ -85,10 +78,9 @@ def test_the_numbers_are_those_of_a_naive_count():
     page, counts = shown(rows, items), Counter(outcomes)
     (numbers,) = page.all("p", "numbers")
     assert dict(re.findall(r"([a-z]+) (\d+)", numbers.text)) == {k: str(counts[k]) for k in counts}
+    options = {option.text for option in page.all("option")}
     for name, naive in (("status", counts), ("category", Counter(i["category"] for i in items))):
-        assert {f"{value} ({n})" for value, n in naive.items()} <= {
-            e.text for e in page.all("option")
-        }
+        assert {f"{value} ({n})" for value, n in naive.items()} <= options
         assert Counter(card.attrs[f"data-{name}"] for card in page.all("article")) == naive
 
 
@@ -107,40 +99,37 @@ def test_hostile_texts_are_inert():
 
 def test_the_page_has_small_pictures_no_address_and_allows_only_its_own_script(tmp_path):
     Image.effect_noise((1500, 900), 50).save(tmp_path / "a.png")
-    page = shown([graded(0)], [item(0, images=["a.png"])], tmp_path)
-    names = ("src", "href", "action", "srcset", "data", "poster")
-    (used,) = (e.attrs[name] for e in page.elements for name in names if name in e.attrs)
-    kind, content = used.split(",")
-    assert kind == "data:image/webp;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (480, 288)
-    assert not re.search(r"url\(|@import|https?:", page.all("style")[0].text)
-    (policy,) = (e.attrs["content"] for e in page.all("meta") if "http-equiv" in e.attrs)
-    nonce, again = page.all("script")[0].attrs["nonce"], shown([graded(0)], [item(0)])
+    page, again = (shown([graded(0)], [item(0, images=["a.png"])], tmp_path) for _ in range(2))
+    names = {"src", "href", "action", "srcset", "data", "poster"}
+    [used] = (e.attrs[name] for e in page.elements for name in names & e.attrs.keys())
+    content = base64.b64decode(used.removeprefix("data:image/webp;base64,"), validate=True)
+    assert Image.open(io.BytesIO(content)).size == (480, 288)
+    policy, other = (p.all("meta")[1].attrs["content"] for p in (page, again))
+    nonce = page.all("script")[0].attrs["nonce"]
     parts = "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'"
     assert policy.split("; ") == [*parts, f"script-src 'nonce-{nonce}'"]
-    assert len(nonce) > 20 and nonce != again.all("script")[0].attrs["nonce"]
+    assert len(nonce) > 20 and policy != other
 
 
 def test_of_more_replies_the_same_ones_are_drawn_each_time_and_it_is_said(monkeypatch):
-    rows, items = [graded(i) for i in range(400)], [item(i) for i in range(400)]
-    monkeypatch.setattr(gallery, "CARDS", 60)
-    page, again = ([e.text for e in shown(rows, items).all("article")] for _ in range(2))
-    drawn = [int(re.search(r"b/(\d+)", card)[1]) for card in page]
-    assert page == again and len({*drawn}) == 60 and drawn == sorted(drawn) and drawn[-1] > 300
-    assert shown(rows, items).all("p", "note")[0].text.startswith("60 of 400 replies")
-    assert not shown(rows[:60], items).all("p", "note")
+    rows, items = [graded(i) for i in range(100)], [item(i) for i in range(100)]
+    monkeypatch.setattr(gallery, "CARDS", 20)
+    page, again = (shown(rows, items) for _ in range(2))
+    cards = [card.text for card in page.all("article")]
+    assert cards == [card.text for card in again.all("article")] and len(cards) == 20
+    assert any("b/9" in card for card in cards[-5:])  # of all, in their order
+    assert page.all("p", "note")[0].text.startswith("20 of 100 replies")
+    assert not shown(rows[:20], items).all("p", "note")
 
 
 def test_highlights_stand_at_the_spans_of_the_row():
     text = "Wait, that is wrong. Let me verify & check <b>. \n Let me look again.\n</think>"
-    row, naive = graded(0, text), {}  # sentence -> names
-    page = shown([row], [item(0)])
-    for name, start, end in row["spans"]:
-        naive.setdefault(text[start:end], []).append(name.replace("_", " "))
-    assert len(naive) == 3
-    assert {e.text: e.attrs["title"].split(", ") for e in page.all("mark")} == naive
-    (card,) = page.all("article")
-    assert set(card.attrs["data-behaviour"].split("\n")) == {name for name, *_ in row["spans"]}
+    row = graded(0, text)
+    page, names = shown([row], [item(0)]), {name for name, *_ in row["spans"]}
+    marks = [(e.text, name) for e in page.all("mark") for name in e.attrs["title"].split(", ")]
+    naive = [(text[start:end], name.replace("_", " ")) for name, start, end in row["spans"]]
+    assert sorted(marks) == sorted(naive) and len({sentence for sentence, _ in naive}) == 3
+    assert {*page.all("article")[0].attrs["data-behaviour"].split("\n")} == names
 
 
 def test_the_thought_is_folded_and_the_answer_is_not():
@@ -158,30 +147,28 @@ def test_the_thought_is_folded_and_the_answer_is_not():
         assert [e.text for e in page.all("p") if e.around[-1] is right] == [answer]
 
 
-def test_options_gold_judge_and_facts_stand_on_the_card():
-    row, unread = graded(0, score=0.0, extracted="C", judge_score=1.0), {"extracted": None}
-    choice = item(0, choices=["red", "green", "blue"], answer="B")
-    page = shown([row, row | unread | {"judge_score": None, "tokens": None}], [choice])
+def test_options_gold_and_the_words_of_rule_and_judge_stand_on_the_card():
+    row = graded(0, score=0.0, extracted="C", judge_score=1.0)
+    unread = row | {"extracted": None, "judge_score": None, "tokens": None}
+    page = shown([row, unread], [item(0, choices=["red", "green", "blue"], answer="B")])
     first, second = (card.text for card in page.all("article"))
-    assert all(p in first for p in ("A red", "Gold B", "says C", "judge: right", "7 tokens"))
-    assert all(p in second for p in ("judge: ungraded", "nothing was read", "not counted tokens"))
+    for card, parts in ((first, ("A red", "Gold B", "says C", "judge: right", "7 tokens")),
+                        (second, ("judge: ungraded", "nothing was read"))):  # fmt: skip
+        assert [part for part in parts if part not in card] == []
     assert [e.attrs["class"] for e in page.all("li")] == ["", "gold", "said", "", "gold", ""]
 
 
+@pytest.mark.skipif(not BROWSER, reason="no chromium on this machine")
 def test_a_browser_filters_by_the_address_and_runs_nothing_else(tmp_path):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no chromium on this machine")
     rows, items, outcomes = many(60)
     rows[0]["response"] += "<script>document.title = 'broken'</script>"
     (tmp_path / "gallery.html").write_text(gallery.page(rows, items, "b", {}, tmp_path))
     address = f"file://{tmp_path}/gallery.html#status=wrong&category=kind 1&text=how MANY"
-    command = [browser, f"--user-data-dir={tmp_path / 'profile'}", "--headless=new"]
+    command = [BROWSER, f"--user-data-dir={tmp_path / 'profile'}", "--headless=new"]
     command += ["--no-sandbox", "--disable-gpu", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    page = Page(done.stdout)
+    page = Page(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
     wanted = [f"b/{i}" for i, outcome in enumerate(outcomes) if (outcome, i % 3) == ("wrong", 1)]
-    left = [e for e in page.all("article") if "hidden" not in e.attrs]
-    assert wanted and [re.search(r"b/\d+", e.text)[0] for e in left] == wanted
+    left = [card.text for card in page.all("article") if "hidden" not in card.attrs]
+    assert wanted and [re.search(r"b/\d+", text)[0] for text in left] == wanted
     assert page.all("output")[0].text == f"{len(wanted)} of 60" and page.all("title")[0].text == "b"
     assert all("open" in e.attrs for e in page.all("details"))  # the words may stand in the thought

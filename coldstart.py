@@ -125,7 +125,7 @@ def share_rows(
     """-> this rank's packs, the trained tokens of all ranks, how many rows were too long."""
     # a share is encoded to learn the lengths of all, then what this rank will train
     documents = {i: encode(rows[i]) for i in range(world.rank, len(rows), world.size)}
-    lengths = distributed.union(world, {i: len(document) for i, document in documents.items()})
+    lengths = distributed.union({i: len(document) for i, document in documents.items()})
     fitting = sorted(i for i in lengths if lengths[i] <= cfg.max_tokens)
     sizes, packs = [lengths[i] for i in fitting], []
     # each row is a group of its own: rows share no prompt
@@ -133,7 +133,7 @@ def share_rows(
         members = sorted((fitting[k] for k in places), key=lengths.__getitem__)
         chosen = [documents.get(i) or encode(rows[i]) for i in members]
         packs.append(make_pack(chosen, members) if chosen else filler_pack())
-    (tokens,) = distributed.sums(world, sum(len(pack.targets) for pack in packs))
+    (tokens,) = distributed.sums(sum(len(pack.targets) for pack in packs))
     return packs, tokens, len(rows) - len(fitting)
 
 
@@ -151,8 +151,8 @@ def update(model, optimizer, packs: list[Pack], tokens: float, step: int, world)
         distributed.backward(model, loss, world, last=pack is packs[-1])
         losses.append(loss.detach())
     norm, losses = distributed.clip_gradients(model, CLIP_NORM), torch.stack(losses).tolist()
-    metrics = {"loss": distributed.sums(world, sum(losses))[0], "grad_norm": norm}
-    distributed.refuse_nan(world, step, metrics, packs, losses)
+    metrics = {"loss": distributed.sums(sum(losses))[0], "grad_norm": norm}
+    distributed.refuse_nan(step, metrics, packs, losses)
     optimizer.step()
     return metrics
 
@@ -211,7 +211,7 @@ def main(cfg: Config):
                 with torch.no_grad():
                     losses = [loss_of(model, p, valid_tokens, world.device) for p in valid_packs]
                 distributed.release(model)
-                (metrics["valid_loss"],) = distributed.sums(world, sum(x.item() for x in losses))
+                (metrics["valid_loss"],) = distributed.sums(sum(x.item() for x in losses))
             if cfg.eval_data and due(step, steps, cfg.eval_every):
                 timer("evaluate")
                 sampler.sync(distributed.whole_weights(model, world.dtype))
@@ -219,7 +219,7 @@ def main(cfg: Config):
             # 3. log, save
             metrics |= timer.seconds() | {"peak_gb": distributed.peak_gb(world)}
             log.log(step, metrics, SHOWN if tokens else ("too_long", *SHOWN))
-            stopped = distributed.largest(world, stop.requested)
+            stopped = distributed.largest(stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, models, model, card(step=step + 1))

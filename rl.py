@@ -101,8 +101,6 @@ class Config:
     def __post_init__(self):
         if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1:
             raise ValueError("steps, samples, policy and critic steps count from 1")
-        if min(self.tis, self.epsilon_high, self.resample) < 0:
-            raise ValueError("--tis, --epsilon-high and --resample count from 0")
         starts, budgets = [first for first, _ in self.lengths], [last for _, last in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0] or min(budgets) < 1:
             raise ValueError(f"--lengths are pairs of step, from 0 on, and tokens: {self.lengths}")
@@ -185,16 +183,16 @@ def rates(step: int, count: int, peak: float, warmup: int) -> list[float]:
     return [peak * min(1.0, (step * count + k + 1) / max(1, warmup)) for k in range(count)]
 
 
-def moments(x: Tensor, world) -> tuple[float, float]:
+def moments(x: Tensor) -> tuple[float, float]:
     """Mean and variance of x (R,) over the tokens of all ranks."""
     x = x.double()
-    count, total, squares = distributed.sums(world, len(x), x.sum().item(), x.square().sum().item())
+    count, total, squares = distributed.sums(len(x), x.sum().item(), x.square().sum().item())
     return total / count, max(squares / count - (total / count) ** 2, 0.0)
 
 
-def normalise(packs: list[Pack], world):
+def normalise(packs: list[Pack]):
     """A <- (A - mean) / std over all tokens of the batch (OVR, sec. 4.1)."""
-    mean, variance = moments(torch.cat([pack.advantages for pack in packs]), world)
+    mean, variance = moments(torch.cat([pack.advantages for pack in packs]))
     for pack in packs:
         pack.advantages = (pack.advantages - mean) / (math.sqrt(variance) + 1e-8)
 
@@ -286,14 +284,14 @@ def critic_values(critic: Learner, packs: list[Pack]):
     distributed.release(critic.model)
 
 
-def critic_metrics(packs: list[Pack], world) -> dict[str, float]:
+def critic_metrics(packs: list[Pack]) -> dict[str, float]:
     """How well V predicts the return: explained variance 1 if perfectly, 0 if it is a constant."""
     values, returns = (
         torch.cat([getattr(p, name) for p in packs]) for name in ("values", "returns")
     )
-    value_mean, _ = moments(values, world)
-    return_mean, variance = moments(returns, world)
-    _, unexplained = moments(returns - values, world)
+    value_mean, _ = moments(values)
+    return_mean, variance = moments(returns)
+    _, unexplained = moments(returns - values)
     explained = 1 - unexplained / max(variance, 1e-8)
     return {"explained_variance": explained, "value_mean": value_mean, "return_mean": return_mean}
 
@@ -353,7 +351,7 @@ def train(learner: Learner, parts: list, losses_of: Callable, step: int) -> dict
     totals, norms, tokens_in_all, size = Counter(), [], 0, len(parts) // learner.steps
     for k, rate in enumerate(rates(step, learner.steps, learner.lr, learner.warmup)):
         packs = sum(parts[k * size : (k + 1) * size], [])
-        (tokens,) = distributed.sums(world, sum(len(pack.targets) for pack in packs))
+        (tokens,) = distributed.sums(sum(len(pack.targets) for pack in packs))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         rows = []  # sums of each pack, read after the loop, in which nothing waits for the GPU
@@ -364,9 +362,9 @@ def train(learner: Learner, parts: list, losses_of: Callable, step: int) -> dict
             rows.append(torch.stack([x.detach().double().sum() for x in columns.values()]))
         norms.append(distributed.clip_gradients(model, CLIP_NORM))
         rows = torch.stack(rows).tolist()
-        sums = distributed.sums(world, *(sum(column) for column in zip(*rows, strict=True)))
+        sums = distributed.sums(*(sum(column) for column in zip(*rows, strict=True)))
         now = {"loss": sums[0], "grad_norm": norms[-1]}
-        distributed.refuse_nan(world, step, now, packs, [row[0] for row in rows])
+        distributed.refuse_nan(step, now, packs, [row[0] for row in rows])
         optimizer.step()
         totals.update(dict(zip(columns, sums, strict=True)))
         tokens_in_all += tokens
@@ -375,7 +373,7 @@ def train(learner: Learner, parts: list, losses_of: Callable, step: int) -> dict
     return means | {learner.norm: norm, "lr": rate, "tokens": tokens_in_all}
 
 
-def describe(rollouts: list[Rollout], world) -> dict[str, float]:
+def describe(rollouts: list[Rollout]) -> dict[str, float]:
     """Means over the rollouts of all ranks; pictures and text apart where it matters."""
     values = defaultdict(list)
     for r in rollouts:
@@ -390,7 +388,7 @@ def describe(rollouts: list[Rollout], world) -> dict[str, float]:
             row |= {f"{name}/{group}": float(value) for name, value in own.items()}
         for name, value in row.items():
             values[name].append(value)
-    return distributed.means(world, values)
+    return distributed.means(values)
 
 
 # ------------------------------------------------------------------ start and loop
@@ -401,15 +399,10 @@ def load_problems(name: str, cfg: Config, world, tokenizer, settings) -> Sequenc
     if not name:
         return []
     problems = data.read_problems(name, columns=cfg.columns, share=(world.rank, world.size))
-    checked, first = {}, {}  # first: row that has an id
-    for i in range(world.rank, len(problems), world.size):
-        p = problems[i]
-        checked[i] = data.prompt_length(p, tokenizer, settings), p.id
-    checked = sorted(distributed.union(world, checked).items())
-    for i, (_, own) in checked:  # read_problems compares those of one rank
-        if first.setdefault(own, i) != i:
-            raise ValueError(f"{name}: rows {first[own] + 1} and {i + 1} have the id {own!r}")
-    short = [i for i, (length, _) in checked if length <= cfg.prompt_tokens]
+    mine = range(world.rank, len(problems), world.size)
+    lengths = {i: data.prompt_length(problems[i], tokenizer, settings) for i in mine}
+    lengths = sorted(distributed.union(lengths).items())
+    short = [i for i, length in lengths if length <= cfg.prompt_tokens]
     too_long = len(problems) - len(short)
     fault = f"{name}: {too_long} problems left out: prompts over {cfg.prompt_tokens} tokens"
     if not short:
@@ -478,7 +471,7 @@ def main(cfg: Config):
         gap = canary_gap(sampler, policy.model, known_prompt, cfg.train_vision)
         distributed.release(policy.model)
         policy.move("host")
-        refuse_gap(distributed.largest(world, gap), world, when)
+        refuse_gap(distributed.largest(gap), world, when)
 
     # a rehearsal: the largest pack through both models, so that memory fails now or not at all
     pack = with_blank_picture(full_pack(cfg.pack_tokens), cfg.train_vision)
@@ -499,7 +492,7 @@ def main(cfg: Config):
             # 2. reward: 1 if the boxed answer matches, else 0; a response that was cut is wrong
             timer("reward")
             give_rewards(rollouts)
-            metrics = describe(rollouts, world) | {"length_budget": budget}
+            metrics = describe(rollouts) | {"length_budget": budget}
             rollouts = resample(rollouts, cfg, partial(batches.others, step, budget))
             sampler.rest()  # after a resume, too, where rollouts were read and none sampled
             # 3. pack: from here on the rollouts of all ranks, and this rank's packs of each part
@@ -513,8 +506,8 @@ def main(cfg: Config):
                 critic_values(critic, packs)
                 for p in packs:
                     p.advantages, p.returns = gae(p.rewards, p.values, p.counts, GAMMA, cfg.lam)
-                normalise(packs, world)
-                metrics |= critic_metrics(packs, world)
+                normalise(packs)
+                metrics |= critic_metrics(packs)
             else:
                 metrics |= compare_samples(rollouts, packs, cfg.samples)
             # 5. update: critic and policy, in some optimiser steps each, by the same function
@@ -535,7 +528,7 @@ def main(cfg: Config):
             metrics |= batches.counts | timer.seconds()
             metrics["peak_gb"] = max(learner.peak_gb for learner in learners.values())
             log.log(step, metrics, SHOWN, batches.rows(step, rollouts, packs))
-            stopped = distributed.largest(world, stop.requested)
+            stopped = distributed.largest(stop.requested)
             if stopped or saver.due(step + 1, cfg):
                 timer("save")  # after the log: all steps of a checkpoint stand in it
                 saver.save(step + 1, pairs, policy.model, card(step=step + 1))

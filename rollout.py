@@ -437,7 +437,7 @@ def solved(sampler: Sampler, problems, max_tokens: int, world) -> dict[str, floa
         p = r.problem
         verdict = grade(p.answer, r.text, choices=p.choices, precision=p.precision)
         scores["eval_image" if p.images else "eval_text"].append(verdict.score * r.stopped)
-    return distributed.means(world, scores)
+    return distributed.means(scores)
 
 
 def canary(problems, tokenizer, settings: ImageSettings, limit: int) -> Problem:

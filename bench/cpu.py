@@ -357,14 +357,14 @@ def our_iteration(c: rl.Config, models: dict, problems, lengths: list[int], samp
         rollouts = sampler.generate(problems, c.samples, max(lengths), seed=(0,))
     for r, r.reward in zip(rollouts, odd([r.response_ids for r in rollouts]), strict=True):
         r.verdict = rl.grade(r.problem.answer, r.text)
-    rollouts = packs.exchange(rollouts, problems, ALONE)
+    rollouts = packs.exchange(rollouts, problems)
     parts = packs.share_packs(rollouts, c, cost, None, ALONE)
     if c.algorithm == "ppo":
         every = sum(parts, [])
         rl.critic_values(models["critic"], every)
         for p in every:
             p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, c.lam)
-        rl.normalise(every, ALONE)
+        rl.normalise(every)
         rl.train(models["critic"], parts, rl.critic_losses, 0)
     else:
         rl.compare_samples(rollouts, sum(parts, []), c.samples)

@@ -177,7 +177,7 @@ class Batches:
             how = dict(seed=(cfg.seed, step), indices=(order[k] for k in turns), unfinished=before)
             how["enough"] = finish_rule(cfg, step, len(before), world)
             mine = self.sampler.generate(batch, cfg.samples, budget, **how)
-        self.unfinished = exchange([r for r in mine if r.unfinished], self.stream, world)
+        self.unfinished = exchange([r for r in mine if r.unfinished], self.stream)
         self.ended = len(before) + len(places) * cfg.samples - len(self.unfinished)
         return [r for r in mine if not r.unfinished]
 
@@ -196,7 +196,7 @@ class Batches:
         """Records what all ranks have sampled. -> those that are learnt from, in the order of the
         batch. `counts` says what else there was.
         """
-        every = exchange(rollouts, self.stream, self.world)
+        every = exchange(rollouts, self.stream)
         fresh = sum(r.index >= 0 for r in every)
         assert fresh == self.ended, f"{fresh} rollouts, not {self.ended}"
         if self.world.main:
@@ -221,7 +221,7 @@ class Batches:
         tokenizer = self.sampler.tokenizer
         return {
             "rollouts": [row_of(step, r, tokenizer) for r in rollouts[:LOGGED]],
-            "trace": trace_rows(step, rollouts, packs, tokenizer, self.world),
+            "trace": trace_rows(step, rollouts, packs, tokenizer),
             "lengths": [{"step": step, "lengths": self.new_lengths}],
         }
 
@@ -238,7 +238,7 @@ def row_of(step: int, r, tokenizer) -> dict:
     return row | {"reward": r.reward, "status": r.verdict.status, "stopped": r.stopped}
 
 
-def trace_rows(step: int, rollouts: list, packs: list, tokenizer, world) -> list[dict]:
+def trace_rows(step: int, rollouts: list, packs: list, tokenizer) -> list[dict]:
     """Lines of trace.jsonl: of one problem what is known of every token, its log-prob, value and
     advantage. Of the problems with a picture (of all, if none has one) it is the first with right
     and wrong samples, or else the first. Each rank knows of the tokens that it trains.
@@ -256,7 +256,7 @@ def trace_rows(step: int, rollouts: list, packs: list, tokenizer, world) -> list
             for i, numbers in zip(pack.members, columns, strict=False):  # a filler has no members
                 if i in chosen:
                     mine[i, name] = short(numbers.tolist())
-    numbers, rows = distributed.union(world, mine), []
+    numbers, rows = distributed.union(mine), []
     for i, r in sorted(chosen.items()):
         row = row_of(step, r, tokenizer)
         row["images"] = [image for image in r.problem.images if isinstance(image, str)]

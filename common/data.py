@@ -34,6 +34,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from common import distributed
 from common.log import on_hub, progress
 from reward import Verdict
 
@@ -333,17 +334,21 @@ def check_rows(rows: Rows, build: Callable, share: tuple[int, int], source: str 
             load_image(image, place)
         return record.id, unread
 
-    mine, unread, first = range(share[0], len(rows), share[1]), set(), {}
+    mine, unread, first, twins = range(share[0], len(rows), share[1]), set(), {}, []
     with ThreadPool(16) as pool:  # on a network disk they wait more than they work
         checked = progress(pool.imap(check, mine, chunksize=64), f"checking {source}", len(mine))
         for i, (name, columns) in zip(mine, checked, strict=True):
             unread |= columns
-            if (other := first.setdefault(name, i)) != i:  # no log could tell them apart
-                fault = f"{rows[i][0]}: the id {name!r} is also that of {rows[other][0]}"
-                raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+            twins += [(i, first[name])] if first.setdefault(name, i) != i else []
+    for theirs in distributed.everyone(first) if share[1] > 1 else ():
+        twins += [(i, first[name]) for name, i in theirs.items() if first.get(name, i) != i]
+    for i, other in twins[:1]:  # no log could tell them apart
+        place, row, _ = rows[i]
+        fault = f"{place}: the id {row['id']!r} is also that of {rows[other][0]}"
+        raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
     if unread and share[0] == 0:
         kept = ", ".join(sorted(unread))
-        print(f"{source}: columns that only a reward of your own may read: {kept}", flush=True)
+        print(f"{source}: columns that nothing here reads, but a reward may: {kept}", flush=True)
 
 
 # ---- pictures

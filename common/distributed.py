@@ -291,17 +291,17 @@ def everyone(value) -> list:
     return values
 
 
-def sums(world: World, *values: float) -> tuple[float, ...]:
+def sums(*values: float) -> tuple[float, ...]:
     """Each value summed over the ranks, in their order; whole numbers stay exact."""
     return tuple(map(sum, zip(*everyone(values), strict=True)))
 
 
-def largest(world: World, value: float) -> float:
+def largest(value: float) -> float:
     """NaN where one rank has it."""
     return torch.tensor(everyone(value), dtype=torch.float64).max().item()
 
 
-def means(world: World, values: dict[str, list[float]]) -> dict[str, float]:
+def means(values: dict[str, list[float]]) -> dict[str, float]:
     """{name: mean of the values of all ranks}. Ranks may have other names."""
     totals = defaultdict(lambda: (0.0, 0))
     for of_rank in everyone({name: (sum(x), len(x)) for name, x in values.items()}):
@@ -310,7 +310,7 @@ def means(world: World, values: dict[str, list[float]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-def union(world: World, mine: dict) -> dict:
+def union(mine: dict) -> dict:
     """The ranks' dicts in one, on every rank."""
     return {key: value for one in everyone(mine) for key, value in one.items()}
 
@@ -340,14 +340,14 @@ def running_sum(world: World, key: str) -> Callable[[int], int]:
     return total
 
 
-def refuse_nan(world: World, step: int, metrics: dict[str, float], packs: list, losses: list):
+def refuse_nan(step: int, metrics: dict[str, float], packs: list, losses: list):
     """FloatingPointError where a metric (the same on all ranks) is not finite. It names the rows
     or rollouts in packs of all ranks whose loss was not.
     """
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if bad:
         broken = (p for p, loss in zip(packs, losses, strict=True) if not math.isfinite(loss))
-        names = sorted(union(world, {name: None for pack in broken for name in pack.names}))
+        names = sorted(union({name: None for pack in broken for name in pack.names}))
         where = f" in packs of {', '.join(names[:32])}" if names else ""
         raise FloatingPointError(f"step {step}: {bad}{where}; the last checkpoint is from before")
 
@@ -358,6 +358,6 @@ def peak_gb(world: World) -> float:
     """
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return largest(world, (total - free) / 1e9)
+        return largest((total - free) / 1e9)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
-    return largest(world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
+    return largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)

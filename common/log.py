@@ -219,7 +219,9 @@ def run_main(main: Callable, Config: type):
     faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
-        main(tyro.cli(Config, description=sys.modules[main.__module__].__doc__))
+        config = tyro.cli(Config, description=sys.modules[main.__module__].__doc__)
+        refuse_negative(config)
+        main(config)
     except Exception as error:
         last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
         ours = Path(last.filename).is_relative_to(root) and "site-packages" not in last.filename
@@ -227,6 +229,18 @@ def run_main(main: Callable, Config: type):
         if not no_path and not (ours and (last.line or "").startswith("raise ")):
             raise
         sys.exit(f"error: {error}")  # to stderr, with status 1
+
+
+def refuse_negative(config):
+    """ValueError where a number is below 0, or NaN, and is not so by default: as the end of a
+    slice, --limit -1 would leave out a row without a word.
+    """
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        least = min(0, default) if type(default) in (int, float) else 0
+        if type(value) in (int, float) and not value >= least:
+            flag = field.name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: must be at least {least:g}")
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:

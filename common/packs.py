@@ -147,7 +147,7 @@ def with_blank_picture(pack: Pack, trains: bool = True) -> Pack:
 # ------------------------------------------------------------------ the rollouts of all ranks
 
 
-def exchange(rollouts: list, problems: Sequence, world) -> list:
+def exchange(rollouts: list, problems: Sequence) -> list:
     """Every rank's rollouts on every rank, in the order of the batch. Ids and log-probs travel as
     arrays, 8 bytes a token, prompts without pictures; texts stay where they are.
     """
@@ -157,7 +157,7 @@ def exchange(rollouts: list, problems: Sequence, world) -> list:
         bare = prompts[r.index] = prompts.get(r.index) or replace(r.prompt, patches=None)
         ids, logps = np.array(r.response_ids, np.int32), np.array(r.logps, np.float32)
         sent[key] = replace(r, problem=None, prompt=bare, text="", response_ids=ids, logps=logps)
-    every = sorted(distributed.union(world, sent).items())
+    every = sorted(distributed.union(sent).items())
     return [mine.get(key) or replace(r, problem=problems[r.index]) for key, r in every]
 
 

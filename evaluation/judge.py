@@ -92,11 +92,6 @@ class Config(Endpoint):
     max_tokens: int = 2048  # of the judge's reply
     concurrency: int = 32  # requests in flight
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sample < 0:
-            raise ValueError(f"--sample {self.sample} is negative")
-
 
 class Question(NamedTuple):
     kind: str  # the tag that the reply ends in

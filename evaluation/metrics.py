@@ -95,7 +95,7 @@ def f1(rows: list[dict]) -> dict:
     """POPE: yes is positive. An unparsed reply says neither: wrong, and no yes of the model's."""
     [row] = rows
     positive, score = row["answer"].lower() == "yes", row["score"]
-    yes = row["status"] == "ok" and str(row["extracted"]).strip().lower() == "yes"
+    yes = str(row["extracted"]).strip().lower() == "yes"
     hit = score * positive
     said_yes = hit + (1 - score) * (not positive and yes)
     terms = {"f1": (2 * hit, said_yes + positive), "accuracy": (score, 1)}
@@ -269,7 +269,7 @@ def score_all(metric: str, rows: list[dict], items: list[dict]) -> dict:
     headline = [name for name in METRICS[metric].headline if name in scores]
     summary |= {"headline": {name: scores.pop(name) for name in headline}, "details": scores}
     # of guessing each item by itself: exact but for F1's ratios, of which it is that of the means
-    guess = {"sample": 0, "status": "ok", "extracted": "yes"}
+    guess = {"sample": 0, "extracted": "yes"}
     guesses = [item | guess | {"score": item["chance"]} for item in items if item["id"] in ids]
     summary["chance"] = point(metric, guesses)
     if metric == "worst of variants":
@@ -301,7 +301,7 @@ def compare(metric: str, before: list[dict], after: list[dict]) -> dict:
     runs = [scored(metric, rows) for rows in (before, after)]
     one, other = ({(r["id"], r["answer"], unit_of(metric, r)) for r in rows} for rows in runs)
     if one != other or not one:
-        gaps = sorted(one ^ other, key=str)[:5]
+        gaps = sorted(one ^ other, key=str)[:5] or "rules score none of their replies"
         raise ValueError(f"the runs do not share their items (id, gold, unit): {gaps}")
     (names, old), (_, new) = (unit_sums(metric, rows) for rows in runs)
     pairs = np.stack([old, new], axis=1)  # (U, 2, H, 2): units are drawn in pairs
@@ -313,7 +313,7 @@ def compare(metric: str, before: list[dict], after: list[dict]) -> dict:
         low, high = np.quantile(new[1:] - old[1:], LEVEL).tolist()
         difference[name] = {"before": old[0], "after": new[0], "low": low, "high": high}
     units = [grouped(rows, lambda row: unit_of(metric, row)) for rows in runs]
-    # fmean: the same to the bit for the same share of any k
+    # scores are 0 or 1, so equal shares are equal floats, whatever k
     old, new = ({u: fmean(r["score"] for r in rows) for u, rows in of.items()} for of in units)
     gained = [unit for unit in old if new[unit] > old[unit]]
     lost = [unit for unit in old if new[unit] < old[unit]]

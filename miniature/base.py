@@ -193,12 +193,12 @@ def teach(model: Qwen25VL, tokenizer, settings, cfg: Config, ranks):
         for k in range(count):
             drawn = [[world.example(rng) for _ in range(16)] for rng in rngs]
             packs = [pack_examples(half, tokenizer, settings) for half in drawn]
-            (tokens,) = distributed.sums(ranks, sum(len(pack.targets) for pack in packs))
+            (tokens,) = distributed.sums(sum(len(pack.targets) for pack in packs))
             losses = [-model.logps(pack)[0].sum() / tokens for pack in packs]
             lr = peak * min(1.0, (k + 1) / 20) * 0.5 * (1 + math.cos(math.pi * k / count))
             optimizer.step(losses, lr)
             if step % 20 == 0:
-                (loss,) = distributed.sums(ranks, sum(loss.item() for loss in losses))
+                (loss,) = distributed.sums(sum(loss.item() for loss in losses))
                 log.log(step, {"loss": loss, "lr": lr}, show=("loss", "lr"))
             step += 1
         count, peak, measured = cfg.more, cfg.lr / 3, skills(model, tokenizer, settings)

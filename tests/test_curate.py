@@ -84,6 +84,7 @@ KEPT = [
     said("\\boxed{32}", "\n".join(LINES)),  # an honest enumeration
     said("\\boxed{32}", THOUGHT + " Wait, let me check again." * 3 + THOUGHT),
     gold("是", prompt="十七加十五等于三十二吗？ 是 or 否") | said("所以 \\boxed{是}"),
+    gold("6", prompt="求边长为三、四、五的三角形的面积。"),  # without a blank
     gold("4", prompt="Show that x = 2 solves it, and find the other root."),
     gold("(-\\infty, 2) \\cup [3, \\infty)"),
     gold(OPTION, choices=[OPTION, "32"]),

@@ -124,9 +124,9 @@ def small_things(world) -> dict:
     return {
         "running": [*early, running_sum(3 + r)],
         "problems": [[*distributed.my_problems(world, 5, k, dynamic=True)] for k in ("a", "b")],
-        "sums": distributed.sums(world, 2**53 - 1 if r else 1, 0.5 + r),
-        "largest": [distributed.largest(world, x) for x in (r, -r, bool(r))],
-        "nan": [distributed.largest(world, math.nan if r == k else 1.0) for k in (0, 1)],
+        "sums": distributed.sums(2**53 - 1 if r else 1, 0.5 + r),
+        "largest": [distributed.largest(x) for x in (r, -r, bool(r))],
+        "nan": [distributed.largest(math.nan if r == k else 1.0) for k in (0, 1)],
     }
 
 

@@ -9,7 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -203,6 +204,20 @@ def test_an_error_in_the_projects_words_ends_as_one_line_and_others_keep_their_t
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(error, match=message):
         run_main(lambda cfg: action(), Config)
+
+
+@pytest.mark.parametrize(
+    "flag, value, refused",
+    [("limit", "-1", "0"), ("limit", "0", ""), ("lr", "nan", "0"), ("step", "-2", "-1")],
+)
+def test_a_number_below_nothing_is_refused_unless_it_is_the_default(
+    monkeypatch, flag, value, refused
+):
+    numbers = [("limit", int, 0), ("lr", float, 1.0), ("step", int, -1)]
+    monkeypatch.setattr(sys, "argv", ["script.py", f"--{flag}", value])
+    wanted = pytest.raises(SystemExit, match=f"--{flag} {value}: must be at least {refused}$")
+    with wanted if refused else nullcontext():
+        run_main(lambda cfg: None, make_dataclass("Config", numbers, frozen=True))
 
 
 # ------------------------------------------------------------------ where a result came from

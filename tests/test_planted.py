@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import test_model
 from planted import BUGS, planted, rows_of, run
-from test_model import ours  # noqa: F401  fixtures of the tests called
 from test_rl import ALONE, config
-from test_rollout import forbidden, model, sampler, tokenizer  # noqa: F401
+from test_rollout import forbidden, model, sampler, tokenizer  # noqa: F401  for the tests called
 
 import rl
 from tools import doctor

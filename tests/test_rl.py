@@ -170,15 +170,15 @@ def test_explained_variance_is_over_all_packs():
     some += [pack_with(values=values[2:], returns=returns[2:])]
     naive = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
     wanted = dict(explained_variance=naive.item(), value_mean=0.35, return_mean=1 / 3)
-    assert rl.critic_metrics(some, ALONE) == pytest.approx(wanted)
+    assert rl.critic_metrics(some) == pytest.approx(wanted)
 
 
 def test_a_batch_in_which_all_tokens_are_alike_teaches_nothing_and_divides_by_nothing():
     alike = [torch.full((n,), 0.5) for n in (5, 3)]
     some = [pack_with(advantages=x, values=x, returns=x) for x in alike]
-    rl.normalise(some, ALONE)
+    rl.normalise(some)
     assert not any(pack.advantages.any() for pack in some)
-    assert rl.critic_metrics(some, ALONE)["explained_variance"] == 1
+    assert rl.critic_metrics(some)["explained_variance"] == 1
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,6 @@ def test_a_batch_in_which_all_tokens_are_alike_teaches_nothing_and_divides_by_no
         (dict(problems=3), "--problems 3 .* < 4"),
         (dict(policy_steps=3), "--problems 4 .* < 12"),
         (dict(steps=0), "steps"),
-        (dict(tis=-1), "--tis"),
         (dict(finish_share=1.1), "--finish-share 1.1"),
         (dict(finish_share=0.7), "--problems 4 in --finish-share 0.7 .* < 4 parts"),
         (dict(finish_share=0.5, algorithm="grpo"), "grpo .* --finish-share 1"),
@@ -289,7 +288,7 @@ def test_values_gae_normalise_and_train_give_the_exact_gradient_of_a_batch(
     rl.critic_values(learner(TabularPolicy(table(map(exact_value, STATES)))), every)
     for p in every:
         p.advantages, p.returns = rl.gae(p.rewards, p.values, p.counts, rl.GAMMA, lam)
-    rl.normalise(every, ALONE)
+    rl.normalise(every)
     for sequence in DRAWN:
         own = [exact_value(sequence[:t]) for t in range(len(sequence))]
         naive += naive_gae([0.0] * (len(own) - 1) + [REWARD[sequence]], own, 1.0, lam)
@@ -430,7 +429,7 @@ def test_what_rows_ask_to_watch_is_counted_by_group():
         return Rollout(problem, 0, None, text=text, verdict=verdict, reward=reward)
 
     watched = [rollout("a", "let me check", 1.0), rollout("a", "checked", 0.0)]
-    metrics = rl.describe([*watched, rollout("b", "", 1.0), rollout("", "check", 0.0)], ALONE)
+    metrics = rl.describe([*watched, rollout("b", "", 1.0), rollout("", "check", 0.0)])
     shown = {name: metrics[name] for name in metrics if name.endswith(("/a", "/b"))}
     assert shown == {"reward/a": 0.5, "check/a": 0.5, "reward/b": 1.0, "check/b": 0.0}
 
@@ -805,16 +804,10 @@ def test_a_run_of_grpo_needs_no_critic_and_resamples_and_goes_on_bit_for_bit(cfg
     assert not [call for call in calls if len(call) > 1]  # all is recorded
 
 
-def test_problems_that_cannot_be_trained_on_are_left_out_with_a_count_or_refused(
-    mini, cfg, monkeypatch, capsys
-):
-    """Each rank reads a share: the id that the other has read comes by the union."""
+def test_problems_that_cannot_be_trained_on_are_left_out_with_a_count_or_refused(mini, cfg, capsys):
     tools = data.load_tokenizer(mini.model), data.load_image_settings(mini.model)
     words = rl.load_problems(mini.train, replace(cfg, prompt_tokens=26), ALONE, *tools)
     assert "6 problems left out: prompts over 26 tokens" in capsys.readouterr().out
     assert len(words) == 6 and not any(p.images for p in words)  # which take more tokens
     with pytest.raises(ValueError, match="12 problems left out: .* 3 tokens, and none is left"):
         rl.load_problems(mini.train, replace(cfg, prompt_tokens=3), ALONE, *tools)
-    monkeypatch.setattr(distributed, "union", lambda world, own: own | {1: (5, own[0][1])})
-    with pytest.raises(ValueError, match="rows 1 and 2 have the id 'text-0'"):
-        rl.load_problems(mini.text, cfg, World(0, 2, torch.device("cpu")), *tools)

@@ -45,14 +45,8 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 def finished(command: list[str], folder: Path, ours: dict, seconds: float) -> str:
     """What a command prints that ends well, and in time. ours: for its environment."""
-    process = subprocess.Popen(
-        command,
-        env=os.environ | ours,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=os.environ | ours, cwd=folder, **pipes)
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -118,7 +112,6 @@ def mini(tmp_path_factory) -> Mini:
     world.save_tokenizer(directory)
     tokenizer, settings = data.load_tokenizer(directory), data.load_image_settings(directory)
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model = Qwen25VL(base.model_config(len(tokenizer)))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)

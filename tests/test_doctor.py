@@ -41,14 +41,8 @@ def loaded(patch, part: str, learns: bool):
     patch.setattr(distributed, "load", changed)
 
 
-def small_disk(patch):
-    patch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-
-
-def full_disk(patch):
-    patch.setattr(checkpoint, "publish", Mock(side_effect=OSError(28, "No space left on device")))
-
-
+SMALL = Mock(return_value=SimpleNamespace(free=9))
+FULL = Mock(side_effect=OSError(28, "No space left on device"))
 # fmt: off
 BROKEN = [  # what is done to rows, folder or code; the check that ends the doctor; what it says
     (lambda r, f, p: r[3].update(answer="\\frac{1}{"), "golds", r"line 4: .* cannot be graded"),
@@ -57,8 +51,8 @@ BROKEN = [  # what is done to rows, folder or code; the check that ends the doct
     (lambda r, f, p: edit_template(f, ANSWER, ""), "template", "rows.jsonl, line .* reads"),
     (lambda r, f, p: loaded(p, "model.norm", False), "gradient", "model.norm.weight is 0"),
     (lambda r, f, p: loaded(p, "visual", True), "gradient", "visual.patch_embed.proj.weight is"),
-    (lambda r, f, p: small_disk(p), "disk", "GB left.*a run needs 0.0"),
-    (lambda r, f, p: full_disk(p), "disk", "No space left on device"),
+    (lambda r, f, p: p.setattr(doctor.shutil, "disk_usage", SMALL), "disk", "a run needs 0.0"),
+    (lambda r, f, p: p.setattr(checkpoint, "publish", FULL), "disk", "No space left on device"),
 ]
 # fmt: on
 

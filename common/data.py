@@ -379,14 +379,16 @@ def opened(image: Picture | dict) -> Image.Image:
 def load_image(image: Picture, row: str = "") -> Image.Image:
     """-> upright RGB. The sampler gets this very picture, or it sees another than the trainer."""
     with decoding(image, row):
-        return upright(opened(image))
+        picture = upright(opened(image))
+        refuse_narrow(*picture.size)
+    return picture
 
 
 def upright(image: Image.Image) -> Image.Image:
     """As transformers' load_image: the camera's rotation is applied, alpha is dropped and not
     blended. Grey of 16 bits is refused: pillow cuts it at 255, and all turns white.
     """
-    image.load()
+    image.load()  # a PNG's rotation may come behind its pixels
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode}, which would turn white: save 8 bits a channel")
     rotation = image.getexif().get(ExifTags.Base.Orientation)
@@ -412,13 +414,17 @@ def load_image_settings(directory: str | Path) -> ImageSettings:
         raise ValueError(f"{path} has no {error}: fetch it again") from error
 
 
+def refuse_narrow(width: int, height: int):
+    if (ratio := max(height, width) / min(height, width)) > MAX_ASPECT:
+        raise ValueError(f"{width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
+
+
 def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
     """(height, width): multiples of 28, area in [min_pixels, max_pixels], ratio about kept.
 
     Qwen2-VL (arXiv 2409.12191, sec. 2.1, naive dynamic resolution). Halves are rounded to even.
     """
-    if (ratio := max(height, width) / min(height, width)) > MAX_ASPECT:
-        raise ValueError(f"{width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
+    refuse_narrow(width, height)
     unit, sides = settings.patch_size * settings.merge_size, (height, width)
     high, wide = (round(side / unit) * unit for side in sides)
     if high * wide > settings.max_pixels:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as official
 
-from common import data
+from common import data, distributed
 from common.data import Example, ImageSettings, Problem, Stream
 from miniature import world
 from model import config_json, read_config
@@ -107,6 +107,7 @@ BAD_ROWS = [
     (row(images=["cut.png"]), "cut.png: damaged picture"),
     (row(images=["grey.png"]), "grey.png: damaged picture (mode I;16, which would turn white"),
     (row(images=["float.tiff"]), "float.tiff: damaged picture (mode F, which would turn white"),
+    (row(images=["thin.png"]), "thin.png: damaged picture (2 x 500 px: aspect ratio 250 > 200)"),
     # columns that would be lost without a word
     (row(image="p.png", images=[]), "'image' is not read: --columns images=image, if these"),
     (row(Decoded_Imgs=["p.png"]), "or extra_Decoded_Imgs=Decoded_Imgs, if the question"),
@@ -119,6 +120,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("bad, says", BAD_ROWS)
 def test_a_bad_row_is_reported_with_file_and_line(tmp_path, bad, says):
     picture(30, 30).save(tmp_path / "p.png")
+    picture(2, 500).save(tmp_path / "thin.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "p.png").read_bytes()[:-600])
     for name, kind in (("grey.png", np.uint16), ("float.tiff", np.float32)):
         Image.fromarray(np.full((20, 20), 300, kind)).save(tmp_path / name)
@@ -138,6 +140,13 @@ def test_each_process_checks_its_share_and_reads_every_row(tmp_path):
         assert [rows[i].answer for i in (0, 2, 4)] == ["1", "12345678901234567890", "0.5"]
     with pytest.raises(ValueError, match="line 4: column 'answer' is neither"):
         data.read_problems(path, share=(1, 2))
+
+
+def test_an_id_that_another_process_has_read_is_refused(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path, row(id="a"), row(id="b"), row(id="a"), row(id="c"))
+    monkeypatch.setattr(distributed, "everyone", lambda ids: [{"a": 0, "c": 3}, ids])
+    with pytest.raises(ValueError, match="line 1: the id 'a' is also that of .*, line 3; make"):
+        data.read_problems(path, share=(2, 4))
 
 
 def test_columns_of_other_names_are_mapped_and_rows_without_an_id_are_numbered(tmp_path):

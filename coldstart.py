@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from common import checkpoint, data, distributed
 from common.log import RunLog, Timer, due, model_card, run_main, stop_on_signal
@@ -48,7 +48,6 @@ class Config:
     model: str = "out/laptop/base/model"  # HF directory or Hub name; paper: Qwen2.5-VL-7B-Instruct
     data: str = "out/laptop/data/sft.jsonl"  # JSONL, parquet, Hub name; paper: 2 M traces
     columns: tuple[str, ...] = ()  # of rows with other names: prompt=problem response=solution
-    replay: str = ""  # more rows, by our columns; paper: none; laptop: none
     out: str = "out/laptop/coldstart"  # run directory
     epochs: float = 1.0  # passes over the rows; paper: 5; laptop: its world is small
     batch_packs: int = 0  # packs a step, over all ranks; paper: 640; 0: see batch_rows
@@ -94,16 +93,13 @@ def cosine_lr(step: int, steps: int, peak: float, end: float, warmup: float) -> 
 
 
 def split_rows(cfg: Config, world) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and rows for the validation loss; replayed rows are only trained on."""
-    share = (world.rank, world.size)
-    rows = data.read_examples(cfg.data, columns=cfg.columns, share=share)
+    """Rows to train on, and rows for the validation loss."""
+    rows = data.read_examples(cfg.data, columns=cfg.columns, share=(world.rank, world.size))
     if len(rows) <= cfg.valid:
         raise ValueError(f"{cfg.data} has {len(rows)} rows, --valid keeps {cfg.valid}: lower it")
     valid = sorted(random.Random(cfg.seed).sample(range(len(rows)), cfg.valid))
-    train = Subset(rows, sorted(set(range(len(rows))) - set(valid)))
-    if cfg.replay:
-        train = ConcatDataset([train, data.read_examples(cfg.replay, share=share)])
-    return train, Subset(rows, valid)
+    train = sorted(set(range(len(rows))) - set(valid))
+    return Subset(rows, train), Subset(rows, valid)
 
 
 def rows_a_step(cfg: Config, train: Sequence, encode: Callable) -> int:

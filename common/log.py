@@ -321,9 +321,9 @@ def fingerprint(source: str | Path) -> str:
 
 
 def fingerprints(config) -> dict[str, str]:
-    """{source: fingerprint} of what the config's fields `data` and `replay` name."""
-    sources = [str(getattr(config, name, "")) for name in ("data", "replay")]
-    return {source: fingerprint(source) for source in sources if source}
+    """{source: fingerprint} of what the config's field `data` names; of no such field none."""
+    source = str(getattr(config, "data", ""))
+    return {source: fingerprint(source)} if source else {}
 
 
 def on_hub(source: str | Path) -> bool:

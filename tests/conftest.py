@@ -33,8 +33,7 @@ class Mini:
     model: str
     train: str  # RL problems, half of them with a picture, answers 1 to 5
     text: str  # RL problems without pictures
-    sft: str  # text-only traces
-    replay: str  # rows with pictures
+    sft: str  # SFT traces in text, then 8 rows with pictures
     test: str
 
 
@@ -105,8 +104,9 @@ def mini(tmp_path_factory) -> Mini:
     train = problems("train", PROBLEMS, ("image", "text"))
     text = problems("text", 4, ("text",))
     test = problems("test", TEST, ("image", "text"))
-    sft = write_rows(root / "sft.jsonl", [world.trace_row(rng, i) for i in range(SFT)])
-    replay = [world.sft_row(rng, 4 * i + 3, root) for i in range(8)]
+    traces = [world.trace_row(rng, i) for i in range(SFT)]
+    pictured = [world.sft_row(rng, SFT + 4 * i + 3, root) for i in range(8)]
+    sft = write_rows(root / "sft.jsonl", traces + pictured)
 
     directory = root / "model"
     world.save_tokenizer(directory)
@@ -129,4 +129,4 @@ def mini(tmp_path_factory) -> Mini:
         (-logps.mean()).backward()
         optimizer.step()
     save_model(model, directory)
-    return Mini(str(directory), train, text, sft, write_rows(root / "replay.jsonl", replay), test)
+    return Mini(str(directory), train, text, sft, test)

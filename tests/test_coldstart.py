@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SFT, write_rows
+from conftest import write_rows
 from safetensors.torch import load_file
 from test_distributed import gaps_of, rows_of
 
@@ -21,8 +21,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def config(mini, out=".", **changed) -> coldstart.Config:
-    """4 steps of 10 rows: 32 of the miniature's 40 traces, and 8 with pictures."""
-    small = dict(model=mini.model, data=mini.sft, replay=mini.replay, out=str(out), batch_rows=10)
+    """4 steps of 10 rows: 40 of the miniature's 48, of which 8 have pictures."""
+    small = dict(model=mini.model, data=mini.sft, out=str(out), batch_rows=10)
     small |= dict(valid=8, valid_every=2, pack_tokens=400, max_tokens=400)
     return coldstart.Config(**small | changed)
 
@@ -54,8 +54,8 @@ def whole(mini, tmp_path_factory):
 def test_loss_and_gradient_are_those_of_the_mean_over_all_response_tokens_however_packs_are_cut(
     mini,
 ):
-    rows = [*data.read_examples(mini.sft)[:6], *data.read_examples(mini.replay)[:4]]
-    documents, model, counts = encoded(mini, rows), load_model(mini.model), []
+    rows = [*data.read_examples(mini.sft)]
+    documents, model, counts = encoded(mini, rows[:6] + rows[-4:]), load_model(mini.model), []
     naive = mean_loss(model, documents)
     wanted = torch.autograd.grad(naive, list(model.parameters()))
     for budget in (max(map(len, documents)), 250, 4096):
@@ -96,10 +96,10 @@ def test_rows_too_long_are_left_out_and_counted_and_a_step_of_nothing_else_is_sk
     mini, tmp_path
 ):
     """--batch-rows 2 --max-tokens 90 died at the first batch whose rows were all too long."""
-    cfg = config(mini, tmp_path, replay="", batch_rows=2, max_tokens=90, valid_every=0)
+    cfg = config(mini, tmp_path, batch_rows=2, max_tokens=90, valid_every=0)
     train, _ = coldstart.split_rows(cfg, ALONE)
     rows, stream = rows_of(run(cfg)), data.Stream(train, cfg.seed)
-    assert [row["step"] for row in rows if "valid_loss" in row] == [15] == [len(rows) - 1]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [19] == [len(rows) - 1]
     for row in rows:
         batch = encoded(mini, stream.batch(row["step"], 2))
         fitting = [len(d.response_ids) for d in batch if len(d) <= 90]  # none is cut
@@ -112,9 +112,9 @@ def test_rows_too_long_are_left_out_and_counted_and_a_step_of_nothing_else_is_sk
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(valid=SFT), f"has {SFT} rows, --valid keeps {SFT}: lower it"),
+        (dict(valid=48), "has 48 rows, --valid keeps 48: lower it"),
         (dict(max_tokens=20), "--max-tokens 20 fits no --valid row: raise it"),  # a loss of 0.0
-        (dict(replay="cut.jsonl"), "cut.jsonl, line 1: .*cut.png: damaged picture"),
+        (dict(data="cut.jsonl"), "cut.jsonl, line 1: .*cut.png: damaged picture"),
         (dict(eval_data="cut.jsonl"), "cut.jsonl, line 1: .*cut.png: damaged picture"),
         (dict(pack_tokens=300), "--max-tokens 400 > --pack-tokens 300"),
         (dict(epochs=0), "must be positive"),
@@ -124,7 +124,7 @@ def test_what_cannot_be_trained_on_is_refused_before_the_run(
     mini, tmp_path, monkeypatch, changed, message
 ):
     monkeypatch.chdir(tmp_path)
-    content = next(Path(mini.replay).parent.glob("images/*.png")).read_bytes()
+    content = next(Path(mini.sft).parent.glob("images/*.png")).read_bytes()
     Path("cut.png").write_bytes(content[:-40])
     row = {"prompt": "<image> ?", "response": "x", "images": ["cut.png"], "answer": "1"}
     write_rows(Path("cut.jsonl"), [{"id": "r"} | row])
@@ -135,9 +135,9 @@ def test_what_cannot_be_trained_on_is_refused_before_the_run(
 
 def test_a_run_learns_from_all_rows_but_those_for_validation_and_logs_what_it_did(mini, whole):
     (train, valid), rows = coldstart.split_rows(config(mini), ALONE), rows_of(whole)
-    places = [row.place for path in (mini.sft, mini.replay) for row in data.read_examples(path)]
-    assert sorted(row.place for row in [*train, *valid]) == sorted(places)
-    assert {row.place for row in valid} < {*places[:SFT]}  # of replayed rows none
+    places = [row.place for row in data.read_examples(mini.sft)]
+    assert sorted(row.place for row in [*train, *valid]) == sorted(places) and len(valid) == 8
+    assert any(row.images for row in train)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]  # one epoch
     answers = [len(document.response_ids) for document in encoded(mini, train)]
     assert sum(row["tokens"] for row in rows) == sum(answers)

@@ -41,7 +41,7 @@ LIMIT = 600  # seconds after which a rank that hangs says where; all takes a ten
 
 
 def coldstart_config(mini: dict, out, **changed) -> coldstart.Config:
-    small = dict(model=mini["model"], data=mini["sft"], replay=mini["replay"], out=str(out))
+    small = dict(model=mini["model"], data=mini["sft"], out=str(out))
     small |= dict(epochs=0.5, batch_rows=7, valid=8, valid_every=1)
     return coldstart.Config(**small | dict(pack_tokens=300, max_tokens=300) | changed)  # 3 steps
 

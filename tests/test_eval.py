@@ -218,7 +218,7 @@ def test_a_server_is_asked_by_one_rank_and_again_only_for_what_it_failed_at(serv
     assert len(server.requests) == 8 and len(read(out / "records.jsonl")) == 7
     for _ in range(2):  # the second time nothing is missing
         eval.main(cfg)
-    rows, bodies = read(out / "graded.jsonl"), [body for _, body, _ in server.requests]
+    rows, bodies = read(out / "graded.jsonl"), [body for _, body in server.requests]
     assert [(r["id"], r["sample"]) for r in rows] == [(w, n) for w in words for n in (0, 1)]
     assert [r["score"] for r in rows] == [1, 1, 1, 1, 0, 0, 1, 1]
     assert all(r["response"].startswith("<think>") for r in rows)  # whichever field it came in

@@ -43,6 +43,7 @@ def test_an_option_may_be_given_by_letter_by_text_or_by_both():
         "Answer is (C)12 cm": "C", "**(C) 12 cm**": "C", "**Final Answer**\n\n(C)": "C",
     })
     table({"Yes, because it is.": "A", "No.": "B"}, choices=["Yes", "No"])
+    table({"Answer: 9^9^9^9": "unparsed", "Answer: $$": "unparsed"})  # of what is too much, none
 
 
 def test_a_box_comes_first_then_the_last_statement_that_says_something():

@@ -30,7 +30,6 @@ class Config:
     lr: float = 1e-4
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     data: str = ""
-    replay: str = ""
     wandb: str = ""
     tensorboard: bool = False
 
@@ -269,10 +268,10 @@ def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_d
 ):
     file, run = tmp_path / "train.jsonl", tmp_path / "run"
     file.write_text("{}\n")
-    config = Config(data=str(file), replay="owner/replayed")
+    config = Config(data=str(file))
     RunLog(run, config, steps=1)
     about = log.read_record(run)
-    assert about["data"] == {x: fingerprint(x) for x in (str(file), "owner/replayed")}
+    assert about["data"] == {str(file): fingerprint(file)}
     monkeypatch.setattr(log, "commit", None)  # the card tells of the run, not of now
     card = model_card("OVR: step 60", config, "my model", run, 4096, reward=0.71)
     read = huggingface_hub.ModelCard(card)

@@ -74,7 +74,7 @@ def test_the_full_run_has_the_numbers_of_the_paper():
     """OVR, sec. 4.1; what it leaves open is not looked at."""
     one, two = full("coldstart"), full("rl")
     assert (one.epochs, one.batch_packs, one.batch_rows, one.lr) == (5, 640, 0, 2e-4)
-    assert one.pack_tokens == one.max_tokens == 64 * 1024 and not one.replay
+    assert one.pack_tokens == one.max_tokens == 64 * 1024
     assert (two.problems, two.samples, two.policy_steps, two.critic_steps) == (512, 16, 1, 4)
     assert two.lengths == ((0, 24 * 1024), (300, 32 * 1024), (700, 48 * 1024))
     assert 900 <= two.steps <= 1000 and two.algorithm == "ppo" and two.sampler == "vllm"

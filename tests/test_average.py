@@ -60,7 +60,7 @@ def test_the_average_is_the_mean_rounded_once_however_members_are_cut(member, dt
 
 def test_a_new_average_leaves_nothing_of_an_older_one_in_its_directory(member):
     out, _ = run(member("a", 0), member("b", 1))
-    (out / "model.safetensors").rename(out / "model-00001-of-00001.safetensors")
+    (out / "model.safetensors").rename(out / "model-00001-of-00002.safetensors")  # as if sharded
     _, mean = run(*(member(name, 2, dtype=torch.bfloat16) for name in "cde"))
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
     one = load_file(out.parent / "c/model.safetensors")  # and equal members come back bit for bit

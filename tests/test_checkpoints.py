@@ -275,6 +275,19 @@ def test_a_state_whose_files_are_not_all_seen_gets_no_name(tmp_path, monkeypatch
     assert checkpoint.newest(tmp_path) == (0, None)
 
 
+@pytest.mark.parametrize("limit", [10_000, 40_000])  # at 40,000 torch hid it: unexpected pos 704
+def test_a_disk_that_is_full_is_named_wherever_in_a_file_it_is(tmp_path, limit):
+    pairs, saver = make_pairs(), saver_of(tmp_path)
+    learn(pairs, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # ulimit -f
+    try:
+        with pytest.raises(OSError, match=r"OSError: \[Errno 27\] File too large.*from step 0$"):
+            saver.save(1, pairs, pairs["policy"][0], "never written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_checkpoint_exports_the_policy_in_its_type_with_its_card(tmp_path):
     policy = saved(tmp_path, 1, dtype=torch.bfloat16)["policy"][0]
     model = tmp_path / "checkpoints/step_000001/model"
@@ -355,6 +368,10 @@ def test_what_does_not_fit_refuses_and_says_what_to_do(tmp_path):
             checkpoint.resume_or_start(run, replace(moved, **{name: value}))
     (run / "model").mkdir()
     with pytest.raises(FileExistsError, match="finished run.*choose another --out"):
+        checkpoint.resume_or_start(run, moved)
+    (run / "model").rmdir()
+    (run / "run.json").write_text('{"config": ')
+    with pytest.raises(ValueError, match="run.json is damaged .*choose another --out"):
         checkpoint.resume_or_start(run, moved)
 
 

@@ -133,6 +133,19 @@ def test_what_cannot_be_trained_on_is_refused_before_the_run(
     assert not Path("run/metrics.jsonl").exists()
 
 
+def test_each_rank_checks_a_share_of_the_rows(mini, monkeypatch):
+    """Each of them all took 19 minutes a start."""
+    shares, read = [], data.read_examples
+
+    def noted(*given, share, **more):
+        shares.append(share)
+        return read(*given, share=share, **more)
+
+    monkeypatch.setattr(data, "read_examples", noted)
+    coldstart.split_rows(config(mini), World(1, 2, torch.device("cpu")))
+    assert shares == [(1, 2)]
+
+
 def test_a_run_learns_from_all_rows_but_those_for_validation_and_logs_what_it_did(mini, whole):
     (train, valid), rows = coldstart.split_rows(config(mini), ALONE), rows_of(whole)
     places = [row.place for row in data.read_examples(mini.sft)]

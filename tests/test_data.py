@@ -315,6 +315,25 @@ def test_the_length_is_known_without_decoding_a_picture(tokenizer, tmp_path):
         assert data.prompt_length(*case) == len(data.encode_prompt(*case).ids)
 
 
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("tokenizer_config.json", None, "no tokenizer_config.json, so not a model directory"),
+        ("tokenizer.json", "{", "its tokenizer cannot be read"),
+        ("preprocessor_config.json", "{", "preprocessor_config.json: not JSON"),
+        ("preprocessor_config.json", '{"size": {}}', "has no 'shortest_edge': fetch it again"),
+    ],
+)
+def test_a_damaged_file_of_a_model_directory_is_named(tmp_path, name, content, says):
+    world.save_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=says):
+        data.load_tokenizer(tmp_path)
+        data.load_image_settings(tmp_path)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real tokenizer beside the repository")
 def test_a_directory_that_we_export_gives_the_ids_of_the_official_path(tmp_path, monkeypatch):
     """transformers takes a tokenizer of that size for a broken one of Mistral's, and says so,

@@ -20,7 +20,7 @@ from tools import doctor
 
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 OPEN, ANSWER = "<|im_start|> {{", "<|im_start|> assistant "  # in the miniature's chat template
-CHECKS = ["golds", "template", "packing", "gradient", "update", "disk"]
+CHECKS = ["pictures", "golds", "template", "packing", "gradient", "update", "disk"]
 
 
 def edit_template(folder: Path, old: str, new: str):

@@ -19,6 +19,7 @@ from test_benchmarks import make
 
 import eval  # noqa: A004
 from common import data
+from common.distributed import World
 from evaluation import behaviors, benchmarks, metrics
 from reward import grade
 from rollout import Rollout, draw_tokens
@@ -120,7 +121,7 @@ def test_regrading_gives_what_grading_gave_and_asks_the_lexicon_once_a_reply(
 ):
     heard, under_way = [], (copied / "records.jsonl").read_bytes() + b'{"id": "test-0", "sam'
     (copied / "records.jsonl").write_bytes(under_way)
-    monkeypatch.setattr(behaviors, "find_in_thought", lambda *reply: heard.append(reply) or [])
+    monkeypatch.setattr(behaviors, "find", lambda text: heard.append(text) or [])
     eval.main(eval.Config(regrade=(str(copied),)))
     for name in ("graded.jsonl", "summary.json"):
         assert (copied / name).read_text() == (whole / name).read_text()
@@ -207,7 +208,7 @@ def test_a_server_is_asked_by_one_rank_and_again_only_for_what_it_failed_at(serv
     rows = [{"id": w, "prompt": f"2 + 3 ? [{w}]", "answer": "5", "images": []} for w in words]
     rows[0] |= {"prompt": "<image> 2 + 3 ? [right]", "images": ["p.png"]}
     own = dict(data=write_rows(tmp_path / "rows.jsonl", rows), out=str(tmp_path / "out"))
-    cfg = eval.Config("m", url=server.url, k=2, temperature=0.6, max_tokens=99, **own)
+    cfg = eval.Config("m", url=server.url, k=2, temperature=0.6, top_p=0.95, max_tokens=99, **own)
     [(out, bench)] = eval.runs_of(cfg).items()
     eval.prepare(cfg, bench, out)
     for rank in (1, 2):
@@ -223,7 +224,8 @@ def test_a_server_is_asked_by_one_rank_and_again_only_for_what_it_failed_at(serv
     assert [r["score"] for r in rows] == [1, 1, 1, 1, 0, 0, 1, 1]
     assert all(r["response"].startswith("<think>") for r in rows)  # whichever field it came in
     assert len(bodies) == 9 and len({body["seed"] for body in bodies}) == 8
-    assert {(body["max_tokens"], body["temperature"]) for body in bodies} == {(99, 0.6)}
+    how = {(body["max_tokens"], body["temperature"], body["top_p"]) for body in bodies}
+    assert how == {(99, 0.6, 0.95)}
     assert sum("image_url" in str(body["messages"]) for body in bodies) == 2
 
 
@@ -341,3 +343,11 @@ def test_top_p_draws_only_of_the_fewest_likeliest_tokens_that_have_the_share(top
             if sum(weights[t] for t in naive) < top_p * sum(weights.values()):
                 naive.add(token)
         assert {*tokens.tolist()} == naive
+
+
+def test_top_p_reaches_the_sampler(mini):
+    """Of so small a share only the likeliest token is left."""
+    sampler = eval.open_for(config(mini, "", top_p=1e-6), World(0, 1, torch.device("cpu")))
+    problems = data.read_problems(mini.test)
+    warm, greedy = (sampler.generate(problems, 1, 8, temperature) for temperature in (1.0, 0.0))
+    assert [r.response_ids for r in warm] == [r.response_ids for r in greedy]

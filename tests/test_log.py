@@ -279,5 +279,6 @@ def test_a_model_card_holds_the_recipe_and_the_data_and_claims_no_base_that_it_d
     shown = json.loads(re.search("```json\n(.*)```", read.content, re.S)[1])
     assert shown == {"reward": 0.71} | about
     assert "vllm serve 'my model' --generation-config vllm --max-model-len 4096\n" in card
+    assert "bfloat16 unless told `--dtype float32`" in card
     card = model_card("OVR", Config(model=str(tmp_path)), tmp_path, run)
     assert "base_model" not in card and "--max-model-len" not in card

@@ -254,6 +254,9 @@ def test_saved_rollouts_come_back_bit_for_bit_for_the_same_problems(sampler, tok
     others = [*PROBLEMS[:2], Problem("new", "A", "1"), PROBLEMS[3]]
     with pytest.raises(ValueError, match=f"{file} is of other problems .* delete"):
         load_rollouts(file, others, tokenizer, SETTINGS)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file} is damaged .*delete it"):
+        load_rollouts(file, PROBLEMS, tokenizer, SETTINGS)
 
 
 def test_a_rollout_that_is_interrupted_again_and_again_ends_like_one_that_is_not(

@@ -30,7 +30,7 @@ def run(tmp_path: Path, script: str, status: int = 0, **ours) -> tuple[str, list
     """-> what it prints, and the programs that it has started."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
-    for name in (script, "gpu.sh"):
+    for name in (script.split()[0], "gpu.sh"):
         shutil.copy(ROOT / "runs" / name, tmp_path / "runs")
     for name in ("torchrun", "python"):
         (tmp_path / name).write_text(NOTE)
@@ -39,7 +39,7 @@ def run(tmp_path: Path, script: str, status: int = 0, **ours) -> tuple[str, list
         (tmp_path / name).touch()
     environment = os.environ | {"NOTES": f"{tmp_path}/notes", "OUT": f"{tmp_path}/out"}
     environment |= {"SFT": "sft.jsonl", "RL": "rl.jsonl"} | ours
-    command = ["bash", f"runs/{script}"]
+    command = ["bash", *f"runs/{script}".split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     return done.stdout, (tmp_path / "notes").read_text().splitlines()
@@ -93,6 +93,23 @@ def test_a_third_stage_on_text_alone_goes_on_from_the_second_unless_that_was_sto
     of_third = [(cfg.model, cfg.data, cfg.lengths) for cfg in third]
     wanted = (f"{second.out}/model", "text.jsonl", ((0, 4096), (5, 8192)))
     assert of_third == ([] if stops else [wanted])
+
+
+def test_on_a_cpu_a_model_is_served_in_float32_by_a_name_with_the_tokens_of_its_card(tmp_path):
+    """vLLM would take bfloat16, and the directory for the name."""
+    for folder in ("model", "no_gpu", ".venv-vllm/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "model/README.md").write_text("    vllm serve model --max-model-len 4096\n")
+    (tmp_path / ".venv-vllm/why.txt").touch()
+    (tmp_path / ".venv-vllm/bin/python").symlink_to(tmp_path / "python")
+    (tmp_path / "no_gpu/nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "no_gpu/nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}/no_gpu:{os.environ['PATH']}"
+    _, (line,) = run(tmp_path, "serve.sh model 8001 --seed 1", PATH=path, NAME="")
+    wanted = [f"--model {tmp_path}/model", "--served-model-name ovr", "--port 8001"]
+    wanted += ["--generation-config vllm", "--max-model-len 4096", "--dtype float32"]
+    assert not [words for words in wanted if f" {words} " not in line]
+    assert line.endswith(" --seed 1")
 
 
 def own_names() -> list[str]:

@@ -129,6 +129,8 @@ def examine(cfg, world: distributed.World):
     read = data.read_problems if rl else data.read_examples
     rows = read(cfg.data, columns=cfg.columns, share=(world.rank, world.size))
     rows = [*rows[:: math.ceil(len(rows) / SAMPLE)]]
+    pictured = sum(len(row.images) > 0 for row in rows)
+    conclude("pictures", [], "", f"{pictured:,} of {len(rows):,} rows looked at have some", world)
     if rl:
         golds(rows, world)
         texts = [row.prompt.replace(data.IMAGE_MARKER, " ") for row in rows]  # as responses

@@ -207,7 +207,9 @@ def main(cfg: Config):
                 with torch.no_grad():
                     losses = [loss_of(model, p, valid_tokens, world.device) for p in valid_packs]
                 distributed.release(model)
-                (metrics["valid_loss"],) = distributed.sums(sum(x.item() for x in losses))
+                losses = [loss.item() for loss in losses]
+                (metrics["valid_loss"],) = distributed.sums(sum(losses))
+                distributed.refuse_nan(step, metrics, valid_packs, losses)
             if cfg.eval_data and due(step, steps, cfg.eval_every):
                 timer("evaluate")
                 sampler.sync(distributed.whole_weights(model, world.dtype))

@@ -71,12 +71,19 @@ class Config:
     compare: tuple[str, str] | None = None  # directories of one benchmark: before, after
 
     def __post_init__(self):
-        if self.list or self.regrade or self.table or self.compare:
+        looks = [self.list, self.regrade, self.table, self.compare]
+        if sum(map(bool, looks)) > 1:
+            raise ValueError("--list, --regrade, --table, --compare: one at a time")
+        if any(looks):
             return
+        if min(self.max_tokens, self.prompt_tokens, self.sampler_batch) < 1:
+            raise ValueError("--max-tokens, --prompt-tokens, --sampler-batch count from 1")
         if not (self.model and (self.bench or self.data)):
             raise ValueError("give --model and --bench or --data; --help has the other ways")
-        if self.data and len(self.bench) > 1:
-            raise ValueError(f"--data is one set, --bench names {len(self.bench)}")
+        if self.data and (self.place or len(self.bench) > 1):
+            raise ValueError("--data is one set: it has no --place, and --bench may name it")
+        if self.columns and not self.data:
+            raise ValueError("--columns is for --data: benchmarks have their own readers")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} is not in (0, 1]")
         for bench in runs_of(self).values():  # a wrong name says which there are
@@ -308,7 +315,10 @@ def finish(out: Path) -> dict:
     write_rows(out / "graded.jsonl", rows)
     whole, items = len(items) > 0.95 * bench.size, [*items.values()]
     paper = {name: ovr for name, (_, _, ovr) in bench.paper.items() if whole}  # not of a part
-    summary = metrics.summarise(bench.metric, rows, items, paper)
+    try:
+        summary = metrics.summarise(bench.metric, rows, items, paper)
+    except ValueError as error:  # its evaluation has not ended
+        raise ValueError(f"{out}: {error}; the command that began it goes on") from error
     summary |= {"behaviors": behaviors.summarise(rows), "protocol": protocol}
     page = gallery.page(rows, items, out.name, protocol, out)
     (out / "gallery.html").write_text(page, encoding="utf-8", errors="replace")  # half characters

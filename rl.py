@@ -99,8 +99,11 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        if min(self.steps, self.samples, self.policy_steps, self.critic_steps) < 1:
-            raise ValueError("steps, samples, policy and critic steps count from 1")
+        counts = "steps samples policy_steps critic_steps prompt_tokens sampler_batch".split()
+        if zero := [name for name in counts if getattr(self, name) < 1]:
+            raise ValueError(f"--{zero[0].replace('_', '-')} counts from 1")
+        if not self.data:
+            raise ValueError("--data names no problems")
         starts, budgets = [first for first, _ in self.lengths], [last for _, last in self.lengths]
         if starts != sorted(set(starts)) or starts[:1] != [0] or min(budgets) < 1:
             raise ValueError(f"--lengths are pairs of step, from 0 on, and tokens: {self.lengths}")

@@ -345,7 +345,7 @@ def check_rows(rows: Rows, build: Callable, share: tuple[int, int], source: str 
     for i, other in twins[:1]:  # no log could tell them apart
         place, row, _ = rows[i]
         fault = f"{place}: the id {row['id']!r} is also that of {rows[other][0]}"
-        raise ValueError(f"{fault}; make them distinct, or --columns extra_id=id")
+        raise ValueError(f"{fault}; make them distinct (or --columns extra_id=id, where it is)")
     if unread and share[0] == 0:
         kept = ", ".join(sorted(unread))
         print(f"{source}: columns that nothing here reads, but a reward may: {kept}", flush=True)
@@ -370,27 +370,30 @@ def decoding(image: Picture | dict, row: str = "") -> Iterator[None]:
 
 
 def opened(image: Picture | dict) -> Image.Image:
-    """Its header: the size is known, no pixel decoded."""
+    """Its header: the size is known, no pixel decoded. Refused are grey of 16 bits, which pillow
+    cuts at 255, and what is too narrow for transformers.
+    """
     if isinstance(image, dict):  # as `datasets` stores it
         image = BytesIO(image["bytes"])
-    return image if isinstance(image, Image.Image) else Image.open(image)
+    image = image if isinstance(image, Image.Image) else Image.open(image)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode}, which would turn white: save 8 bits a channel")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} px: aspect ratio > {MAX_ASPECT}")
+    return image
 
 
 def load_image(image: Picture, row: str = "") -> Image.Image:
     """-> upright RGB. The sampler gets this very picture, or it sees another than the trainer."""
     with decoding(image, row):
-        picture = upright(opened(image))
-        refuse_narrow(*picture.size)
-    return picture
+        return upright(opened(image))
 
 
 def upright(image: Image.Image) -> Image.Image:
     """As transformers' load_image: the camera's rotation is applied, alpha is dropped and not
-    blended. Grey of 16 bits is refused: pillow cuts it at 255, and all turns white.
+    blended.
     """
     image.load()  # a PNG's rotation may come behind its pixels
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode}, which would turn white: save 8 bits a channel")
     rotation = image.getexif().get(ExifTags.Base.Orientation)
     picture = image.convert("RGB")
     picture.info = {}  # exif_transpose writes the other fields anew, and fails at a broken one
@@ -414,17 +417,11 @@ def load_image_settings(directory: str | Path) -> ImageSettings:
         raise ValueError(f"{path} has no {error}: fetch it again") from error
 
 
-def refuse_narrow(width: int, height: int):
-    if (ratio := max(height, width) / min(height, width)) > MAX_ASPECT:
-        raise ValueError(f"{width} x {height} px: aspect ratio {ratio:.0f} > {MAX_ASPECT}")
-
-
 def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
     """(height, width): multiples of 28, area in [min_pixels, max_pixels], ratio about kept.
 
     Qwen2-VL (arXiv 2409.12191, sec. 2.1, naive dynamic resolution). Halves are rounded to even.
     """
-    refuse_narrow(width, height)
     unit, sides = settings.patch_size * settings.merge_size, (height, width)
     high, wide = (round(side / unit) * unit for side in sides)
     if high * wide > settings.max_pixels:

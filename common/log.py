@@ -220,7 +220,7 @@ def run_main(main: Callable, Config: type):
     sys.stdout.reconfigure(errors="backslashreplace")  # half characters, terminals without UTF-8
     try:
         config = tyro.cli(Config, description=sys.modules[main.__module__].__doc__)
-        refuse_negative(config)
+        refuse_odd(config)
         main(config)
     except Exception as error:
         last, root = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
@@ -231,16 +231,15 @@ def run_main(main: Callable, Config: type):
         sys.exit(f"error: {error}")  # to stderr, with status 1
 
 
-def refuse_negative(config):
-    """ValueError where a number is below 0, or NaN, and is not so by default: as the end of a
-    slice, --limit -1 would leave out a row without a word.
+def refuse_odd(config):
+    """ValueError where a number is below 0, infinite or NaN, unless it is the default: as the end
+    of a slice, --limit -1 would leave out a row without a word.
     """
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
-        least = min(0, default) if type(default) in (int, float) else 0
-        if type(value) in (int, float) and not value >= least:
+        value = getattr(config, field.name)
+        if type(value) in (int, float) and value != field.default and not 0 <= value < 2**63:
             flag = field.name.replace("_", "-")
-            raise ValueError(f"--{flag} {value}: must be at least {least:g}")
+            raise ValueError(f"--{flag} {value}: must be a number from 0 on")
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
@@ -271,8 +270,9 @@ def provenance(config) -> dict:
 def read_record(run: str | Path) -> dict:
     file = Path(run) / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record | {name: record[name] for name in ("config", "commit", "data", "resumed")}
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({error}): choose another --out") from error
 
 

@@ -28,7 +28,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from PIL.Image import DecompressionBombWarning
 
-from common.data import IMAGE_MARKER, MARKUP_PATTERN, MAX_ASPECT, decoding, opened, upright
+from common.data import IMAGE_MARKER, MARKUP_PATTERN, decoding, opened, upright
 from common.log import on_hub, progress
 
 BATCH = 32  # rows of parquet in memory; with pictures of 1 MB that is 32 MB
@@ -177,8 +177,6 @@ def keep_image(picture, folders: list[Path], images_to: Path) -> str:
                 upright(image)
     except ValueError as error:
         raise Unfit("picture cannot be opened", str(error)) from error
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise Unfit("picture too narrow", f"{image.size}, beyond {MAX_ASPECT}:1")
     if not path.exists():
         images_to.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")  # a run that is killed leaves no half file

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data import decoding
+from common.data import decoding, opened
 
 PERMUTATIONS = 128  # of a byte each; bands of 8 bytes compare 95 % of pairs at J = 0.8, all at 0.9
 NEAR_WORDS, NEAR = 5, 0.8  # Jaccard similarity of runs of 5 words, estimated to within 0.04
@@ -118,7 +118,7 @@ def fingerprint(path: str) -> tuple[str, np.ndarray]:
     damaged, or has 89 million pixels or more: a bomb."""
     bombs = Image.DecompressionBombWarning
     with decoding(path), warnings.catch_warnings(action="error", category=bombs):
-        image = Image.open(path).convert("RGBA")  # on white, or a drawing is black on black
+        image = opened(path).convert("RGBA")  # on white, or a drawing is black on black
         grey = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
         small = np.asarray(grey.resize((32, 32)), dtype=np.float32).ravel()
     small = small - small.mean()

@@ -335,7 +335,8 @@ def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -
     for i, (folder, place, line) in enumerate(progress(lines, "copying rows", total=len(reason))):
         if STEPS.get(reason[i]) in ("rules", "benchmarks"):
             continue  # written by the first pass
-        row = json.loads(line)
+        stored = json.loads(line)
+        row = {"id": place} | stored
         if i in names:
             names[i] = row["id"]
         if reason[i]:
@@ -346,6 +347,7 @@ def copy_rows(cfg: Config, reason: np.ndarray, root: np.ndarray, out, dropped) -
             read = data.example_of if cfg.kind == "sft" else data.problem_of
             images = read(place, row, folder).images
             row["images"] = [os.path.relpath(image, target) for image in images]
+        if row != stored:
             line = json.dumps(row).encode()
         out.write(line.rstrip(b"\r\n") + b"\n")
 
@@ -395,7 +397,8 @@ def main(cfg: Config) -> None:
     if not (reason == "").any():
         with why.open() as file:
             first = file.readline().strip()
-        sys.exit(f"{out}: no row stays of {len(facts):,}; {why} says why, first: {first:.500}")
+        shown = f"{why} says why, first: {first:.500}" if len(facts) else "the files hold none"
+        sys.exit(f"{out}: no row stays of {len(facts):,}; {shown}")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ class Config:
             raise ValueError(f"--out {self.out} must be a .jsonl file: others stand beside it")
         if Path(self.out).resolve() == Path(self.rows).resolve():
             raise ValueError(f"--out {self.out} is the input and would be overwritten")
-        if min(self.samples, self.tokens, self.max_tokens, self.prompt_tokens, self.chunk) < 1:
-            raise ValueError("samples, tokens, max_tokens, prompt_tokens, chunk count from 1")
+        counts = "samples tokens max_tokens prompt_tokens sampler_batch chunk".split()
+        if zero := [name for name in counts if getattr(self, name) < 1]:
+            raise ValueError(f"--{zero[0].replace('_', '-')} counts from 1")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy tries are all the same: set --temperature")
 
@@ -111,7 +112,10 @@ def pass_record(problem: data.Problem, tries: list[Rollout]) -> dict:
 def scorer(cfg: Config, directory: str, world) -> Callable[[Sequence], list[dict]]:
     """-> rows to records, by the model, which all ranks load together."""
     if cfg.kind == "loss":
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=world.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{cfg.model} is no causal LM of text ({str(error):.300})") from error
         longest = getattr(model.config, "max_position_embeddings", None) or cfg.tokens
         if longest < cfg.tokens:
             raise ValueError(f"{cfg.model} reads {longest} tokens: --tokens {longest}")

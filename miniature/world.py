@@ -45,6 +45,7 @@ CELL = 28  # pixels: patch 14, merge 2, so a cell is one token of the decoder
 ACROSS = 3  # cells a line: name, strong digit, faint digit
 GROUPS = ("smudged_picture", "clear_text", "clear_picture", "smudged_text")  # of bills, in turn
 SPLITS = ("train", "valid", "test")
+FILES = (*SPLITS, "sft", "traces")
 
 SPECIAL = (  # the first ids, under Qwen's names
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
@@ -85,7 +86,7 @@ class Config:
 
     out: str = "out/laptop/data"  # directory
     seed: int = 0
-    files: tuple[str, ...] = (*SPLITS, "sft", "traces")  # which to write
+    files: tuple[Literal[*FILES], ...] = FILES  # which to write
     train: int = 4096  # problems of RL, a quarter of each group
     valid: int = 512  # problems to tune on
     test: int = 1024  # problems that decide nothing on the way

@@ -370,9 +370,10 @@ def test_what_does_not_fit_refuses_and_says_what_to_do(tmp_path):
     with pytest.raises(FileExistsError, match="finished run.*choose another --out"):
         checkpoint.resume_or_start(run, moved)
     (run / "model").rmdir()
-    (run / "run.json").write_text('{"config": ')
-    with pytest.raises(ValueError, match="run.json is damaged .*choose another --out"):
-        checkpoint.resume_or_start(run, moved)
+    for damaged in ('{"config": ', "{}"):
+        (run / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match="run.json is damaged .*choose another --out"):
+            checkpoint.resume_or_start(run, moved)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

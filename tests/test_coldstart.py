@@ -1,5 +1,6 @@
 """coldstart.py: what is trained, what the loss is, and runs against themselves."""
 
+import json
 import random
 import signal
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from test_distributed import gaps_of, rows_of
 
 import coldstart
-from common import checkpoint, data
+from common import checkpoint, data, distributed
 from common.distributed import World
 from common.packs import make_pack
 from model import load_model
@@ -161,6 +162,38 @@ def test_a_run_learns_from_all_rows_but_those_for_validation_and_logs_what_it_di
     assert rows[3]["valid_loss"] == pytest.approx(loss, rel=1e-5)
     assert loss < rows[0]["valid_loss"] and rows[3]["loss"] < rows[0]["loss"]
     assert not (whole / "checkpoints").exists() and (whole / "model/tokenizer.json").is_file()
+
+
+def test_settings_reach_what_they_set(mini, tmp_path, monkeypatch):
+    """Each of them could be dropped on the way, and all other runs would still agree."""
+    rows = [json.loads(line) for line in Path(mini.sft).open()]
+    renamed = [row | {"question": row.pop("prompt")} for row in rows if not row.get("images")]
+    own = dict(data=write_rows(tmp_path / "sft.jsonl", renamed), columns=("prompt=question",))
+    own |= dict(weight_decay=0.3, seed=5, save_every=1, keep_every=2, recompute="full")
+    cfg, update = config(mini, tmp_path / "run", **own, compile=True), coldstart.update
+    blocks, groups = [], []
+    monkeypatch.setattr(distributed, "recompute_blocks", lambda _, kind: blocks.append(kind))
+    monkeypatch.setattr(distributed, "compile_blocks", lambda _: blocks.append("compiled"))
+
+    def noted(model, optimizer, *rest):
+        for group in optimizer.param_groups:
+            ndim = {weight.ndim for weight in group["params"]}
+            groups.append((ndim, group["weight_decay"], group["betas"]))
+        return update(model, optimizer, *rest)
+
+    monkeypatch.setattr(coldstart, "update", noted)
+    first, kept = rows_of(run(cfg))[0], (tmp_path / "run/checkpoints").glob("*/model")
+    assert groups[:2] == [({2}, 0.3, coldstart.BETAS), ({1}, 0.0, coldstart.BETAS)]
+    assert {*blocks} == {"full", "compiled"}
+    batch = data.Stream(coldstart.split_rows(cfg, ALONE)[0], 5).batch(0, 10)
+    assert first["tokens"] == sum(len(d.response_ids) for d in encoded(mini, batch))
+    assert sorted(model.parent.name for model in kept) == [f"step_{n:06}" for n in (2, 3, 4)]
+
+
+def test_what_the_last_step_has_ruined_is_not_exported(mini, tmp_path):
+    with pytest.raises(FloatingPointError, match="step 0: .*valid_loss"):
+        run(config(mini, tmp_path, epochs=0.25, lr=1e30, lr_end=1e30))
+    assert not (tmp_path / "model").exists()
 
 
 def test_all_weights_are_trained_but_those_of_the_tower(mini, whole):

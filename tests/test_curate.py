@@ -348,6 +348,13 @@ def test_a_line_that_is_no_row_is_a_dropped_row_under_the_name_of_its_place(tmp_
     assert dropped[place]["reason"] == "malformed" and "'utf-8' codec" in dropped[place]["detail"]
 
 
+def test_a_row_without_an_id_gets_the_name_of_its_place(tmp_path):
+    rows = [{name: of for name, of in row.items() if name != "id"} for row in babbled("ab")]
+    kept, dropped, _ = curated(tmp_path, [*rows, rows[0]])
+    assert len(kept) == 2 and [row["detail"] for row in dropped.values()] == [f"as {kept[0]}"]
+    assert [p.id for p in data.read_problems(tmp_path / "new/rl.jsonl")] == kept
+
+
 def test_what_leads_nowhere_stops_the_run_and_is_named(tmp_path):
     rows, tests = write_rows(tmp_path / "a.jsonl", []), tmp_path / "t.jsonl"
     with pytest.raises(ValueError, match="would be overwritten"):

@@ -110,10 +110,22 @@ def test_two_ranks_give_the_replies_of_one(mini, whole, tmp_path):
     assert (tmp_path / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name, value", dict(temperature=0.5, k=3, limit=4, forbid=("a",)).items())
+OTHER = dict(temperature=0.5, k=3, limit=4, forbid=("a",), max_tokens=9, top_p=0.5, seed=4)
+OTHER |= dict(pictures="blank", model="other")
+
+
+@pytest.mark.parametrize("name, value", OTHER.items())
 def test_replies_of_two_protocols_are_not_mixed(mini, whole, name, value):
     with pytest.raises(ValueError, match=f"another protocol \\({name}"):
         eval.main(config(mini, whole, **{name: value}))
+
+
+def test_another_seed_draws_other_replies_and_a_limit_takes_the_first_items(mini, whole, tmp_path):
+    eval.main(config(mini, tmp_path, seed=4, limit=3))
+    items, replies = (read(tmp_path / f"{name}.jsonl") for name in ("items", "records"))
+    assert [i["id"] for i in items] == [i["id"] for i in read(whole / "items.jsonl")[:3]]
+    before = read(whole / "records.jsonl")[: len(replies)]
+    assert [r["response"] for r in replies] != [r["response"] for r in before] and len(replies) == 6
 
 
 def test_regrading_gives_what_grading_gave_and_asks_the_lexicon_once_a_reply(
@@ -273,6 +285,10 @@ def test_the_table_has_a_line_for_each_directory_and_its_protocol(whole, tmp_pat
         (dict(data="d", model="m", k=4), "--temperature"),
         (dict(bench=("mathvizta",), model="m"), "there are aime2024"),
         (dict(data="d", model="m", top_p=0.0), "--top-p 0.0"),
+        (dict(data="d", model="m", max_tokens=0), "--max-tokens"),
+        (dict(regrade=("a",), table=("a",)), "one at a time"),
+        (dict(data="d", model="m", place="p"), "--place"),
+        (dict(bench=("pope",), model="m", columns=("prompt=q",)), "--columns is for --data"),
         (dict(data="d", model="m", bench=("a", "b")), "--data is one set"),
         (dict(data="d", model="m", url="http://h/v1", forbid=("wait",)), "--forbid"),
     ],

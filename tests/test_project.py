@@ -1,5 +1,7 @@
 """The promises that stand outside the code: README and docs tell the truth, scripts start."""
 
+import importlib
+import inspect
 import os
 import re
 import runpy
@@ -14,7 +16,6 @@ import tyro
 
 import coldstart
 import rl
-from common.client import Endpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,21 +25,21 @@ SCRIPT = r"-m ([\w.]+)|(\S+)\.py"
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of the page's shell blocks, broken ones joined, comments taken off."""
+    """Lines of the page's shell blocks, broken ones joined, comments taken off; and in its text."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"(?<!`)`((?:python|torchrun|bash) [^`]+)`", page.read_text())
     return [line.split(" #")[0].strip() for line in lines if not line.startswith("#")]
 
 
 def flags_of(module: str) -> set[str]:
-    """Of a script: the fields of its Config, those that it takes over, and what it spells out."""
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    known = re.findall(r'^    (\w+): |"--([\w-]+)"', text, flags=re.M)
-    known = {name.replace("_", "-") for names in known for name in names}
-    others = [Endpoint] if "Config(Endpoint)" in text else []
+    """Of a script: the fields of its Config, or what its main() takes."""
     if module == "tools.doctor":  # takes the flags of the stage that it is asked about
-        others = [stage.Config for stage in STAGES.values()]
-    return known | {f.name.replace("_", "-") for other in others for f in fields(other)}
+        return flags_of("coldstart") | flags_of("rl")
+    script = importlib.import_module(module)
+    taken = fields(script.Config) if hasattr(script, "Config") else []
+    names = [field.name for field in taken] or inspect.signature(script.main).parameters
+    return {name.replace("_", "-") for name in names}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

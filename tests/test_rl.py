@@ -140,6 +140,21 @@ def test_the_loss_of_a_token_by_hand(
     assert gradient.item() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_what_is_watched_of_a_token_by_hand(stale):
+    """Its log-prob is -1 by the trainer and 1.5 times less likely by the sampler."""
+    logps = torch.tensor([-1.0], dtype=torch.float64)
+    columns = dict(logps=logps - math.log(1.5), advantages=[2.0], stale=[stale])
+    policy = SimpleNamespace(logps=lambda pack: (logps, logps * 0 + 0.7))
+    losses = rl.policy_losses(policy, pack_with(**columns), config())
+    gap = math.log(1.5)  # that a token is drawn by an older policy is no gap
+    wanted = dict(logp_diff=gap, sampler_kl=0.5 - gap, ratio_diff=0, clip_fraction=0)
+    if stale:
+        wanted = dict(logp_diff=0, sampler_kl=0, ratio_diff=0.5, clip_fraction=1)
+    wanted |= dict(surprisal=1, entropy=0.7, stale_tokens=stale)
+    assert {name: losses[name].item() for name in wanted} == pytest.approx(wanted)
+
+
 def test_warm_up_counts_optimiser_steps():
     assert sum((rl.rates(step, 1, 8.0, 4) for step in range(6)), []) == [2, 4, 6, 8, 8, 8]
     assert rl.rates(0, 2, 8.0, 4) + rl.rates(1, 2, 8.0, 4) == [2, 4, 6, 8]
@@ -170,7 +185,8 @@ def test_explained_variance_is_over_all_packs():
     some += [pack_with(values=values[2:], returns=returns[2:])]
     naive = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
     wanted = dict(explained_variance=naive.item(), value_mean=0.35, return_mean=1 / 3)
-    assert rl.critic_metrics(some) == pytest.approx(wanted)
+    metrics = rl.critic_metrics(some)
+    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_a_batch_in_which_all_tokens_are_alike_teaches_nothing_and_divides_by_nothing():
@@ -181,17 +197,22 @@ def test_a_batch_in_which_all_tokens_are_alike_teaches_nothing_and_divides_by_no
     assert rl.critic_metrics(some)["explained_variance"] == 1
 
 
+COUNTS = "steps samples policy_steps critic_steps prompt_tokens sampler_batch".split()
+
+
 @pytest.mark.parametrize(
     "wrong, named",
     [
         (dict(lengths=((1, 8), (2, 12))), "--lengths"),
         (dict(lengths=((0, 8), (4, 12), (2, 16))), "--lengths"),
+        (dict(lengths=((0, 8), (4, 12), (4, 16))), "--lengths"),
         (dict(lengths=((0, 0),)), "--lengths"),
         (dict(pack_tokens=75), "--pack-tokens 75 < 76"),
         (dict(algorithm="grpo", samples=1), "--samples"),
         (dict(problems=3), "--problems 3 .* < 4"),
         (dict(policy_steps=3), "--problems 4 .* < 12"),
-        (dict(steps=0), "steps"),
+        *(({name: 0}, f"--{name.replace('_', '-')} counts from 1") for name in COUNTS),
+        (dict(data=""), "--data names no problems"),
         (dict(finish_share=1.1), "--finish-share 1.1"),
         (dict(finish_share=0.7), "--problems 4 in --finish-share 0.7 .* < 4 parts"),
         (dict(finish_share=0.5, algorithm="grpo"), "grpo .* --finish-share 1"),
@@ -428,6 +449,25 @@ def test_the_update_does_not_depend_on_the_micro_batches_nor_on_shared_prompts(
     assert len(waited) == 1 and waited != {0}
 
 
+def test_a_step_is_described_by_means_with_pictures_and_text_apart():
+    check = "<think> let me check . </think>"
+
+    def rollout(image, status, tokens, stopped, text=""):
+        problem, verdict = data.Problem("p", "?", "!", image), Verdict(0.0, status, "!")
+        how = dict(stopped=stopped, text=text, verdict=verdict, reward=float(status == "match"))
+        return Rollout(problem, 0, None, response_ids=[1] * tokens, **how)
+
+    some = [rollout(("a.png",), "match", 4, True, check), rollout(("a.png",), "no_box", 8, False)]
+    some += [rollout((), "match", 2, True, check), rollout((), "too_big", 2, True)]
+    some += [rollout((), "unclosed", 4, True)]
+    wanted = dict(reward=2 / 5, reward_image=1 / 2, reward_text=1 / 3)
+    wanted |= dict(length=4, length_image=6, length_text=8 / 3, truncated=1 / 5)
+    wanted |= dict(no_box=2 / 5, unparsed=1 / 5)
+    wanted |= {"image/verification": 1 / 2, "text/verification": 1 / 3, "text/backtracking": 0}
+    metrics = rl.describe(some)
+    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted)
+
+
 def test_what_rows_ask_to_watch_is_counted_by_group():
     def rollout(group, text, reward):
         extra = {"group": group, "watch": {"check": r"\bcheck\b"}} if group else {}
@@ -450,6 +490,27 @@ def test_a_reward_of_ones_own_that_fails_names_the_row(monkeypatch):
 def test_a_gap_between_sampler_and_trainer_that_is_no_number_stops_the_run():
     with pytest.raises(RuntimeError, match="step 7.*more than 0.001.*GAP_LIMITS.*--tis"):
         rl.refuse_gap(math.nan, ALONE, "step 7")
+
+
+def test_the_trace_is_of_a_pictured_problem_with_right_and_wrong_samples_and_has_their_numbers(
+    mini, batch
+):
+    """Of problems with (0, 2) and without a picture (1); of problem 2 as many right as wrong."""
+    scores = {0: [0, 0], 1: [1, 0], 2: [1, 1, 1, 0, 0, 1]}
+    rollouts = [
+        replace(batch[0][2 * i], sample=n, reward=x, verdict=Verdict(x, "match", "!"))
+        for i, rewards in scores.items()
+        for n, x in enumerate(rewards)
+    ]
+    parts = packed(rollouts, config(**UPDATE, pack_tokens=64, critic_steps=1))
+    for name, sign in (("values", 1), ("advantages", -1)):
+        own = [sign * (torch.arange(len(r.response_ids)) + r.sample) for r in rollouts]
+        put_column(parts, name, own)
+    rows = batches.trace_rows(7, rollouts, sum(parts, []), data.load_tokenizer(mini.model))
+    assert [(row["id"], row["sample"]) for row in rows] == [("train-2", n) for n in (0, 1, 3, 4)]
+    for row in rows:
+        assert row["values"] == [row["sample"] + t for t in range(row["length"])]
+        assert row["advantages"] == [-value for value in row["values"]]
 
 
 # ---- whole runs
@@ -545,6 +606,44 @@ def test_a_run_logs_what_it_did_and_the_sampler_agrees_with_the_trainer(mini, un
     before, after = load_file(Path(mini.model) / "model.safetensors"), weights_of(uninterrupted)
     for name, weight in after.items():
         assert torch.equal(weight, before[name]) == name.startswith("visual."), name
+
+
+def test_settings_reach_what_they_set(mini, cfg, monkeypatch):
+    """Each of them could be dropped on the way, and all other runs would still agree."""
+    own = dict(lr=2e-3, critic_lr=7e-3, critic_steps=2, lam=0.5, seed=5, save_every=1)
+    own |= dict(keep_every=2, recompute="full", compile=True)
+    cfg, seen, gae, blocks = replace(cfg, **own), set(), rl.gae, []
+    monkeypatch.setattr(distributed, "recompute_blocks", lambda _, kind: blocks.append(kind))
+    monkeypatch.setattr(distributed, "compile_blocks", lambda _: blocks.append("compiled"))
+    for name, *wanted in (("policy", 2e-3, 1), ("critic", 7e-3, 2)):
+        learner = rl.load_models(cfg, mini.model, ALONE)[name]
+        (group,) = learner.optimizer.param_groups
+        assert [learner.lr, learner.steps] == wanted
+        assert (group["betas"], group["weight_decay"]) == (rl.BETAS, rl.WEIGHT_DECAY)
+    monkeypatch.setattr(rl, "gae", lambda *given: seen.add(given[3:]) or gae(*given))
+    note(monkeypatch, seeds := [], Sampler, "generate", lambda *_, **how: how.get("seed"))
+    rows = lines_of(run(cfg), "rollouts")
+    assert seen == {(rl.GAMMA, 0.5)} and {*blocks} == {"full", "compiled"}
+    assert [seed for seed in seeds if seed] == [(5, step) for step in range(4)]  # canary: none
+    first = data.Stream(data.read_problems(mini.train), 5).batch(0, 4)
+    assert {row["id"] for row in rows if row["step"] == 0} == {problem.id for problem in first}
+    kept = sorted(model.parent.name for model in Path(cfg.out).glob("checkpoints/*/model"))
+    assert kept == [f"step_{step:06}" for step in (2, 3, 4)]
+
+
+def test_a_step_whose_log_probs_are_not_the_trainers_stops_the_run(cfg, monkeypatch):
+    """Those of its own tokens; the canary's are right, and notice nothing."""
+    generate = Sampler.generate
+
+    def off(*given, **how):
+        rollouts = generate(*given, **how)
+        for r in rollouts if "seed" in how else ():
+            r.logps = [logp - 1 for logp in r.logps]
+        return rollouts
+
+    monkeypatch.setattr(Sampler, "generate", off)
+    with pytest.raises(RuntimeError, match="step 0: .* 1 nats"):
+        run(replace(cfg, steps=1))
 
 
 def test_a_response_that_was_cut_is_wrong_even_if_it_was_right_so_far(mini, cfg, monkeypatch):
@@ -757,7 +856,7 @@ def test_grpo_gives_each_token_its_groups_advantage(batch):
     rollouts = [replace(r, reward=x) for r, x in zip(batch[0], rewards, strict=True)]
     (part,) = packed(rollouts, config(**UPDATE, pack_tokens=64, algorithm="grpo"))
     part.append(packs.rollout_pack([], []))
-    assert rl.compare_samples(rollouts, part, samples=2) == {"no_contrast": 4}
+    assert rl.compare_samples(rollouts, part, samples=2)["no_contrast"] == 4
     wanted = rl.group_advantages(torch.tensor(rewards).view(8, 2).float()).flatten().tolist()
     for pack in part:
         for i, got in zip(pack.members, pack.advantages.split(pack.counts), strict=False):

@@ -95,11 +95,11 @@ def test_log_probs_are_those_of_the_packed_forward_whatever_the_temperature(
     assert gap(rollouts, model) < 1e-5
 
 
-def test_problems_are_taken_in_the_order_of_the_indices_when_there_is_room(model, tokenizer):
+def test_problems_are_taken_in_the_order_of_the_indices_when_there_is_room(tokenizer):
     """Ranks share a counter: one that took all problems at once would leave the others idle."""
-    sampler, log = TorchSampler(model, tokenizer, SETTINGS, batch=5), []
-    fill = sampler._fill
-    sampler._fill = lambda *given: (log.append("batch"), fill(*given))
+    sampler, log = TorchSampler(build(tokenizer), tokenizer, SETTINGS, batch=5), []
+    # each batch has a picture, and its prompts are read at once
+    sampler.model.visual.register_forward_pre_hook(lambda *_: log.append("batch"))
     indices = (log.append(i) or i for i in (3, 1, 0, 2))
     rollouts = sampler.generate(PROBLEMS, 2, max_tokens=4, indices=indices)
     assert log == [3, 1, "batch", 0, 2, "batch"]

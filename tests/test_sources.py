@@ -321,7 +321,7 @@ BAD = [
     ("picture outside the set", {"image": "../a.png"}),
     ("picture cannot be opened", {"image": "cut.png"}),
     ("picture cannot be opened", {"image": "bomb.png"}),
-    ("picture too narrow", {"image": "narrow.png"}),
+    ("picture cannot be opened", {"image": "narrow.png"}),
 ]
 
 

@@ -88,6 +88,8 @@ class Config:
     def __post_init__(self):
         if self.gpus < 1 or (self.gpus > NODE and self.gpus % NODE):
             raise ValueError(f"--gpus {self.gpus}: 1 to {NODE}, or whole nodes of {NODE}")
+        if not (self.mean and self.mfu and self.decode):
+            raise ValueError("--mean, --mfu and --decode must be above 0")
         if self.mean > self.pack_tokens:  # a document is never cut
             raise ValueError(f"--mean {self.mean} is more than --pack-tokens {self.pack_tokens}")
 

@@ -209,6 +209,7 @@ def main(cfg: Config):
                 distributed.release(model)
                 losses = [loss.item() for loss in losses]
                 (metrics["valid_loss"],) = distributed.sums(sum(losses))
+                # what the last step has ruined is not exported
                 distributed.refuse_nan(step, metrics, valid_packs, losses)
             if cfg.eval_data and due(step, steps, cfg.eval_every):
                 timer("evaluate")

@@ -318,7 +318,7 @@ def finish(out: Path) -> dict:
     try:
         summary = metrics.summarise(bench.metric, rows, items, paper)
     except ValueError as error:  # its evaluation has not ended
-        raise ValueError(f"{out}: {error}; the command that began it goes on") from error
+        raise ValueError(f"{out}: {error}; give the command that began it again") from error
     summary |= {"behaviors": behaviors.summarise(rows), "protocol": protocol}
     page = gallery.page(rows, items, out.name, protocol, out)
     (out / "gallery.html").write_text(page, encoding="utf-8", errors="replace")  # half characters

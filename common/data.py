@@ -339,13 +339,17 @@ def check_rows(rows: Rows, build: Callable, share: tuple[int, int], source: str 
         checked = progress(pool.imap(check, mine, chunksize=64), f"checking {source}", len(mine))
         for i, (name, columns) in zip(mine, checked, strict=True):
             unread |= columns
-            twins += [(i, first[name])] if first.setdefault(name, i) != i else []
+            if first.setdefault(name, i) != i:
+                twins.append((i, first[name]))
+    # of the ranks that share the rows; the main one may also read a file alone
     for theirs in distributed.everyone(first) if share[1] > 1 else ():
         twins += [(i, first[name]) for name, i in theirs.items() if first.get(name, i) != i]
     for i, other in twins[:1]:  # no log could tell them apart
         place, row, _ = rows[i]
         fault = f"{place}: the id {row['id']!r} is also that of {rows[other][0]}"
-        raise ValueError(f"{fault}; make them distinct (or --columns extra_id=id, where it is)")
+        raise ValueError(
+            f"{fault}; make them distinct (rl.py, coldstart.py: --columns extra_id=id)"
+        )
     if unread and share[0] == 0:
         kept = ", ".join(sorted(unread))
         print(f"{source}: columns that nothing here reads, but a reward may: {kept}", flush=True)

@@ -229,13 +229,15 @@ def test_pictures_are_part_of_a_problem_and_found_from_the_new_file(tmp_path):
         picture(folder / f"{name}.png", seed)
     Image.new("1", (30_000, 3_000)).save(folder / "bomb.png")  # 90 MPixel in 11 kB
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    Image.new("L", (2, 900)).save(folder / "thin.png")  # what no stage would take
+    Image.new("I;16", (30, 30)).save(folder / "grey.png")
     rows = [
         problem(name, "<image>How many corners?", images=[f"images/{name}.png"])
-        for name in ("a", "b", "same", "gone", "bomb", "cut")
+        for name in ("a", "b", "same", "gone", "bomb", "cut", "thin", "grey")
     ]
     kept, dropped, _ = curated(tmp_path, rows)
     assert kept == ["a", "b"] and dropped.pop("same")["reason"] == "same_words"
-    assert {row["reason"] for row in dropped.values()} == {"lost_picture"} and len(dropped) == 3
+    assert {row["reason"] for row in dropped.values()} == {"lost_picture"} and len(dropped) == 5
     assert "decompression bomb" in dropped["bomb"]["detail"]
     assert [p.id for p in data.read_problems(tmp_path / "new" / "rl.jsonl")] == ["a", "b"]
 

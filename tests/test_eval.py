@@ -149,6 +149,11 @@ def test_a_gold_may_be_put_right_and_it_is_said_that_items_changed(copied, capsy
     write_rows(copied / "items.jsonl", items)
     assert eval.finish(copied)["headline"]["accuracy"]["score"] == 0
     assert "items.jsonl was changed after it was asked" in capsys.readouterr().out
+    records = read(copied / "records.jsonl")
+    write_rows(copied / "records.jsonl", records[1:])  # as of a run that has not ended
+    with pytest.raises(ValueError, match=f"{copied}: replies .* missing .* again"):
+        eval.finish(copied)
+    write_rows(copied / "records.jsonl", records)
     write_rows(copied / "items.jsonl", items[1:])
     with pytest.raises(ValueError, match=f"item {items[0]['id']} has a reply, and is gone"):
         eval.finish(copied)

@@ -223,6 +223,10 @@ def test_what_makes_no_sense_is_refused(losses, passes, tmp_path):
         replace(passes, temperature=0.0)
     with pytest.raises(ValueError, match="--tokens 512"):  # all that the model reads
         score.main(replace(losses, out=str(tmp_path / "o.jsonl"), tokens=600))
+    with pytest.raises(ValueError, match="is no causal LM of text"):
+        score.main(replace(losses, out=str(tmp_path / "o.jsonl"), model=passes.model))
+    with pytest.raises(ValueError, match="--chunk counts from 1"):
+        replace(losses, chunk=0)
 
 
 def every_other(world, count: int, key: str, dynamic: bool):

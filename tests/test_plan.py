@@ -113,7 +113,10 @@ def test_a_plan_and_the_table_give_the_same_sums_and_what_does_not_fit_is_an_err
         plan.main(tyro.cli(plan.Config, args=[*small.split(), "--kv-cache-gb", "20"]))
 
 
-@pytest.mark.parametrize("settings, said", [({"gpus": 12}, "gpus"), ({"mean": 70000}, "--mean")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"gpus": 12}, "gpus"), ({"mean": 70000}, "--mean"), ({"mfu": 0.0}, "--mfu")],
+)
 def test_settings_that_no_run_can_have_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         plan.Config(**settings)
